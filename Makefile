@@ -1,0 +1,46 @@
+# Two commands matter: `make train` and `make test`. Both install what they need, once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+TESTED := $(VENV)/.ready-test
+
+.PHONY: train test test-slow test-gpu compare setup lint types clean
+
+train: $(READY)
+	$(BIN)/python -m train -cn tiny $(ARGS)
+
+compare: $(READY)
+	$(BIN)/python -m train.compare $(ARGS)
+
+setup: $(READY)
+
+test: $(TESTED) lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(TESTED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(TESTED)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(TESTED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(TESTED)
+	$(BIN)/mypy model/precision data train/recipe.py parallel/shards.py
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || { echo "Nibble needs Python 3.11 or newer; $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(TESTED): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
