@@ -1,0 +1,1 @@
+"""The run: the typed recipe, the loop, optimizer and schedule, checkpoints, evaluation, observers and export."""

@@ -1,0 +1,82 @@
+"""The moments of a run an observer may hear about, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Metrics = Mapping[str, float | int]
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """The recipe's `monitor` group."""
+
+    wandb: str = "offline"  # offline: written below <run>/wandb only | online: also sent | disabled
+    wandb_project: str = "nibble"
+    wandb_entity: str | None = None  # None: the account's default
+    wandb_timeout_seconds: float = 60.0  # the longest W&B may keep a run waiting at its start and at its end
+    picture: bool = True  # draw <run>/report/loss.png when the run ends
+
+    def validate(self) -> None:
+        """Raises ValueError, in one sentence, for a value that cannot be used."""
+        if self.wandb not in ("offline", "online", "disabled"):
+            raise ValueError(f"monitor.wandb={self.wandb!r} is unknown: use offline, online or disabled")
+        if not self.wandb_project.strip():
+            raise ValueError(
+                f"monitor.wandb_project={self.wandb_project!r} is empty: name a project, for instance nibble"
+            )
+        if not self.wandb_timeout_seconds > 0:
+            raise ValueError(
+                f"monitor.wandb_timeout_seconds={self.wandb_timeout_seconds} must be positive: use for instance 60"
+            )
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known about a run before its first step.
+
+    `step` is the last step already done (0 for a new run); `tokens_per_step` counts the tokens of one global batch;
+    `description` holds lines for a person (data, layout, device); `precision_table` is the text of
+    `train.precision_table.PrecisionTable`.
+    """
+
+    recipe: dict[str, Any]
+    run_dir: Path
+    parameters: int
+    active_parameters: int
+    step: int
+    total_steps: int
+    tokens_per_step: int
+    resumed: bool = False
+    description: tuple[str, ...] = ()
+    precision_table: str = ""
+
+
+class Observer:
+    """A listener beside the loop: every hook is optional and none may change the run.
+
+    `metrics` are keyed by the metric names of the architecture, always with `step` and `tokens`; values are plain Python
+    numbers. `state()` goes into the checkpoint (JSON values only) and comes back through `load_state` *before* `on_start`.
+    """
+
+    def on_start(self, run: RunInfo) -> None: ...
+
+    def on_step(self, metrics: Metrics) -> None:
+        """A logged step (every `train.log_every` steps)."""
+
+    def on_evaluation(self, metrics: Metrics) -> None:
+        """An evaluation: `step`, `tokens`, `eval/loss`."""
+
+    def on_checkpoint(self, step: int, path: Path) -> None: ...
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        """The last call. `summary` may hold `step`, `tokens`, `eval/loss`, `baseline/trigram`, `seconds`, `stopped` (why the
+        run ended before its last step; absent when it finished)."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...

@@ -1,0 +1,61 @@
+"""Which observers a recipe asks for, and one object that speaks to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.observe.base import Metrics, MonitorConfig, Observer, RunInfo
+from train.observe.console import Console
+from train.observe.metrics import MetricsFile
+from train.observe.picture import LossPicture
+from train.observe.wandb_observer import WandbObserver
+
+
+class Observers(Observer):
+    """Passes each moment to every observer in order; their states are kept under their class names."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = tuple(observers)
+
+    def on_start(self, run: RunInfo) -> None:
+        for observer in self.observers:
+            observer.on_start(run)
+
+    def on_step(self, metrics: Metrics) -> None:
+        for observer in self.observers:
+            observer.on_step(metrics)
+
+    def on_evaluation(self, metrics: Metrics) -> None:
+        for observer in self.observers:
+            observer.on_evaluation(metrics)
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        for observer in self.observers:
+            observer.on_checkpoint(step, path)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        for observer in self.observers:
+            observer.on_end(summary)
+
+    def state(self) -> dict[str, Any]:
+        return {type(observer).__name__: state for observer in self.observers if (state := observer.state())}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for observer in self.observers:
+            observer.load_state(state.get(type(observer).__name__, {}))
+
+
+def open_observers(config: MonitorConfig) -> Observers:
+    """The observers of one run; call on rank 0 only (other ranks use `Observers(())`).
+
+    The metrics file comes first, so that what the later ones read (the picture) is complete.
+    """
+    chosen: list[Observer] = [MetricsFile()]
+    if config.wandb != "disabled":
+        chosen.append(WandbObserver(config))
+    if config.picture:
+        chosen.append(LossPicture())
+    chosen.append(Console())
+    return Observers(chosen)
