@@ -1,8 +1,9 @@
 """Which linear layers run which GEMM in which format, and how many of the GEMM FLOPs each format gets.
 
-Training a linear layer costs three GEMMs of equal FLOPs: fprop (y = x W^T), dgrad (dx = dy W) and wgrad (dW = dy^T x); each
-may have its own format. Shares are of the FLOPs of all linear layers (head and router included, experts at their active
-FLOPs). Attention's score and value products and the SSD's products are no linear layers: they are listed apart.
+Training a linear layer costs three GEMMs of equal FLOPs: fprop (y = x W^T), dgrad (dx = dy W) and wgrad (dW = dy^T
+x); each may have its own format. Shares are of the FLOPs of all linear layers (head and router included, experts at
+their active FLOPs). Attention's score and value products and the SSD's products are no linear layers: they are listed
+apart.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 
 @dataclass(frozen=True)
 class LinearRow:
-    """One linear layer: `module` its canonical name, `flops` forward FLOPs per token, `formats` of fprop, dgrad, wgrad."""
+    """One linear layer: `module` its canonical name, `flops` forward FLOPs per token, `formats` of fprop, dgrad,
+    wgrad."""
 
     module: str
     flops: float
@@ -34,7 +36,8 @@ class OtherRow:
 
 @dataclass(frozen=True)
 class PrecisionTable:
-    """`text` for a person; `shares` maps format -> share of the GEMM FLOPs (sums to 1); metric `precision/share/<format>`."""
+    """`text` for a person; `shares` maps format -> share of the GEMM FLOPs (sums to 1); metric
+    `precision/share/<format>`."""
 
     text: str
     shares: dict[str, float]

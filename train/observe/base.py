@@ -58,8 +58,9 @@ class RunInfo:
 class Observer:
     """A listener beside the loop: every hook is optional and none may change the run.
 
-    `metrics` are keyed by the metric names of the architecture, always with `step` and `tokens`; values are plain Python
-    numbers. `state()` goes into the checkpoint (JSON values only) and comes back through `load_state` *before* `on_start`.
+    `metrics` are keyed by the metric names of the architecture, always with `step` and `tokens`; values are plain
+    Python numbers. `state()` goes into the checkpoint (JSON values only) and comes back through `load_state` *before*
+    `on_start`.
     """
 
     def on_start(self, run: RunInfo) -> None: ...
@@ -73,8 +74,8 @@ class Observer:
     def on_checkpoint(self, step: int, path: Path) -> None: ...
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """The last call. `summary` may hold `step`, `tokens`, `eval/loss`, `baseline/trigram`, `seconds`, `stopped` (why the
-        run ended before its last step; absent when it finished)."""
+        """The last call. `summary` may hold `step`, `tokens`, `eval/loss`, `baseline/trigram`, `seconds`, `stopped`
+        (why the run ended before its last step; absent when it finished)."""
 
     def state(self) -> dict[str, Any]:
         return {}

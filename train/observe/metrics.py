@@ -1,9 +1,9 @@
 """metrics.jsonl: one JSON object per step, the record every picture and test of a run is made from.
 
-Each line is written and flushed whole, so a killed run loses at most the line being written. An evaluation joins the line of
-its step. JSON has no NaN or infinity: a non-finite number is written as the string "NaN", "Infinity" or "-Infinity", which
-`float` reads back. A run resumed at step s keeps the lines up to s and drops the rest: the file is always one series with
-rising steps.
+Each line is written and flushed whole, so a killed run loses at most the line being written. An evaluation joins the
+line of its step. JSON has no NaN or infinity: a non-finite number is written as the string "NaN", "Infinity" or
+"-Infinity", which `float` reads back. A run resumed at step s keeps the lines up to s and drops the rest: the file is
+always one series with rising steps.
 """
 
 from __future__ import annotations

@@ -50,12 +50,16 @@ class Observers(Observer):
 def open_observers(config: MonitorConfig) -> Observers:
     """The observers of one run; call on rank 0 only (other ranks use `Observers(())`).
 
-    The metrics file comes first, so that what the later ones read (the picture) is complete.
+    The order is that of the last moment: the metrics file is complete before the picture is drawn from it, and the
+    console speaks last.
     """
+    picture = LossPicture() if config.picture else None
+    console = Console(picture)
     chosen: list[Observer] = [MetricsFile()]
     if config.wandb != "disabled":
-        chosen.append(WandbObserver(config))
-    if config.picture:
-        chosen.append(LossPicture())
-    chosen.append(Console())
+        chosen.append(WandbObserver(config, say=console.say))
+    if picture is not None:
+        picture.say = console.say
+        chosen.append(picture)
+    chosen.append(console)
     return Observers(chosen)

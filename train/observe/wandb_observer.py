@@ -1,12 +1,129 @@
-"""Weights & Biases: the same numbers, offline by default; a failure is reported once and never stops a run."""
+"""Weights & Biases: the same numbers as metrics.jsonl, offline by default, and never a reason for a run to stop.
+
+Every call is guarded: the first failure is reported in one line and the observer is silent from then on. The run id
+is drawn once and kept in <run>/wandb_id (a run killed before its first checkpoint keeps it) and in the checkpoint.
+W&B cannot append to an offline directory, so a resumed run opens another one below <run>/wandb with the same id and
+goes on counting in our steps; `wandb sync --append` joins them. Host, environment, command line, code, packages and
+console output are never recorded.
+"""
 
 from __future__ import annotations
 
-from train.observe.base import MonitorConfig, Observer
+import os
+import secrets
+import string
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from train.observe.base import Metrics, MonitorConfig, Observer, RunInfo
+from train.observe.redact import without_secrets
+
+ID_FILE = "wandb_id"
+_ID_ALPHABET = string.ascii_lowercase + string.digits
 
 
 class WandbObserver(Observer):
-    """Logs to Weights & Biases below <run>/wandb."""
+    """Logs to Weights & Biases below <run>/wandb; `say` receives the one line about a failure."""
 
-    def __init__(self, config: MonitorConfig) -> None:
+    def __init__(self, config: MonitorConfig, say: Callable[[str], None] = print) -> None:
         self.config = config
+        self.id: str | None = None
+        self._say = say
+        self._run: Any = None
+        self._step = -1  # of the row W&B is still collecting
+
+    def on_start(self, run: RunInfo) -> None:
+        self._guarded("start", self._start, run)
+
+    def on_step(self, metrics: Metrics) -> None:
+        self._guarded("log a step", self._log, metrics)
+
+    def on_evaluation(self, metrics: Metrics) -> None:
+        self._guarded("log an evaluation", self._log, metrics)
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        # W&B writes a row when the next one begins. A run resumed from here begins after this row, so it must be on
+        # disk.
+        if self._run is not None and step == self._step:
+            self._guarded("log a step", lambda: self._run.log({}, step=step, commit=True))
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        self._guarded("finish", self._finish, summary)
+        self._run = None
+
+    def state(self) -> dict[str, Any]:
+        return {} if self.id is None else {"id": self.id}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.id = state.get("id", self.id)
+
+    def _start(self, run: RunInfo) -> None:
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        self.id = self.id or self._stored_id(run.run_dir) or "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
+        self._store_id(run.run_dir)
+
+        import wandb  # here and not above: it takes half a second, which a run without W&B should not pay
+
+        if self.config.wandb == "online" and not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("no API key is set up; run `wandb login` once, or set monitor.wandb=offline")
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=self.config.wandb_timeout_seconds,
+            finish_timeout=self.config.wandb_timeout_seconds,
+            disable_git=True,
+            disable_code=True,
+            disable_job_creation=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+            x_transaction_log_flush_interval=1.0,  # seconds; what a killed run may lose
+        )
+        recipe = without_secrets(run.recipe)
+        parallel_facts = {"parameters": run.parameters, "active_parameters": run.active_parameters}
+        self._run = wandb.init(
+            mode="online" if self.config.wandb == "online" else "offline",
+            dir=str(run.run_dir),  # W&B adds the folder `wandb`
+            project=self.config.wandb_project,
+            entity=self.config.wandb_entity,
+            name=str((run.recipe.get("run") or {}).get("name") or run.run_dir.name),
+            id=self.id,
+            resume="allow",
+            config={**recipe, **parallel_facts},
+            settings=settings,
+        )
+        self._say(f"W&B: {self.config.wandb}, run id {self.id}")
+
+    def _stored_id(self, run_dir: Path) -> str | None:
+        path = run_dir / ID_FILE
+        stored = path.read_text().strip() if path.is_file() else ""
+        return stored if stored and set(stored) <= set(_ID_ALPHABET) else None
+
+    def _store_id(self, run_dir: Path) -> None:
+        temporary = run_dir / (ID_FILE + ".new")
+        temporary.write_text(f"{self.id}\n")
+        os.replace(temporary, run_dir / ID_FILE)
+
+    def _log(self, metrics: Metrics) -> None:
+        self._step = int(metrics["step"])
+        self._run.log(dict(metrics), step=self._step)  # rows of one step are merged by W&B
+
+    def _finish(self, summary: Mapping[str, Any]) -> None:
+        self._run.summary.update({key: value for key, value in summary.items() if isinstance(value, int | float)})
+        self._run.finish(exit_code=0)
+
+    def _guarded(self, what: str, call: Callable[..., None], *arguments: Any) -> None:
+        if self._run is None and call != self._start:
+            return
+        try:
+            call(*arguments)
+        except Exception as error:  # W&B raises its own, network, file and protocol errors: none may end a run
+            self._run = None
+            reason = str(error).strip().splitlines()
+            self._say(
+                f"W&B could not {what} ({type(error).__name__}: {reason[0] if reason else 'no reason given'}): "
+                "the run goes on without it; metrics.jsonl has every number"
+            )
