@@ -1,0 +1,108 @@
+"""One optimizer step: which samples this rank sees, what the loss is, and how it is normalised.
+
+Every loss is a sum over valid tokens divided by the number of valid tokens of the *global* batch, each prediction depth over its own
+count. The counts depend on the token masks alone, so they are known (one small all-reduce over the data-parallel group) before the first
+forward pass; afterwards contributions of microbatches and data-parallel ranks are plain sums and no rank ever rescales a gradient.
+
+    loss/total = LM + scale * mean over depths (MTP) + auxiliary losses
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.batch import Microbatch
+from parallel.layout import Layout
+
+
+class Feed(Protocol):
+    """Whatever yields the batch of given global sample indices: see `data.open_data`."""
+
+    def batch(self, samples: Sequence[int], step: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the samples of a step are cut over data-parallel ranks and microbatches.
+
+    Step t (counted from 0) consumes samples t * global_batch_size ... (t + 1) * global_batch_size - 1; a data-parallel rank takes one
+    contiguous slice of them and cuts it, in order, into microbatches.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches a rank processes in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_size)
+
+    def samples(self, step: int) -> list[range]:
+        """Global sample indices of each of this rank's microbatches of step `step` (from 0)."""
+        per_rank = self.global_batch_size // self.data_size
+        first = step * self.global_batch_size + self.data_rank * per_rank
+        return [range(first + i, first + i + self.micro_batch_size) for i in range(0, per_rank, self.micro_batch_size)]
+
+
+def to_microbatch(batch: Any, device: torch.device, progress: float) -> Microbatch:
+    """The model's view of a data batch, on the device. `progress` is the fraction of the run behind us, in [0, 1)."""
+    values = {
+        field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for field in fields(batch)
+        for value in [getattr(batch, field.name)]
+    }
+    return Microbatch(**values, progress=progress)
+
+
+def loss_weights(counts: Tensor, mtp_loss_scale: float) -> Tensor:
+    """Weight of each summed loss in the total, fp32 [1 + depths]: 1/N for the LM loss, scale / (depths * N_k) for depth k.
+
+    counts: int64 [1 + depths], valid tokens of the global batch. A depth without a valid token weighs nothing.
+    """
+    scales = torch.ones_like(counts, dtype=torch.float64)
+    if len(counts) > 1:
+        scales[1:] = mtp_loss_scale / (len(counts) - 1)
+    return torch.where(counts > 0, scales / counts.clamp(min=1), torch.zeros_like(scales)).float()
+
+
+def sum_over_ranks(values: Tensor, layout: Layout, *, pipeline: bool) -> Tensor:
+    """Sum of `values` over the data-parallel group and, with `pipeline`, over the stages (which hold zeros where they do not know)."""
+    total = values.clone()
+    if layout.data_size > 1:
+        torch.distributed.all_reduce(total, group=layout.groups.dp)
+    if pipeline and layout.pipeline_size > 1:
+        torch.distributed.all_reduce(total, group=layout.groups.pp)
+    return total
+
+
+class LossStep:
+    """The forward step Megatron's schedules call, and the sums it leaves behind.
+
+    counts: int64 [1 + depths], valid tokens of the whole global batch (see `loss_weights`).
+    """
+
+    def __init__(self, layout: Layout, counts: Tensor, mtp_loss_scale: float):
+        self.layout = layout
+        self.counts = counts
+        self.weights = loss_weights(counts, mtp_loss_scale)
+        self.sums = torch.zeros(len(counts), dtype=torch.float32, device=counts.device)
+
+    def __call__(self, microbatches: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Any]:
+        return model(next(microbatches)), partial(self._loss)
+
+    def _loss(self, sums: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self.sums += sums.detach()
+        # The schedules divide losses in place (by one here): the weighted sum is a fresh tensor, so nothing logged changes with it.
+        total = (sums * self.weights).sum()
+        return total, torch.ones((), dtype=torch.int32, device=total.device), {}
+
+    def means(self) -> Tensor:
+        """Mean loss per valid token of the global batch, fp32 [1 + depths], the same on every rank."""
+        sums = sum_over_ranks(self.sums, self.layout, pipeline=True)
+        return sums / self.counts.clamp(min=1)
