@@ -8,6 +8,7 @@ from typing import Any
 
 from train.observe.base import Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.console import Console
+from train.observe.facts import FactsFile
 from train.observe.metrics import MetricsFile
 from train.observe.picture import LossPicture
 from train.observe.wandb_observer import WandbObserver
@@ -55,7 +56,7 @@ def open_observers(config: MonitorConfig) -> Observers:
     """
     picture = LossPicture() if config.picture else None
     console = Console(picture)
-    chosen: list[Observer] = [MetricsFile()]
+    chosen: list[Observer] = [MetricsFile(), FactsFile()]
     if config.wandb != "disabled":
         chosen.append(WandbObserver(config, say=console.say))
     if picture is not None:

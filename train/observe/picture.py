@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from train.observe.base import Observer, RunInfo
-from train.report import draw_loss_curve
 
 
 class LossPicture(Observer):
@@ -24,8 +23,9 @@ class LossPicture(Observer):
     def on_end(self, summary: Mapping[str, Any]) -> None:
         if self._run_dir is None:
             return
-        baseline = summary.get("baseline/trigram")
+        from train.report import draw_loss_curve  # here: matplotlib takes a second that only the end should pay
+
         try:
-            self.path = draw_loss_curve(self._run_dir, baseline=baseline)
+            self.path = draw_loss_curve(self._run_dir)
         except (ValueError, OSError) as error:  # a run that ended before its first logged step; a full disk
             self.say(f"The loss curves were not drawn: {error}")

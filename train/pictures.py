@@ -1,0 +1,433 @@
+"""Pictures of metrics: one function per picture, from the series of one or several runs to a PNG.
+
+Made to be read at a glance: lines are labelled where they end, in the colour of the line (the Okabe-Ito palette,
+which colour blindness leaves distinct); the raw values stay visible, faint, under a running mean; the first steps,
+whose loss would flatten everything after them, may leave the axis, and the picture says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+FORMAT_COLOURS = {"nvfp4": "#009E73", "mxfp8": "#E69F00", "bf16": "#0072B2", "fp32": "#8C8C8C"}
+_SHARE = "precision/share/"
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "figure.dpi": 120,
+    "savefig.dpi": 120,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One run: `name` for the labels, `entries` the objects of its metrics.jsonl with rising `step`."""
+
+    name: str
+    entries: Sequence[dict[str, Any]]
+    baseline: float | None = None  # nats per token of the trigram count model
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and finite values of a metric, both fp64 [n]."""
+        pairs = [(entry["step"], entry[key]) for entry in self.entries if isinstance(entry.get(key), int | float)]
+        array = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+        array = array[np.isfinite(array[:, 1])]
+        return array[:, 0], array[:, 1]
+
+    def keys(self, prefix: str) -> list[str]:
+        """The metrics that begin with `prefix` and have a finite value, sorted."""
+        names = sorted({key for entry in self.entries for key in entry if key.startswith(prefix)})
+        return [name for name in names if len(self.of(name)[0])]
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean [n] -> [n] over `window` points (made odd); the window shrinks symmetrically at both
+    ends."""
+    half = max(0, (min(window, len(values)) - 1) // 2)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+
+def gap(run: Series, reference: Series, key: str = "loss/lm") -> tuple[np.ndarray, np.ndarray]:
+    """Steps both runs logged, and 100 * (run / reference - 1) there."""
+    steps, values = run.of(key)
+    reference_steps, reference_values = reference.of(key)
+    common, mine, theirs = np.intersect1d(steps, reference_steps, return_indices=True)
+    return common, 100.0 * (values[mine] / reference_values[theirs] - 1.0)
+
+
+def final(values: np.ndarray, share: float = 0.1) -> float:
+    """The mean of the last tenth: what a curve has come to, without the noise of its last point."""
+    return float(np.mean(values[-max(1, round(len(values) * share)) :]))
+
+
+# --- the pictures
+# -------------------------------------------------------------------------------------------------------
+
+
+def draw_losses(runs: Sequence[Series], path: Path) -> Path:
+    """The losses of one run in one frame, or one frame per loss with a line per run.
+
+    Raises ValueError when no run has a finite loss/lm.
+    """
+    if not any(len(run.of("loss/lm")[0]) for run in runs):
+        raise ValueError(
+            f"{', '.join(run.name for run in runs)}: no finite loss/lm was logged, so there is no curve to draw"
+        )
+    with plt.rc_context(_STYLE):
+        return _one_run_losses(runs[0], path) if len(runs) == 1 else _many_run_losses(runs, path)
+
+
+def _one_run_losses(run: Series, path: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(10, 5.6), layout="constrained")
+    lines: list[_Line] = [_Line(*run.of("loss/lm"), "LM", RUN_COLOURS[0])]
+    for index, key in enumerate(run.keys("loss/mtp_"), start=1):
+        lines.append(_Line(*run.of(key), f"MTP {key.rpartition('_')[2]}", RUN_COLOURS[index % len(RUN_COLOURS)]))
+    steps, values = run.of("eval/loss")
+    validation = [_Line(steps, values, "validation", "#000000", dots=True)] if len(steps) else []
+    _draw_lines(axes, lines + validation, clip=True, baseline=run.baseline)
+    axes.set_title(f"Loss of {run.name}")
+    axes.set_ylabel("nats per token")
+    _step_axis(axes, [run])
+    return _save(figure, path)
+
+
+def _many_run_losses(runs: Sequence[Series], path: Path) -> Path:
+    depths = sorted({key for run in runs for key in run.keys("loss/mtp_")})
+    panels = [("loss/lm", "LM loss"), *((key, f"MTP {key.rpartition('_')[2]} loss") for key in depths)]
+    if any(len(run.of("eval/loss")[0]) for run in runs):
+        panels.insert(1, ("eval/loss", "Validation loss"))
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(7.0 * columns, 4.2 * rows), layout="constrained", squeeze=False)
+    for axes, (key, title) in zip(grid.flat, panels, strict=False):
+        lines = [
+            _Line(*run.of(key), run.name, RUN_COLOURS[index], dots=key == "eval/loss")
+            for index, run in enumerate(runs)
+            if len(run.of(key)[0])
+        ]
+        baselines = {round(run.baseline, 6) for run in runs if run.baseline is not None}
+        shown = baselines.pop() if key in ("loss/lm", "eval/loss") and len(baselines) == 1 else None
+        _draw_lines(axes, lines, clip=True, baseline=shown)
+        axes.set_title(title)
+        axes.set_ylabel("nats per token")
+        _step_axis(axes, runs)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    return _save(figure, path)
+
+
+def draw_gap(runs: Sequence[Series], path: Path) -> Path:
+    """How far each run's LM loss is from the first run's, in percent, on the steps both logged.
+
+    Raises ValueError when no run shares a logged step with the first.
+    """
+    reference, *others = runs
+    lines = []
+    for index, run in enumerate(others, start=1):
+        steps, percent = gap(run, reference)
+        if len(steps):
+            lines.append(_Line(steps, percent, f"{run.name} {final(percent):+.2f}%", RUN_COLOURS[index]))
+    if not lines:
+        raise ValueError(f"no run shares a logged step with {reference.name}: there is no gap to draw")
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
+        axes.axhline(0.0, color=RUN_COLOURS[0], linewidth=1.6)
+        _draw_lines(axes, lines, clip=True, both_ends=True, window_share=20, zero=(reference.name, RUN_COLOURS[0]))
+        axes.set_title(f"LM loss relative to {reference.name} (labels: mean of the last tenth of the steps)")
+        axes.set_ylabel("gap in %  (above 0 is worse)")
+        _step_axis(axes, runs)
+        return _save(figure, path)
+
+
+def draw_speed(runs: Sequence[Series], path: Path) -> Path:
+    """Tokens per second."""
+    title = "Throughput"
+    return _draw_metric(runs, path, "tokens_per_second", title, "tokens per second", bottom=0.0, digits="{:,.0f}/s")
+
+
+def draw_gradient_norms(runs: Sequence[Series], path: Path) -> Path:
+    """Gradient norms before clipping, on a logarithmic axis."""
+    return _draw_metric(runs, path, "grad_norm", "Gradient norm before clipping", "L2 norm (log scale)", log=True)
+
+
+def draw_learning_rate(runs: Sequence[Series], path: Path) -> Path:
+    """Learning rates; not smoothed."""
+    return _draw_metric(runs, path, "learning_rate", "Learning rate", "learning rate", bottom=0.0, window_share=0)
+
+
+def _draw_metric(
+    runs: Sequence[Series],
+    path: Path,
+    key: str,
+    title: str,
+    unit: str,
+    *,
+    log: bool = False,
+    bottom: float | None = None,
+    window_share: int = 50,
+    digits: str = "",
+) -> Path:
+    lines = []
+    for index, run in enumerate(runs):
+        steps, values = run.of(key)
+        if log:
+            steps, values = steps[values > 0], values[values > 0]
+        if len(steps):
+            label = run.name + (f" {digits.format(float(np.median(values)))}" if digits else "")
+            lines.append(_Line(steps, values, label, RUN_COLOURS[index]))
+    if not lines:
+        raise ValueError(f"no run logged a usable {key}: there is nothing to draw")
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(10, 4.2), layout="constrained")
+        if log:
+            axes.set_yscale("log")
+        _draw_lines(axes, lines, window_share=window_share, bottom=bottom)
+        axes.set_title(title + (" (labels: median)" if digits else ""))
+        axes.set_ylabel(unit)
+        if key == "tokens_per_second":
+            axes.yaxis.set_major_formatter(FuncFormatter(_short))
+        _step_axis(axes, runs)
+        return _save(figure, path)
+
+
+def draw_precision_shares(runs: Sequence[Series], path: Path) -> Path:
+    """Which share of the GEMM FLOPs ran in which format: a bar per run, or areas over the steps where a schedule
+    changes it.
+
+    Raises ValueError when no run logged a precision share.
+    """
+    shown = [run for run in runs if run.keys(_SHARE)]
+    if not shown:
+        raise ValueError("no run logged precision/share/*: there is nothing to draw")
+    formats = _ordered_formats({key.removeprefix(_SHARE) for run in shown for key in run.keys(_SHARE)})
+    tables = [_shares(run, formats) for run in shown]
+    with plt.rc_context(_STYLE):
+        if all(np.allclose(shares, shares[:, :1], atol=5e-4) for _, shares in tables):
+            return _share_bars(shown, formats, [shares[:, 0] for _, shares in tables], path)
+        return _share_areas(shown, formats, tables, path)
+
+
+def _shares(run: Series, formats: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [n] and shares [formats, n]; a format that a logged step does not name has share 0 there."""
+    entries = [entry for entry in run.entries if any(key.startswith(_SHARE) for key in entry)]
+    steps = np.array([entry["step"] for entry in entries], dtype=np.float64)
+    return steps, np.array([[float(entry.get(_SHARE + name, 0.0)) for entry in entries] for name in formats])
+
+
+def _ordered_formats(names: set[str]) -> list[str]:
+    known = [name for name in FORMAT_COLOURS if name in names]
+    return known + sorted(names - set(known))
+
+
+def _format_colour(name: str, formats: Sequence[str]) -> str:
+    unknown = [other for other in formats if other not in FORMAT_COLOURS]
+    spare = ("#CC79A7", "#56B4E9", "#D55E00")
+    return FORMAT_COLOURS.get(name) or spare[unknown.index(name) % len(spare)]
+
+
+def _share_bars(runs: Sequence[Series], formats: Sequence[str], shares: Sequence[np.ndarray], path: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(10, 1.7 + 0.62 * len(runs)), layout="constrained")
+    rows = np.arange(len(runs))
+    left = np.zeros(len(runs))
+    for index, name in enumerate(formats):
+        widths = np.array([share[index] for share in shares])
+        axes.barh(
+            rows, widths, left=left, height=0.66, color=_format_colour(name, formats), label=name, edgecolor="white"
+        )
+        for row, (start, width) in enumerate(zip(left, widths, strict=True)):
+            if width >= 0.05:  # narrower parts have no room for their number; the table of the run has it
+                axes.text(
+                    start + width / 2, row, f"{width:.0%}", ha="center", va="center", color="white", weight="bold"
+                )
+        left = left + widths
+    axes.set_yticks(rows, [run.name for run in runs])
+    axes.invert_yaxis()
+    axes.set_xlim(0.0, 1.0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(False, axis="y")
+    axes.set_title("Share of the GEMM FLOPs by format", pad=30)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(formats), frameon=False, borderaxespad=0.2)
+    return _save(figure, path)
+
+
+def _share_areas(
+    runs: Sequence[Series], formats: Sequence[str], tables: Sequence[tuple[np.ndarray, np.ndarray]], path: Path
+) -> Path:
+    figure, grid = plt.subplots(
+        len(runs), 1, figsize=(10, 1.2 + 2.4 * len(runs)), layout="constrained", squeeze=False, sharex=True
+    )
+    colours = [_format_colour(name, formats) for name in formats]
+    for axes, run, (steps, shares) in zip(grid.flat, runs, tables, strict=True):
+        axes.stackplot(steps, shares, labels=formats, colors=colours, step="post")
+        axes.set_ylim(0.0, 1.0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_title(run.name)
+        axes.margins(x=0)
+    grid.flat[-1].set_xlabel("step")
+    figure.suptitle("Share of the GEMM FLOPs by format", x=0.01, ha="left", weight="bold")
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(formats), frameon=False)
+    return _save(figure, path)
+
+
+# --- lines, labels, axes
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Line:
+    steps: np.ndarray
+    values: np.ndarray
+    label: str
+    colour: str
+    dots: bool = False  # few exact points instead of a noisy series
+
+
+def _draw_lines(
+    axes: Axes,
+    lines: Sequence[_Line],
+    *,
+    clip: bool = False,
+    both_ends: bool = False,
+    window_share: int = 50,
+    bottom: float | None = None,
+    baseline: float | None = None,
+    zero: tuple[str, str] | None = None,
+) -> None:
+    """Raw values faint, the running mean (over 1/`window_share` of the points; 0: none) strong, labels at the right
+    end.
+
+    `clip` lets the first twentieth of the steps leave the axis (upwards, or `both_ends`); `baseline` and `zero` are
+    horizontal lines with their own labels.
+    """
+    labels: list[tuple[float, str, str]] = []
+    kept: list[np.ndarray] = []
+    last = max(float(line.steps[-1]) for line in lines)
+    first = min(float(line.steps[0]) for line in lines)
+    for line in lines:
+        if line.dots:
+            axes.plot(line.steps, line.values, color=line.colour, linewidth=1.0, marker="o", markersize=4.5, zorder=4)
+            mean = line.values
+        else:
+            mean = smooth(line.values, max(1, len(line.values) // window_share)) if window_share else line.values
+            if len(line.values) > 1:
+                axes.plot(line.steps, line.values, color=line.colour, linewidth=0.8, alpha=0.25, zorder=2)
+                axes.plot(line.steps, mean, color=line.colour, linewidth=2.0, zorder=3)
+            else:
+                axes.plot(line.steps, mean, color=line.colour, marker="o", zorder=3)
+        late = line.steps >= first + 0.05 * (last - first)
+        kept.append(mean[late] if late.any() else mean)
+        labels.append((float(mean[-1]), line.label, line.colour))
+    if clip:
+        _clip(axes, lines, np.concatenate(kept), baseline, both_ends)
+    if bottom is not None:
+        axes.set_ylim(bottom=bottom)
+    if baseline is not None:
+        axes.axhline(baseline, color="#555555", linewidth=1.2, linestyle=(0, (5, 4)), zorder=1)
+        labels.append((baseline, f"trigram model {baseline:.2f}", "#555555"))
+    if zero is not None:
+        labels.append((0.0, zero[0], zero[1]))
+    axes.set_xlim(first, last + 1e-9 if last > first else first + 1)
+    _label_ends(axes, labels)
+
+
+def _clip(axes: Axes, lines: Sequence[_Line], kept: np.ndarray, baseline: float | None, both_ends: bool) -> None:
+    low, high = float(kept.min()), float(kept.max())
+    if baseline is not None:
+        low, high = min(low, baseline), max(high, baseline)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
+    if both_ends:
+        low, high = min(low, 0.0), max(high, 0.0)
+    axes.set_ylim(low - margin, high + margin)
+    start = max(float(line.values[: max(1, len(line.values) // 20)].max()) for line in lines)
+    if start > high + margin and not both_ends:
+        axes.text(
+            0.99, 0.98, f"the first steps, up to {start:.2f}, are above the axis",
+            transform=axes.transAxes, ha="right", va="top", fontsize=9, color="#555555",
+        )  # fmt: skip
+
+
+def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Writes each label right of the axis at its value, moved up or down until none overlaps another."""
+    to_axes: Callable[[float], float] = lambda value: float(  # noqa: E731
+        axes.transAxes.inverted().transform(axes.transData.transform((0.0, value)))[1]
+    )
+    height_points = axes.get_figure().get_size_inches()[1] * 72 * axes.get_position().height  # type: ignore[union-attr]
+    space = 13.5 / max(height_points, 1.0)
+    wanted = sorted(((min(max(to_axes(value), 0.0), 1.0), text, colour) for value, text, colour in labels))
+    for (value, text, colour), place in zip(wanted, _spread([value for value, _, _ in wanted], space), strict=True):
+        del value
+        axes.annotate(
+            text, (1.0, place), xycoords="axes fraction", xytext=(7, 0), textcoords="offset points",
+            va="center", ha="left", color=colour, weight="bold", fontsize=10, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _spread(places: Sequence[float], space: float) -> list[float]:
+    """Rising places, at least `space` apart and as near to the wanted (rising) ones as blocks of equal moves allow."""
+    blocks: list[list[float]] = []  # [sum of wanted minus offset, count]
+    for place in places:
+        blocks.append([place, 1.0])
+        while len(blocks) > 1:
+            (first_sum, first_count), (second_sum, second_count) = blocks[-2:]
+            first_start = first_sum / first_count
+            if second_sum / second_count >= first_start + first_count * space - 1e-12:
+                break
+            blocks[-2:] = [[first_sum + second_sum - second_count * first_count * space, first_count + second_count]]
+    result: list[float] = []
+    for total, count in blocks:
+        result += [total / count + index * space for index in range(int(count))]
+    return result
+
+
+def _step_axis(axes: Axes, runs: Sequence[Series]) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    per_step = {
+        round(run.entries[-1]["tokens"] / run.entries[-1]["step"])
+        for run in runs
+        if run.entries[-1].get("tokens") and run.entries[-1]["step"] > 0
+    }
+    axes.set_xlabel(f"step ({per_step.pop():,} tokens each)" if len(per_step) == 1 else "step")
+
+
+def _short(value: float, _position: int | None = None) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name("." + path.name)
+    figure.savefig(temporary, format="png", facecolor="white")
+    plt.close(figure)
+    temporary.replace(path)
+    return path
