@@ -1,0 +1,190 @@
+"""Finding and reading checkpoints: any layout reads what any other wrote.
+
+A reader asks for boxes of global tensors; each is assembled from the stored boxes that meet it, of which only the
+needed slices are read.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from train.checkpoint.boxes import Box
+from train.checkpoint.manifest import CheckpointError, Manifest, StoredTensor, read_manifest
+from train.checkpoint.parts import Part
+from train.checkpoint.ranks import exchange, rank_and_size
+
+
+class Checkpoint:
+    """A checkpoint on disk whose manifest and file sizes are in order (`latest` and `open_checkpoint` also verify
+    the checksums).
+    """
+
+    def __init__(self, path: Path | str):
+        """Raises CheckpointError if the directory is not a complete checkpoint."""
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        for name, file in self.manifest.files.items():
+            try:
+                size = os.stat(self.path / name).st_size
+            except OSError:
+                raise CheckpointError(f"its file {name} is missing") from None
+            if size != file.size:
+                raise CheckpointError(f"its file {name} has {size} bytes instead of {file.size}")
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def tokens(self) -> int:
+        return self.manifest.tokens
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """The JSON values given to `save` (tuples come back as lists)."""
+        return self.manifest.state
+
+    def names(self, kind: str | None = None) -> list[str]:
+        """Names of the stored tensors, such as `exp_avg/norm_f.weight`; with a kind (`model`, ...) those of it,
+        without the kind.
+        """
+        if kind is None:
+            return sorted(self.manifest.tensors)
+        return sorted(name.removeprefix(f"{kind}/") for name in self.manifest.tensors if name.startswith(f"{kind}/"))
+
+    def verify(self, files: Sequence[str] | None = None) -> None:
+        """Reads the files (default: all) and raises CheckpointError if one is not what was written."""
+        files = sorted(self.manifest.files) if files is None else files
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for name, digest in zip(files, pool.map(self._digest, files), strict=True):
+                if digest != self.manifest.files[name].sha256:
+                    raise CheckpointError(f"its file {name} does not match its checksum")
+
+    def _digest(self, name: str) -> str | None:
+        try:
+            with open(self.path / name, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return None
+
+    def stored(self, name: str) -> StoredTensor:
+        """Dtype, shape and parts of a tensor; CheckpointError if there is none of this name."""
+        try:
+            return self.manifest.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"checkpoint {self.path} has no tensor {name}") from None
+
+    def read_full(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU, in its stored dtype."""
+        tensor = self.stored(name)
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if tensor.parts:
+            self.load_into([Part(name, tensor.shape, Box((0,) * len(tensor.shape), tensor.shape), whole)])
+        return whole
+
+    def load_into(self, parts: Iterable[Part]) -> None:
+        """Fills the parts' tensors in place, on whatever device they are.
+
+        A name that is not stored, or another global shape or dtype than the stored one, raises CheckpointError
+        before anything is changed.
+        """
+        wanted = [part for part in parts if part.box.elements]
+        for part in wanted:
+            tensor = self.stored(part.name)
+            if (tensor.shape, tensor.dtype) != (part.shape, part.tensor.dtype):
+                raise CheckpointError(
+                    f"tensor {part.name} is {tensor.dtype} {list(tensor.shape)} in checkpoint {self.path} "
+                    f"but {part.tensor.dtype} {list(part.shape)} in this run"
+                )
+        by_file: dict[str, list[tuple[str, Box, Box, Part]]] = {}
+        for part in wanted:
+            for source in self.stored(part.name).parts:
+                common = source.box.intersect(part.box)
+                if common is not None:
+                    by_file.setdefault(source.file, []).append((source.key, source.box, common, part))
+        for name, copies in by_file.items():
+            try:
+                with safe_open(self.path / name, framework="pt", device="cpu") as file, torch.no_grad():
+                    for key, box, common, part in copies:
+                        whole = common == box
+                        data = file.get_tensor(key) if whole else file.get_slice(key)[common.within(box).slices]
+                        part.tensor[common.within(part.box).slices].copy_(data)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"cannot read {self.path / name}: {error}") from None
+
+
+def step_directory(directory: Path | str, step: int) -> Path:
+    return Path(directory) / f"step-{step:08d}"
+
+
+def size_problem(path: Path) -> str | None:
+    """Why this directory is not a complete checkpoint, judged by manifest and file sizes; None if it is."""
+    try:
+        Checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def latest(directory: Path | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest valid checkpoint under `directory` (`RUN/checkpoints`), or None.
+
+    Candidates are tried from the newest step down; each that is not valid is reported, by rank 0, with the reason.
+    With a process group every rank calls this; they share the verification of the files and agree on the answer.
+    verify: compare checksums, which reads every file; sizes are compared always.
+    """
+    directory = Path(directory)
+    rank, size = rank_and_size()
+    found = [
+        (int(match[1]), match[2] == "", path.name)
+        for path in (directory.iterdir() if rank == 0 and directory.is_dir() else ())
+        if (match := re.fullmatch(r"step-(\d+)((?:\.old)?(?:\.partial)?)", path.name))
+    ]
+    for _, _, name in exchange(sorted(found, reverse=True))[0]:
+        checkpoint, problem = None, None
+        try:
+            if name.endswith(".partial"):
+                raise CheckpointError("it was never finished")
+            checkpoint = Checkpoint(directory / name)
+            if verify:
+                checkpoint.verify(sorted(checkpoint.manifest.files)[rank::size])
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [p for p in exchange(problem) if p]
+        if not problems:
+            return checkpoint
+        if rank == 0:
+            report(f"Skipping checkpoint {directory / name}: {problems[0]}.")
+    return None
+
+
+def open_checkpoint(path: Path | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint:
+    """The checkpoint meant by a path: a step's directory, or the newest valid one of a run's directory or its
+    `checkpoints`.
+
+    Raises CheckpointError if there is none.
+    """
+    path = Path(path)
+    if re.fullmatch(r"step-\d+(\.old)?", path.name):
+        try:
+            checkpoint = Checkpoint(path)
+            if verify:
+                checkpoint.verify()
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is not a valid checkpoint: {error}") from None
+        return checkpoint
+    inner = path / "checkpoints"
+    newest = latest(inner if inner.is_dir() else path, verify=verify, report=report)
+    if newest is None:
+        raise CheckpointError(
+            f"there is no valid checkpoint in {path}; give the directory of a run that saved one, or of a step"
+        )
+    return newest
