@@ -7,7 +7,7 @@ whose loss would flatten everything after them, may leave the axis, and the pict
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FORMAT_COLOURS = {"nvfp4": "#009E73", "mxfp8": "#E69F00", "bf16": "#0072B2", "fp32": "#8C8C8C"}
@@ -64,13 +64,17 @@ class Series:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean [n] -> [n] over `window` points (made odd); the window shrinks symmetrically at both
-    ends."""
+    """Centred running mean [n] -> [n] over `window` points (made odd).
+
+    At the beginning, where losses fall steeply, the window shrinks on both sides; at the end it only loses the side
+    that is not there, so that the last point is a mean too.
+    """
     half = max(0, (min(window, len(values)) - 1) // 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    before = np.minimum(half, index)
+    after = np.minimum(before, len(values) - 1 - index)
+    return (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
 
 
 def gap(run: Series, reference: Series, key: str = "loss/lm") -> tuple[np.ndarray, np.ndarray]:
@@ -105,12 +109,12 @@ def draw_losses(runs: Sequence[Series], path: Path) -> Path:
 
 def _one_run_losses(run: Series, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(10, 5.6), layout="constrained")
-    lines: list[_Line] = [_Line(*run.of("loss/lm"), "LM", RUN_COLOURS[0])]
+    lines = [_loss_line(run, "loss/lm", "LM", RUN_COLOURS[0])]
     for index, key in enumerate(run.keys("loss/mtp_"), start=1):
-        lines.append(_Line(*run.of(key), f"MTP {key.rpartition('_')[2]}", RUN_COLOURS[index % len(RUN_COLOURS)]))
-    steps, values = run.of("eval/loss")
-    validation = [_Line(steps, values, "validation", "#000000", dots=True)] if len(steps) else []
-    _draw_lines(axes, lines + validation, clip=True, baseline=run.baseline)
+        lines.append(_loss_line(run, key, f"MTP {key.rpartition('_')[2]}", RUN_COLOURS[index % len(RUN_COLOURS)]))
+    if run.keys("eval/loss"):
+        lines.append(_loss_line(run, "eval/loss", "validation", "#000000"))
+    _draw_lines(axes, lines, clip=True, baseline=run.baseline)
     axes.set_title(f"Loss of {run.name}")
     axes.set_ylabel("nats per token")
     _step_axis(axes, [run])
@@ -127,9 +131,7 @@ def _many_run_losses(runs: Sequence[Series], path: Path) -> Path:
     figure, grid = plt.subplots(rows, columns, figsize=(7.0 * columns, 4.2 * rows), layout="constrained", squeeze=False)
     for axes, (key, title) in zip(grid.flat, panels, strict=False):
         lines = [
-            _Line(*run.of(key), run.name, RUN_COLOURS[index], dots=key == "eval/loss")
-            for index, run in enumerate(runs)
-            if len(run.of(key)[0])
+            _loss_line(run, key, run.name, RUN_COLOURS[index]) for index, run in enumerate(runs) if len(run.of(key)[0])
         ]
         baselines = {round(run.baseline, 6) for run in runs if run.baseline is not None}
         shown = baselines.pop() if key in ("loss/lm", "eval/loss") and len(baselines) == 1 else None
@@ -140,6 +142,13 @@ def _many_run_losses(runs: Sequence[Series], path: Path) -> Path:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     return _save(figure, path)
+
+
+def _loss_line(run: Series, key: str, label: str, colour: str) -> _Line:
+    """Labelled with what the table of the report shows: the last evaluation, or the mean of the last tenth."""
+    steps, values = run.of(key)
+    dots = key == "eval/loss"
+    return _Line(steps, values, f"{label} {values[-1] if dots else final(values):.3f}", colour, dots=dots)
 
 
 def draw_gap(runs: Sequence[Series], path: Path) -> Path:
@@ -208,6 +217,10 @@ def _draw_metric(
         if log:
             axes.set_yscale("log")
         _draw_lines(axes, lines, window_share=window_share, bottom=bottom)
+        if log:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(_short))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title + (" (labels: median)" if digits else ""))
         axes.set_ylabel(unit)
         if key == "tokens_per_second":
@@ -262,9 +275,8 @@ def _share_bars(runs: Sequence[Series], formats: Sequence[str], shares: Sequence
         )
         for row, (start, width) in enumerate(zip(left, widths, strict=True)):
             if width >= 0.05:  # narrower parts have no room for their number; the table of the run has it
-                axes.text(
-                    start + width / 2, row, f"{width:.0%}", ha="center", va="center", color="white", weight="bold"
-                )
+                ink = "black" if name == "mxfp8" else "white"  # white on orange is hard to read
+                axes.text(start + width / 2, row, f"{width:.0%}", ha="center", va="center", color=ink, weight="bold")
         left = left + widths
     axes.set_yticks(rows, [run.name for run in runs])
     axes.invert_yaxis()
@@ -280,7 +292,7 @@ def _share_areas(
     runs: Sequence[Series], formats: Sequence[str], tables: Sequence[tuple[np.ndarray, np.ndarray]], path: Path
 ) -> Path:
     figure, grid = plt.subplots(
-        len(runs), 1, figsize=(10, 1.2 + 2.4 * len(runs)), layout="constrained", squeeze=False, sharex=True
+        len(runs), 1, figsize=(10, 1.2 + 1.6 * len(runs)), layout="constrained", squeeze=False, sharex=True
     )
     colours = [_format_colour(name, formats) for name in formats]
     for axes, run, (steps, shares) in zip(grid.flat, runs, tables, strict=True):
@@ -289,7 +301,7 @@ def _share_areas(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_title(run.name)
         axes.margins(x=0)
-    grid.flat[-1].set_xlabel("step")
+    _step_axis(grid.flat[-1], runs)
     figure.suptitle("Share of the GEMM FLOPs by format", x=0.01, ha="left", weight="bold")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(formats), frameon=False)
@@ -320,28 +332,27 @@ def _draw_lines(
     baseline: float | None = None,
     zero: tuple[str, str] | None = None,
 ) -> None:
-    """Raw values faint, the running mean (over 1/`window_share` of the points; 0: none) strong, labels at the right
-    end.
+    """Raw values faint (of up to three lines; more would be a fog), the running mean strong, labels at the right end.
 
-    `clip` lets the first twentieth of the steps leave the axis (upwards, or `both_ends`); `baseline` and `zero` are
+    The mean is over 1/`window_share` of the points, at least 5 of a series of 20 or more (`window_share` 0: no mean).
+    `clip` lets the first twentieth of the steps leave the axis, at its top or at `both_ends`; `baseline` and `zero` are
     horizontal lines with their own labels.
     """
     labels: list[tuple[float, str, str]] = []
     kept: list[np.ndarray] = []
     last = max(float(line.steps[-1]) for line in lines)
-    first = min(float(line.steps[0]) for line in lines)
+    faint = sum(not line.dots for line in lines) <= 3
     for line in lines:
-        if line.dots:
+        count = len(line.values)
+        if line.dots or count == 1:
             axes.plot(line.steps, line.values, color=line.colour, linewidth=1.0, marker="o", markersize=4.5, zorder=4)
             mean = line.values
         else:
-            mean = smooth(line.values, max(1, len(line.values) // window_share)) if window_share else line.values
-            if len(line.values) > 1:
+            mean = smooth(line.values, max(min(5, count // 4), count // window_share)) if window_share else line.values
+            if faint:
                 axes.plot(line.steps, line.values, color=line.colour, linewidth=0.8, alpha=0.25, zorder=2)
-                axes.plot(line.steps, mean, color=line.colour, linewidth=2.0, zorder=3)
-            else:
-                axes.plot(line.steps, mean, color=line.colour, marker="o", zorder=3)
-        late = line.steps >= first + 0.05 * (last - first)
+            axes.plot(line.steps, mean, color=line.colour, linewidth=2.0, zorder=3)
+        late = line.steps >= 0.05 * last
         kept.append(mean[late] if late.any() else mean)
         labels.append((float(mean[-1]), line.label, line.colour))
     if clip:
@@ -353,7 +364,7 @@ def _draw_lines(
         labels.append((baseline, f"trigram model {baseline:.2f}", "#555555"))
     if zero is not None:
         labels.append((0.0, zero[0], zero[1]))
-    axes.set_xlim(first, last + 1e-9 if last > first else first + 1)
+    axes.set_xlim(0.0, max(last, 1.0))
     _label_ends(axes, labels)
 
 
@@ -361,53 +372,54 @@ def _clip(axes: Axes, lines: Sequence[_Line], kept: np.ndarray, baseline: float 
     low, high = float(kept.min()), float(kept.max())
     if baseline is not None:
         low, high = min(low, baseline), max(high, baseline)
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
     if both_ends:
         low, high = min(low, 0.0), max(high, 0.0)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
     axes.set_ylim(low - margin, high + margin)
     start = max(float(line.values[: max(1, len(line.values) // 20)].max()) for line in lines)
     if start > high + margin and not both_ends:
-        axes.text(
-            0.99, 0.98, f"the first steps, up to {start:.2f}, are above the axis",
-            transform=axes.transAxes, ha="right", va="top", fontsize=9, color="#555555",
-        )  # fmt: skip
+        note = f"first steps, up to {start:.2f}, above the axis"
+        axes.set_title(note, loc="right", fontsize=9, weight="normal", color="#555555")
 
 
 def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     """Writes each label right of the axis at its value, moved up or down until none overlaps another."""
-    to_axes: Callable[[float], float] = lambda value: float(  # noqa: E731
-        axes.transAxes.inverted().transform(axes.transData.transform((0.0, value)))[1]
-    )
-    height_points = axes.get_figure().get_size_inches()[1] * 72 * axes.get_position().height  # type: ignore[union-attr]
-    space = 13.5 / max(height_points, 1.0)
-    wanted = sorted(((min(max(to_axes(value), 0.0), 1.0), text, colour) for value, text, colour in labels))
-    for (value, text, colour), place in zip(wanted, _spread([value for value, _, _ in wanted], space), strict=True):
-        del value
+    figure_height = axes.figure.bbox.height * 72 / axes.figure.dpi  # points
+    space = 14.5 / (figure_height * axes.get_position().height)
+    low, high = (axes.transData.transform((0.0, value))[1] for value in axes.get_ylim())
+    wanted = []
+    for value, text, colour in labels:
+        place = (axes.transData.transform((0.0, value))[1] - low) / (high - low)
+        wanted.append((min(max(float(place), 0.0), 1.0), text, colour))
+    wanted.sort()
+    places = spread([place for place, _, _ in wanted], space)
+    for (_, text, colour), place in zip(wanted, places, strict=True):
         axes.annotate(
             text, (1.0, place), xycoords="axes fraction", xytext=(7, 0), textcoords="offset points",
             va="center", ha="left", color=colour, weight="bold", fontsize=10, annotation_clip=False,
         )  # fmt: skip
 
 
-def _spread(places: Sequence[float], space: float) -> list[float]:
-    """Rising places, at least `space` apart and as near to the wanted (rising) ones as blocks of equal moves allow."""
-    blocks: list[list[float]] = []  # [sum of wanted minus offset, count]
+def spread(places: Sequence[float], space: float) -> list[float]:
+    """Moves rising places apart to at least `space`, each as little as that allows, inside 0..1 while there is room."""
+    blocks: list[list[float]] = []  # [sum of where each member wants the block to begin, count]
     for place in places:
         blocks.append([place, 1.0])
         while len(blocks) > 1:
             (first_sum, first_count), (second_sum, second_count) = blocks[-2:]
-            first_start = first_sum / first_count
-            if second_sum / second_count >= first_start + first_count * space - 1e-12:
+            if second_sum / second_count >= first_sum / first_count + first_count * space - 1e-12:
                 break
             blocks[-2:] = [[first_sum + second_sum - second_count * first_count * space, first_count + second_count]]
-    result: list[float] = []
-    for total, count in blocks:
-        result += [total / count + index * space for index in range(int(count))]
-    return result
+    apart = [total / count + index * space for total, count in blocks for index in range(int(count))]
+    top = [1.0 - (len(apart) - 1 - index) * space for index in range(len(apart))]
+    if not apart or top[0] < 0.0:  # no room inside: they may leave it
+        return apart
+    apart = [min(place, highest) for place, highest in zip(apart, top, strict=True)]
+    return [max(place, index * space) for index, place in enumerate(apart)]
 
 
 def _step_axis(axes: Axes, runs: Sequence[Series]) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     per_step = {
         round(run.entries[-1]["tokens"] / run.entries[-1]["step"])
