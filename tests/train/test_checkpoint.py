@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -354,6 +355,25 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path, kind):
     assert steps(tmp_path) == ["step-00000010", "step-00000011"]
     again = latest(tmp_path, report=pytest.fail)
     assert again is not None and torch.equal(again.read_full("model/a"), simple(11)[0].tensor)
+
+
+def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
+    save(tmp_path, 1, simple(), {})
+    path = save(tmp_path, 2, simple(), {"loss": 1.25}, shard_bytes=2000)
+    rng = random.Random(0)
+    for file in sorted(path.iterdir()):
+        intact = file.read_bytes()
+        for _ in range(12):
+            position = rng.randrange(len(intact))
+            damaged = bytearray(intact)
+            damaged[position] ^= 1
+            for content in (damaged, intact[:position]):
+                file.write_bytes(content)
+                checkpoint = latest(tmp_path, report=lambda _: None)
+                assert checkpoint is not None and checkpoint.step == 1, (file.name, position)
+        file.write_bytes(intact)
+    checkpoint = latest(tmp_path, report=pytest.fail)
+    assert checkpoint is not None and checkpoint.step == 2
 
 
 def test_without_verification_only_sizes_are_compared(tmp_path):

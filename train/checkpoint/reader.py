@@ -19,7 +19,7 @@ from torch import Tensor
 from train.checkpoint.boxes import Box
 from train.checkpoint.manifest import CheckpointError, Manifest, StoredTensor, read_manifest
 from train.checkpoint.parts import Part
-from train.checkpoint.ranks import exchange, rank_and_size
+from train.checkpoint.ranks import exchange, rank_and_size, together
 
 
 class Checkpoint:
@@ -68,12 +68,12 @@ class Checkpoint:
                 if digest != self.manifest.files[name].sha256:
                     raise CheckpointError(f"its file {name} does not match its checksum")
 
-    def _digest(self, name: str) -> str | None:
+    def _digest(self, name: str) -> str:
         try:
             with open(self.path / name, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            return None
+        except OSError as error:
+            raise CheckpointError(f"its file {name} cannot be read ({error.strerror})") from None
 
     def stored(self, name: str) -> StoredTensor:
         """Dtype, shape and parts of a tensor; CheckpointError if there is none of this name."""
@@ -143,12 +143,18 @@ def latest(directory: Path | str, *, verify: bool = True, report: Callable[[str]
     """
     directory = Path(directory)
     rank, size = rank_and_size()
-    found = [
-        (int(match[1]), match[2] == "", path.name)
-        for path in (directory.iterdir() if rank == 0 and directory.is_dir() else ())
-        if (match := re.fullmatch(r"step-(\d+)((?:\.old)?(?:\.partial)?)", path.name))
-    ]
-    for _, _, name in exchange(sorted(found, reverse=True))[0]:
+
+    def candidates() -> list[tuple[int, bool, str]]:
+        return sorted(
+            (
+                (int(match[1]), match[2] == "", path.name)
+                for path in (directory.iterdir() if rank == 0 and directory.is_dir() else ())
+                if (match := re.fullmatch(r"step-(\d+)((?:\.old)?(?:\.partial)?)", path.name))
+            ),
+            reverse=True,
+        )
+
+    for _, _, name in together(candidates, f"cannot look for checkpoints in {directory}")[0]:
         checkpoint, problem = None, None
         try:
             if name.endswith(".partial"):
@@ -157,7 +163,7 @@ def latest(directory: Path | str, *, verify: bool = True, report: Callable[[str]
             if verify:
                 checkpoint.verify(sorted(checkpoint.manifest.files)[rank::size])
         except CheckpointError as error:
-            problem = str(error)
+            problem = f"{error} (rank {rank})" if size > 1 else str(error)
         problems = [p for p in exchange(problem) if p]
         if not problems:
             return checkpoint
