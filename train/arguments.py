@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 
 
@@ -22,7 +23,10 @@ def key_values(arguments: Sequence[str], known: Iterable[str]) -> dict[str, Any]
         except HydraException:
             raise ValueError(f"{argument!r} is not understood: write {known[0]}=..., with lists as [a,b]") from None
         key = override.key_or_group
-        if override.input_line is None or "=" not in argument or key not in known:
+        if override.type is not OverrideType.CHANGE or key not in known:
             raise ValueError(f"{argument!r} is unknown here: the keys are {', '.join(known)}")
-        values[key] = override.value()
+        value = override.value()
+        if override.is_sweep_override() or isinstance(value, dict):
+            raise ValueError(f"{argument!r} is neither a value nor a list: write a list as {key}=[a,b]")
+        values[key] = value
     return values

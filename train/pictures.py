@@ -126,12 +126,15 @@ def _many_run_losses(runs: Sequence[Series], path: Path) -> Path:
     panels = [("loss/lm", "LM loss"), *((key, f"MTP {key.rpartition('_')[2]} loss") for key in depths)]
     if any(len(run.of("eval/loss")[0]) for run in runs):
         panels.insert(1, ("eval/loss", "Validation loss"))
+    longest = max(run.entries[-1]["step"] for run in runs)
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(7.0 * columns, 4.2 * rows), layout="constrained", squeeze=False)
     for axes, (key, title) in zip(grid.flat, panels, strict=False):
         lines = [
-            _loss_line(run, key, run.name, RUN_COLOURS[index]) for index, run in enumerate(runs) if len(run.of(key)[0])
+            _loss_line(run, key, run.name, RUN_COLOURS[index], longest)
+            for index, run in enumerate(runs)
+            if len(run.of(key)[0])
         ]
         baselines = {round(run.baseline, 6) for run in runs if run.baseline is not None}
         shown = baselines.pop() if key in ("loss/lm", "eval/loss") and len(baselines) == 1 else None
@@ -144,11 +147,15 @@ def _many_run_losses(runs: Sequence[Series], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _loss_line(run: Series, key: str, label: str, colour: str) -> _Line:
-    """Labelled with what the table of the report shows: the last evaluation, or the mean of the last tenth."""
+def _loss_line(run: Series, key: str, label: str, colour: str, longest: int = 0) -> _Line:
+    """Labelled with what the table of the report shows: the last evaluation, or the mean of the last tenth.
+
+    A run that ends well before `longest` steps says where, as its loss is not comparable with the others'.
+    """
     steps, values = run.of(key)
     dots = key == "eval/loss"
-    return _Line(steps, values, f"{label} {values[-1] if dots else final(values):.3f}", colour, dots=dots)
+    where = f" at {steps[-1]:,.0f}" if run.entries[-1]["step"] < 0.98 * longest else ""
+    return _Line(steps, values, f"{label} {values[-1] if dots else final(values):.3f}{where}", colour, dots=dots)
 
 
 def draw_gap(runs: Sequence[Series], path: Path) -> Path:
@@ -385,7 +392,7 @@ def _clip(axes: Axes, lines: Sequence[_Line], kept: np.ndarray, baseline: float 
 def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     """Writes each label right of the axis at its value, moved up or down until none overlaps another."""
     figure_height = axes.figure.bbox.height * 72 / axes.figure.dpi  # points
-    space = 14.5 / (figure_height * axes.get_position().height)
+    space = 13.0 / (figure_height * axes.get_position().height)
     low, high = (axes.transData.transform((0.0, value))[1] for value in axes.get_ylim())
     wanted = []
     for value, text, colour in labels:

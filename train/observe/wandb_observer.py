@@ -72,6 +72,7 @@ class WandbObserver(Observer):
             console="off",
             init_timeout=self.config.wandb_timeout_seconds,
             finish_timeout=self.config.wandb_timeout_seconds,
+            host="not-recorded",  # left out, W&B would ask the machine
             disable_git=True,
             disable_code=True,
             disable_job_creation=True,
@@ -83,7 +84,7 @@ class WandbObserver(Observer):
             x_transaction_log_flush_interval=1.0,  # seconds; what a killed run may lose
         )
         recipe = without_secrets(run.recipe)
-        parallel_facts = {"parameters": run.parameters, "active_parameters": run.active_parameters}
+        parameters = {"parameters": run.parameters, "active_parameters": run.active_parameters}
         self._run = wandb.init(
             mode="online" if self.config.wandb == "online" else "offline",
             dir=str(run.run_dir),  # W&B adds the folder `wandb`
@@ -92,7 +93,7 @@ class WandbObserver(Observer):
             name=str((run.recipe.get("run") or {}).get("name") or run.run_dir.name),
             id=self.id,
             resume="allow",
-            config={**recipe, **parallel_facts},
+            config={**recipe, **parameters},
             settings=settings,
         )
         self._say(f"W&B: {self.config.wandb}, run id {self.id}")
