@@ -280,6 +280,11 @@ def test_secrets_are_removed_and_ordinary_keys_stay() -> None:
 # --- Weights & Biases
 
 
+def without_service() -> dict[str, str]:
+    """The environment less the variable by which a child of a process that uses W&B would share its service."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+
+
 def wandb_records(path: Path) -> Iterator[Any]:
     """The records of a .wandb file: 7 bytes, then LevelDB log blocks of 32 KiB, each record in one or more
     fragments."""
@@ -372,7 +377,9 @@ def test_wandb_id_survives_a_kill_before_the_first_checkpoint(tmp_path: Path) ->
         "o = WandbObserver(MonitorConfig()); o.on_start(RunInfo({}, Path(sys.argv[1]), 1, 1, 0, 10, 1))\n"
         "o.on_step({'step': 1, 'tokens': 1, 'loss/lm': 2.0}); print('ready', flush=True); time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=without_service()
+    )
     assert process.stdout is not None
     while (line := process.stdout.readline()) and line != "ready\n":
         pass
@@ -414,10 +421,33 @@ def test_wandb_failure_in_the_middle_goes_quiet(tmp_path: Path) -> None:
     said: list[str] = []
     observer = WandbObserver(MonitorConfig(), said.append)
     observer._run = run = Run()
-    observer.on_step(metrics_of(1))
-    observer.on_step(metrics_of(2))
+    for step in range(1, 5):
+        observer.on_step(metrics_of(step))
+        if observer._worker is not None:
+            observer._worker.join(5)  # it ends at its first failure
     observer.on_end({})
-    assert run.calls == 1 and len(said) == 1 and "BrokenPipeError" in said[0]
+    assert run.calls == 1 and len(said) == 1 and "BrokenPipeError: service is gone" in said[0]
+
+
+def test_wandb_service_that_hangs_delays_only_the_end(tmp_path: Path) -> None:
+    script = (
+        "import psutil, sys, time; from pathlib import Path; from train.observe import MonitorConfig, RunInfo\n"
+        "from train.observe import wandb_observer; wandb_observer._GRACE_SECONDS = 0.5\n"
+        "said = []; o = wandb_observer.WandbObserver(MonitorConfig(wandb_timeout_seconds=2), said.append)\n"
+        "o.on_start(RunInfo({}, Path(sys.argv[1]), 1, 1, 0, 10, 1)); said.clear()\n"
+        "children = psutil.Process().children(recursive=True); assert children; [c.suspend() for c in children]\n"
+        "start = time.monotonic()\n"
+        "many = {f'metric_{i}': 0.1 for i in range(50)}\n"
+        "for step in range(1, 2001): o.on_step({'step': step, 'tokens': step, **many})\n"
+        "assert time.monotonic() - start < 2, 'a step waited'\n"
+        "o.on_end({}); print(len(said), said[0])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60,
+        cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL, env=without_service(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 W&B did not answer any more")
 
 
 @pytest.mark.parametrize(

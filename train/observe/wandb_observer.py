@@ -1,25 +1,33 @@
 """Weights & Biases: the same numbers as metrics.jsonl, offline by default, and never a reason for a run to stop.
 
-Every call is guarded: the first failure is reported in one line and the observer is silent from then on. The run id
-is drawn once and kept in <run>/wandb_id (a run killed before its first checkpoint keeps it) and in the checkpoint.
-W&B cannot append to an offline directory, so a resumed run opens another one below <run>/wandb with the same id and
-goes on counting in our steps; `wandb sync --append` joins them. Host, environment, command line, code, packages and
-console output are never recorded.
+Every call is guarded: the first failure is reported in one line and the observer is silent from then on. After the
+start the calls are made by a thread of their own, so that a service that hangs (a full disk, a lost mount) holds up
+the end of a run for `monitor.wandb_timeout_seconds` at most, and its steps not at all. The run id is drawn once and
+kept in <run>/wandb_id (a run killed before its first checkpoint keeps it) and in the checkpoint. W&B cannot append to
+an offline directory, so a resumed run opens another one below <run>/wandb with the same id and goes on counting in
+our steps; `wandb sync --append` joins them. Host, environment, command line, code, packages and console output are
+never recorded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import secrets
 import string
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from train.observe.base import Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.redact import without_secrets
 
 ID_FILE = "wandb_id"
+_GRACE_SECONDS = 5.0  # on top of W&B's own timeout, which a service that hangs does not keep
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 
 
@@ -30,26 +38,42 @@ class WandbObserver(Observer):
         self.config = config
         self.id: str | None = None
         self._say = say
-        self._run: Any = None
+        self._run: Any = None  # None: not started, failed, or finished
         self._step = -1  # of the row W&B is still collecting
+        self._calls: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._failure: str | None = None  # found by the worker, said by the next hook
 
     def on_start(self, run: RunInfo) -> None:
-        self._guarded("start", self._start, run)
+        try:
+            self._start(run)
+        except Exception as error:  # W&B raises its own, network, file and protocol errors: none may end a run
+            self._failure = _sentence("start", error)
+        self._report_failure()
 
     def on_step(self, metrics: Metrics) -> None:
-        self._guarded("log a step", self._log, metrics)
+        self._log(dict(metrics))
 
     def on_evaluation(self, metrics: Metrics) -> None:
-        self._guarded("log an evaluation", self._log, metrics)
+        self._log(dict(metrics))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         # W&B writes a row when the next one begins. A run resumed from here begins after this row, so it must be on
         # disk.
-        if self._run is not None and step == self._step:
-            self._guarded("log a step", lambda: self._run.log({}, step=step, commit=True))
+        if step == self._step:
+            self._later("log a step", lambda run: run.log({}, step=step, commit=True))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        self._guarded("finish", self._finish, summary)
+        numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+        self._later("write the summary", lambda run: run.summary.update(numbers))
+        self._later("finish", lambda run: run.finish(exit_code=0))
+        if self._worker is not None:
+            self._calls.put(("stop", _stop))
+            self._worker.join(self.config.wandb_timeout_seconds + _GRACE_SECONDS)
+            if self._worker.is_alive():
+                self._failure = "W&B did not answer any more: the run ends without it; metrics.jsonl has every number"
+                _abandon_service()
+        self._report_failure()
         self._run = None
 
     def state(self) -> dict[str, Any]:
@@ -108,23 +132,52 @@ class WandbObserver(Observer):
         temporary.write_text(f"{self.id}\n")
         os.replace(temporary, run_dir / ID_FILE)
 
-    def _log(self, metrics: Metrics) -> None:
-        self._step = int(metrics["step"])
-        self._run.log(dict(metrics), step=self._step)  # rows of one step are merged by W&B
+    def _log(self, metrics: dict[str, float | int]) -> None:
+        step = self._step = int(metrics["step"])
+        self._later("log a step", lambda run: run.log(metrics, step=step))  # W&B merges the rows of one step
 
-    def _finish(self, summary: Mapping[str, Any]) -> None:
-        self._run.summary.update({key: value for key, value in summary.items() if isinstance(value, int | float)})
-        self._run.finish(exit_code=0)
-
-    def _guarded(self, what: str, call: Callable[..., None], *arguments: Any) -> None:
-        if self._run is None and call != self._start:
+    def _later(self, what: str, call: Callable[[Any], Any]) -> None:
+        self._report_failure()
+        run = self._run
+        if run is None:
             return
-        try:
-            call(*arguments)
-        except Exception as error:  # W&B raises its own, network, file and protocol errors: none may end a run
-            self._run = None
-            reason = str(error).strip().splitlines()
-            self._say(
-                f"W&B could not {what} ({type(error).__name__}: {reason[0] if reason else 'no reason given'}): "
-                "the run goes on without it; metrics.jsonl has every number"
-            )
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="wandb-observer", daemon=True)
+            self._worker.start()
+        self._calls.put((what, lambda: call(run)))
+
+    def _work(self) -> None:
+        while True:
+            what, call = self._calls.get()
+            if call is _stop:
+                return
+            try:
+                call()
+            except Exception as error:
+                self._failure = _sentence(what, error)
+                return
+
+    def _report_failure(self) -> None:
+        if self._failure is not None:
+            message, self._failure, self._run = self._failure, None, None
+            self._say(message)
+
+
+def _stop() -> None:
+    """The last call in the queue."""
+
+
+def _sentence(what: str, error: Exception) -> str:
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return (
+        f"W&B could not {what} ({type(error).__name__}: {reason}): the run goes on without it; "
+        "metrics.jsonl has every number"
+    )
+
+
+def _abandon_service() -> None:
+    """Ends this process's W&B service, whose exit hook would otherwise wait for it for ever."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may end by itself meanwhile
+            if child.name().startswith("wandb-core"):
+                child.kill()
