@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from train.arguments import key_values
@@ -139,13 +140,18 @@ def _recipe(run_dir: Path) -> dict[str, Any]:
 # --- the page
 # -----------------------------------------------------------------------------------------------------------
 
-_CSS = """ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0
-1rem; } h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .2rem; } p { margin:
-.2rem 0 .8rem; color: #555; } img { max-width: 100%; height: auto; border: 1px solid #e4e4e4; } .wide { overflow-x:
-auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .35rem .9rem;
-border-bottom: 1px solid #e4e4e4; text-align: right; vertical-align: top; } th:first-child, td:first-child {
-text-align: left; } td.text { text-align: left; max-width: 26rem; word-break: break-word; } .key { display:
-inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .45em; }
+_CSS = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 .2rem; }
+p { margin: .2rem 0 .8rem; color: #555; }
+img { max-width: 100%; height: auto; border: 1px solid #e4e4e4; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .9rem; border-bottom: 1px solid #e4e4e4; text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; }
+td.text { text-align: left; max-width: 26rem; word-break: break-word; }
+.key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .45em; }
 """
 
 
@@ -231,8 +237,8 @@ def _last(run: Series, key: str) -> str:
 
 
 def _median(run: Series, key: str) -> str:
-    values = sorted(run.of(key)[1])
-    return f"{values[len(values) // 2]:,.0f}" if values else ""
+    values = run.of(key)[1]
+    return f"{np.median(values):,.0f}" if len(values) else ""
 
 
 def _gap(run: Series, reference: Series) -> str:
