@@ -1,0 +1,110 @@
+"""Megatron-core 0.16.1 without CUDA: every patch it needs, in one place, applied only where there is no CUDA device.
+
+Megatron asks `torch.cuda` for the current device and for streams, and writes `device="cuda"` in a few places. Each patch below replaces
+one such name; a test checks that all of them still exist in the pinned version. Nothing here is on the path of a CUDA machine.
+"""
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Modules that allocate a handful of scalars with a literal device="cuda" (a token count, a norm, an overflow flag).
+LITERAL_CUDA = (
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.utils",
+)
+
+
+class _Stream:
+    """A stream of a device that has only one order of execution: nothing to wait for."""
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+_ONLY_STREAM = _Stream()
+
+
+# torch.cuda functions Megatron calls unconditionally, and what they mean on a CPU.
+CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    # mappings.py, p2p_communication.py and the optimizers allocate on torch.cuda.current_device()
+    "current_device": lambda: torch.device("cpu"),
+    # p2p_communication.py and parallel_state.py synchronise around point-to-point transfers
+    "synchronize": lambda device=None: None,
+    # token_dispatcher.py moves split sizes to the host on a side stream
+    "Stream": lambda *args, **kwargs: _ONLY_STREAM,
+    "current_stream": lambda device=None: _ONLY_STREAM,
+    "stream": lambda stream: nullcontext(),
+    # schedules.py and param_and_grad_buffer.py mark ranges for a CUDA profiler through torch.cuda.nvtx; those fail softly already
+}
+
+
+class _TorchOnCpu:
+    """The torch module as seen by a module of `LITERAL_CUDA`: factories asked for device="cuda" allocate on the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def _factory(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def on_cpu(*args: Any, **kwargs: Any) -> Tensor:
+            if kwargs.get("device") == "cuda":
+                kwargs["device"] = "cpu"
+            return make(*args, **kwargs)
+
+        return on_cpu
+
+
+for _name in ("tensor", "zeros", "ones", "empty"):
+    setattr(_TorchOnCpu, _name, staticmethod(_TorchOnCpu._factory(getattr(torch, _name))))
+
+
+def clip_by_norm(parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:
+    """Megatron's clip, whose own version asserts the type string `torch.cuda.FloatTensor` (clip_grads.py:167)."""
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    attribute = "decoupled_grad" if use_decoupled_grad else "grad"
+    grads = [grad for p in parameters if (grad := getattr(p, attribute, None)) is not None]
+    coefficient = max_norm / (total_norm + 1.0e-6)
+    if coefficient < 1.0 and grads:
+        torch._foreach_mul_(grads, coefficient)
+
+
+def as_cuda_type(param: Tensor) -> None:
+    """Lets a CPU parameter answer `.type()` as its CUDA twin would: both mixed-precision optimizers sort parameters by that string."""
+    names = {torch.float32: "torch.cuda.FloatTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}
+    param.type = lambda: names[param.dtype]  # type: ignore[method-assign, assignment]
+
+
+_applied = False
+
+
+def apply() -> None:
+    """Applies every patch, once. Raises AttributeError when the installed Megatron lacks a patched name."""
+    global _applied
+    if _applied or torch.cuda.is_available():
+        return
+    for name, replacement in CUDA_FUNCTIONS.items():
+        getattr(torch.cuda, name)
+        setattr(torch.cuda, name, replacement)
+    view = _TorchOnCpu()
+    for path in LITERAL_CUDA:
+        module = importlib.import_module(path)
+        assert module.torch is torch
+        module.torch = view  # type: ignore[attr-defined]
+    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
+    assert callable(optimizer.clip_grad_by_total_norm_fp32)
+    optimizer.clip_grad_by_total_norm_fp32 = clip_by_norm  # type: ignore[attr-defined]
+    _applied = True

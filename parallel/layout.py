@@ -1,0 +1,189 @@
+"""Layouts: how the ranks of a run divide tensors, experts, layers and data among themselves.
+
+Two factorisations of the same ranks, as Megatron-core has them:
+
+    dense modules     world = tensor x pipeline x data
+    routed experts    world = expert_tensor x expert x pipeline x expert_data
+
+so expert parallelism spends no ranks of its own: it borrows those the dense modules use for tensor and data parallelism.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The recipe's `parallel` group."""
+
+    tensor: int = 1
+    sequence: bool | None = None  # None: on whenever tensor > 1
+    expert: int = 1
+    expert_tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    distributed_optimizer: bool = False  # shard fp32 masters and Adam's moments over the data-parallel ranks
+    engine: str = "megatron"
+    timeout_minutes: float = 10.0  # a collective that takes longer ends the run
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1 if self.sequence is None else self.sequence
+
+    def data(self, world_size: int) -> int:
+        """Data-parallel replicas among `world_size` ranks."""
+        return world_size // (self.tensor * self.pipeline * self.context)
+
+    def validate(self, world_size: int) -> None:
+        """Raises ValueError, in one sentence, for a layout `world_size` ranks cannot have."""
+        for key in ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"parallel.{key}={getattr(self, key)} must be at least 1: use 1 for no such parallelism")
+        if self.virtual_pipeline != 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} is not available: use parallel.virtual_pipeline=1"
+            )
+        if self.context != 1:
+            raise ValueError(f"parallel.context={self.context} is not available: use parallel.context=1")
+        if self.engine != "megatron":
+            raise ValueError(f"parallel.engine={self.engine!r} is not available: use parallel.engine=megatron")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence=true needs parallel.tensor > 1: there is no tensor group to split over")
+        if not self.timeout_minutes > 0:
+            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must be positive: use for instance 10")
+        dense = self.tensor * self.pipeline
+        if world_size % dense:
+            raise ValueError(
+                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline} = {dense} does not divide the {world_size} "
+                f"ranks of this run: start a multiple of {dense} ranks or lower one of them"
+            )
+        routed = self.expert_tensor * self.expert * self.pipeline
+        if world_size % routed:
+            raise ValueError(
+                f"parallel.expert={self.expert} x parallel.expert_tensor={self.expert_tensor} x parallel.pipeline="
+                f"{self.pipeline} = {routed} does not divide the {world_size} ranks of this run: lower parallel.expert"
+            )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What this rank is. `groups` are Megatron's process groups (tp, pp, dp, ep, expt_tp, tp_ep, expt_dp, ...)."""
+
+    config: ParallelConfig
+    world_size: int
+    rank: int
+    device: torch.device
+    groups: ProcessGroupCollection
+    tensor_size: int
+    tensor_rank: int
+    pipeline_size: int
+    pipeline_rank: int
+    data_size: int
+    data_rank: int
+    expert_size: int
+    expert_rank: int
+    expert_tensor_size: int
+    expert_tensor_rank: int
+    expert_data_size: int
+    expert_data_rank: int
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.config.sequence_parallel
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def describe(self) -> str:
+        """One line for a person."""
+        parts = [f"tensor {self.tensor_size}" + (" + sequence" if self.sequence_parallel else "")]
+        parts += [f"expert {self.expert_size}", f"pipeline {self.pipeline_size}", f"data {self.data_size}"]
+        if self.expert_tensor_size > 1:
+            parts.insert(2, f"expert tensor {self.expert_tensor_size}")
+        if self.config.distributed_optimizer:
+            parts.append("distributed optimizer")
+        return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}: " + " x ".join(parts)
+
+
+def world_size() -> int:
+    """Ranks this run was started with: WORLD_SIZE as torchrun and Slurm set it, else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(config: ParallelConfig, seed: int) -> Layout:
+    """Joins the process group (a group of one when no launcher started this process), builds Megatron's groups.
+
+    May be called again after `shutdown`, with another layout. seed: for Megatron's own CUDA random states, which nothing here draws
+    from. Raises ValueError for an impossible layout.
+    """
+    config.validate(world_size())
+    cuda = torch.cuda.is_available()
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        from parallel import cpu
+
+        cpu.apply()
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=config.timeout_minutes)
+        backend = "nccl" if cuda else "gloo"
+        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
+        else:  # an in-memory store: nothing to collide with
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+    if cuda:
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+
+    def place(group: dist.ProcessGroup) -> tuple[int, int]:
+        return dist.get_world_size(group), dist.get_rank(group)
+
+    tensor, pipeline, data = place(groups.tp), place(groups.pp), place(groups.dp)
+    expert, expert_tensor, expert_data = place(groups.ep), place(groups.expt_tp), place(groups.expt_dp)
+    return Layout(
+        config,
+        dist.get_world_size(),
+        dist.get_rank(),
+        device,
+        groups,
+        *tensor,
+        *pipeline,
+        *data,
+        *expert,
+        *expert_tensor,
+        *expert_data,
+    )
+
+
+def shutdown(*, leave_world: bool = True) -> None:
+    """Gives Megatron's groups back and, with `leave_world`, the process group too. Safe to call twice."""
+    if not dist.is_initialized():
+        return
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if leave_world:
+        dist.destroy_process_group()
