@@ -73,6 +73,8 @@ def save_run(
         states = list(engine.parameter_states())
         parts.extend(_model_parts(model))
         parts.extend(_optimizer_parts(states))
+        if any(s.exp_avg is not None and s.step is None for s in states):
+            raise CheckpointError("the optimizer has moments but does not say how many steps it has counted")
         return {int(s.step) for s in states if s.step is not None}
 
     doing = f"cannot write a checkpoint of step {step} in {directory}"
