@@ -88,6 +88,11 @@ def as_cuda_type(param: Tensor) -> None:
     param.type = lambda: names[param.dtype]  # type: ignore[method-assign, assignment]
 
 
+def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's maybe_move_tensor_to_cpu, whose own version leaves split sizes of a CPU tensor as tensors, which gloo does not take."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
 _applied = False
 
 
@@ -107,4 +112,7 @@ def apply() -> None:
     optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
     assert callable(optimizer.clip_grad_by_total_norm_fp32)
     optimizer.clip_grad_by_total_norm_fp32 = clip_by_norm  # type: ignore[attr-defined]
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    assert callable(dispatcher.maybe_move_tensor_to_cpu)
+    dispatcher.maybe_move_tensor_to_cpu = on_host  # type: ignore[attr-defined]
     _applied = True

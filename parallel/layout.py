@@ -50,6 +50,11 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.virtual_pipeline={self.virtual_pipeline} is not available: use parallel.virtual_pipeline=1"
             )
+        if self.expert_tensor != 1:
+            raise ValueError(
+                f"parallel.expert_tensor={self.expert_tensor} is not available: use parallel.expert_tensor=1 and split experts with "
+                "parallel.expert"
+            )
         if self.context != 1:
             raise ValueError(f"parallel.context={self.context} is not available: use parallel.context=1")
         if self.engine != "megatron":
@@ -105,6 +110,12 @@ class Layout:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @classmethod
+    def alone(cls, config: ParallelConfig | None = None) -> "Layout":
+        """A layout of one rank without any process group, for building models on the meta device."""
+        ones = (1, 0) * 6
+        return cls(config or ParallelConfig(), 1, 0, torch.device("meta"), ProcessGroupCollection(), *ones)
 
     def describe(self) -> str:
         """One line for a person."""

@@ -31,3 +31,39 @@ def set_pieces(param: Tensor, pieces: Sequence[Piece]) -> None:
 def pieces_of(param: Tensor) -> tuple[Piece, ...]:
     """The pieces attached to a parameter or buffer; empty if there are none."""
     return getattr(param, "pieces", ())
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows of a fused parameter that belong together: `rows` (global) of the tensor `name`, starting at its row `start`."""
+
+    name: str
+    rows: int
+    start: int = 0
+
+
+def split_sections(sections: Sequence[Section], trailing: tuple[int, ...], rank: int, size: int) -> list[Piece]:
+    """Pieces of a parameter [rows / size, *trailing] made of sections, each split over `size` ranks along its rows.
+
+    Sections with the same name are parts of one global tensor. Raises ValueError when a section does not divide.
+    """
+    total: dict[str, int] = {}
+    for section in sections:
+        total[section.name] = total.get(section.name, 0) + section.rows
+    pieces, at = [], 0
+    everything = tuple(slice(None) for _ in trailing)
+    for section in sections:
+        if section.rows % size:
+            raise ValueError(f"{section.name} has a section of {section.rows} rows, which parallel.tensor={size} does not divide")
+        rows = section.rows // size
+        offset = (section.start + rank * rows, *(0 for _ in trailing))
+        pieces.append(Piece(section.name, (total[section.name], *trailing), offset, (slice(at, at + rows), *everything)))
+        at += rows
+    return pieces
+
+
+def mark_sharded(param: Tensor, dim: int) -> None:
+    """Tells Megatron that the parameter is split over the tensor group, so that its norm is summed over it."""
+    param.tensor_model_parallel = True  # type: ignore[attr-defined]
+    param.partition_dim = dim  # type: ignore[attr-defined]
+    param.partition_stride = 1  # type: ignore[attr-defined]

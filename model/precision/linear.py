@@ -40,14 +40,14 @@ class TokenKeys:
 class Site:
     """A linear module as the numerics know it.
 
-    name: canonical module name. seed: of the run. first_output: global index of the first local output feature, where the output is
-    sharded. amax_group: the process group over which amaxes are maximised (precision.amax_scope=tensor_parallel), or None.
+    name: canonical module name. seed: of the run. outputs: (first global index, count) of each run of local output features, where the
+    output is sharded; empty: all, from 0. amax_group: the process group over which amaxes are maximised (precision.amax_scope=tensor_parallel), or None.
     first_expert: global index of group 0 of a grouped layer, or None for a plain one.
     """
 
     name: str
     seed: int
-    first_output: int = 0
+    outputs: tuple[tuple[int, int], ...] = ()
     amax_group: Any = None
     first_expert: int | None = None
 
@@ -267,15 +267,20 @@ class _Call:
         if self.site.first_expert is not None:
             sizes = torch.tensor(self.rows.sizes, device=self.keys.sample.device)
             expert = (torch.arange(len(sizes), device=sizes.device) + self.site.first_expert).repeat_interleave(sizes)
-        return philox.random_bytes(
-            philox.stream_key(self.site.seed, self.site.name, operand),
-            sample=self.keys.sample,
-            position=self.keys.position,
-            step=self.step,
-            features=features,
-            first_feature=self.site.first_output,
-            expert=expert,
-        )
+        key = philox.stream_key(self.site.seed, self.site.name, operand)
+        runs = [
+            philox.random_bytes(
+                key,
+                sample=self.keys.sample,
+                position=self.keys.position,
+                step=self.step,
+                features=count,
+                first_feature=first,
+                expert=expert,
+            )
+            for first, count in self.site.outputs or ((0, features),)
+        ]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
 
 
 class _Linear(torch.autograd.Function):

@@ -1,0 +1,55 @@
+"""What every module is built from: one object, passed to each constructor, so that no module reads a global."""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from model.config import ModelConfig
+from model.precision.policy import Policy
+from parallel.layout import Layout
+from parallel.megatron import transformer_config
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """A linear layer for the accounts: forward GEMM FLOPs per token of the whole model (experts: at their active share)."""
+
+    module: str
+    flops: float
+
+
+@dataclass
+class ModelContext:
+    """config, layout, policy: see there. seed: of the run. device: where parameters live (`meta`: nowhere, for counting).
+
+    global_batch_size: sequences, which normalise the sequence-level auxiliary loss. linears: filled by the layers as they are built.
+    """
+
+    config: ModelConfig
+    layout: Layout
+    policy: Policy
+    seed: int
+    params_dtype: torch.dtype
+    device: torch.device
+    global_batch_size: int = 1
+    megatron: TransformerConfig = field(init=False)
+    linears: list[LinearUse] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.megatron = transformer_config(
+            parallel=self.layout.config,
+            params_dtype=self.params_dtype,
+            layers=len(config.layers),
+            hidden_size=config.hidden_size,
+            attention_heads=config.attention_heads or 1,
+            experts=config.experts if "E" in config.pattern else None,
+            top_k=config.top_k or 1,
+        )
+
+    @property
+    def amax_group(self) -> torch.distributed.ProcessGroup | None:
+        """Over which ranks amaxes are maximised: None with precision.amax_scope=local."""
+        wanted = self.policy.config.amax_scope == "tensor_parallel" and self.layout.tensor_size > 1
+        return self.layout.groups.tp if wanted else None

@@ -1,0 +1,82 @@
+"""Token embedding and the loss of the output head, both split over the vocabulary."""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from torch import Tensor, nn
+
+from model import init
+from model.context import ModelContext
+from parallel.shards import Section, mark_sharded, set_pieces, split_sections
+
+
+class _Lookup(torch.autograd.Function):
+    """weight[index], whose gradient is summed over tokens in fp32, straight into main_grad where Megatron's DDP keeps one.
+
+    A bf16 sum over thousands of equal tokens loses most of them; see the known failures of gradient accumulation in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, outside: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(index, outside)
+        ctx.target = target
+        return weight[index].masked_fill_(outside.unsqueeze(-1), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+        index, outside = ctx.saved_tensors
+        weight = ctx.target
+        grad = grad.float().masked_fill(outside.unsqueeze(-1), 0.0).flatten(0, -2)
+        main_grad = getattr(weight, "main_grad", None)
+        if main_grad is None:
+            total = torch.zeros(weight.shape, dtype=torch.float32, device=grad.device)
+            return None, None, total.index_add_(0, index.flatten(), grad).to(weight.dtype), None
+        main_grad.index_add_(0, index.flatten(), grad)
+        weight.grad_added_to_main_grad = True
+        return None, None, weight.new_zeros(1).expand(weight.shape), None
+
+
+class Embedding(nn.Module):
+    """Rows of the vocabulary split over the tensor group."""
+
+    def __init__(self, context: ModelContext, *, copy: bool = False):
+        """copy: this is the last stage's second copy, whose gradient norm the first stage already counts."""
+        super().__init__()
+        self.context = context
+        config, layout = context.config, context.layout
+        shape = (config.vocab_size // layout.tensor_size, config.hidden_size)
+        self.first = layout.tensor_rank * shape[0]
+        self.weight = nn.Parameter(torch.empty(shape, device=context.device, dtype=context.params_dtype))
+        set_pieces(
+            self.weight,
+            split_sections(
+                [Section("embeddings.weight", config.vocab_size)], (config.hidden_size,), layout.tensor_rank, layout.tensor_size
+            ),
+        )
+        mark_sharded(self.weight, 0)
+        if copy:
+            self.weight.shared = True  # type: ignore[attr-defined]
+        init.initialize(self.weight, context.seed, init.normal(config.init_std))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [batch, sequence] -> [sequence, batch, hidden]; with sequence parallelism this rank's part of the sequence."""
+        layout = self.context.layout
+        local = tokens.T - self.first
+        outside = (local < 0) | (local >= self.weight.shape[0])
+        rows = _Lookup.apply(local.masked_fill(outside, 0), outside, self.weight, self.weight)
+        if layout.tensor_size == 1:
+            return rows
+        if layout.sequence_parallel:
+            return mappings.reduce_scatter_to_sequence_parallel_region(rows)
+        return mappings.reduce_from_tensor_model_parallel_region(rows)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """Sum of -log p(label) over the valid tokens, fp32, 0-dim.
+
+    logits: [sequence, batch, vocabulary / tensor], labels int64 and valid bool [batch, sequence].
+    """
+    losses = vocab_parallel_cross_entropy(logits.float(), labels.T.contiguous())
+    return (losses * valid.T).sum()

@@ -1,0 +1,100 @@
+"""Linear layers over the tensor group, each GEMM in the format the policy gives it.
+
+    column      output features are split; a sequence-parallel input is gathered first
+    row         input features are split; the partial products are summed, or reduce-scattered along the sequence
+    replicated  every rank holds the whole weight and works on its own tokens
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor, nn
+
+from model import init
+from model.batch import Microbatch
+from model.context import LinearUse, ModelContext
+from model.precision.linear import Site, linear
+from parallel.shards import Piece, Section, mark_sharded, set_pieces, split_sections
+
+Mode = Literal["column", "row", "replicated"]
+
+
+class Linear(nn.Module):
+    """y = x W^T, never a bias.
+
+    name: canonical module name, which the policy and the random bits know. sections: rows of W by the tensors they are stored as (one
+    section `<name>.weight` unless fused). gather: a column layer gathers a sequence-parallel input itself; False when the caller did.
+    """
+
+    def __init__(
+        self,
+        context: ModelContext,
+        name: str,
+        in_features: int,
+        out_features: int,
+        mode: Mode,
+        *,
+        std: float,
+        sections: Sequence[Section] | None = None,
+        out_dtype: torch.dtype | None = None,
+        active_share: float = 1.0,
+    ):
+        super().__init__()
+        layout = context.layout
+        self.context, self.name, self.mode, self.out_dtype = context, name, mode, out_dtype
+        sections = sections or [Section(f"{name}.weight", out_features)]
+        size, rank = layout.tensor_size, layout.tensor_rank
+        rows, columns = out_features, in_features
+        outputs: tuple[tuple[int, int], ...] = ()
+        if mode == "column":
+            rows //= size
+            pieces = split_sections(sections, (in_features,), rank, size)
+            runs, start = [], 0
+            for section in sections:
+                runs.append((start + rank * (section.rows // size), section.rows // size))
+                start += section.rows
+            outputs = tuple(runs) if size > 1 else ()
+        else:
+            whole = split_sections(sections, (in_features,), 0, 1)
+            if mode == "row":
+                if in_features % size:
+                    raise ValueError(f"{name} has {in_features} input features, which parallel.tensor={size} does not divide")
+                columns //= size
+                whole = [Piece(p.name, p.shape, (p.offset[0], rank * columns), p.local) for p in whole]
+            pieces = whole
+        self.weight = nn.Parameter(torch.empty(rows, columns, device=context.device, dtype=context.params_dtype))
+        set_pieces(self.weight, pieces)
+        init.initialize(self.weight, context.seed, init.normal(std))
+        if mode == "replicated":
+            self.weight.sequence_parallel = layout.sequence_parallel  # type: ignore[attr-defined]
+        else:
+            mark_sharded(self.weight, 0 if mode == "column" else 1)
+        self.site = Site(name, context.seed, outputs, context.amax_group)
+        context.linears.append(LinearUse(name, 2.0 * in_features * out_features * active_share))
+
+    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
+        """x [sequence, batch, in] -> [sequence, batch, out]; which of the two dimensions is local depends on the mode."""
+        layout = self.context.layout
+        if self.mode == "column" and layout.tensor_size > 1:
+            if layout.sequence_parallel:
+                x = mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
+            else:
+                x = mappings.copy_to_tensor_model_parallel_region(x)
+        first = layout.tensor_rank * x.shape[0] if self.mode == "replicated" and layout.sequence_parallel else 0
+        y = linear(
+            x,
+            self.weight,
+            self.context.policy.formats(self.name, microbatch.progress),
+            self.site,
+            microbatch.keys(first, x.shape[0]),
+            microbatch.step,
+            self.out_dtype,
+        )
+        if self.mode == "row" and layout.tensor_size > 1:
+            if layout.sequence_parallel:
+                y = mappings.reduce_scatter_to_sequence_parallel_region(y)
+            else:
+                y = mappings.reduce_from_tensor_model_parallel_region(y)
+        return y

@@ -1,0 +1,164 @@
+"""LatentMoE: experts that work in a narrower space than the model.
+
+    x -> router (full width)                                    which experts, which weights
+    x -> down-projection d -> latent -> dispatch -> experts latent -> ffn -> latent -> combine -> up-projection latent -> d
+    x -> shared expert (full width)                             every token
+
+The down-projection lies before the dispatch and the up-projection after the combine, so the all-to-all carries latent-wide tokens: d / latent
+times less traffic. Without a latent size both projections vanish and this is the usual mixture of experts.
+"""
+
+import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor, nn
+
+from model import init
+from model.batch import Microbatch
+from model.context import LinearUse, ModelContext
+from model.linear import Linear
+from model.mlp import MLP, output_std, squared_relu
+from model.precision.linear import Formats, Site, TokenKeys, grouped_linear
+from model.router import Router
+from parallel.shards import Piece, mark_sharded, set_pieces
+
+SAMPLE_BITS, POSITION_BITS = 32, 32
+
+
+def stamp(keys: TokenKeys, dtype: torch.dtype) -> Tensor:
+    """Token identities as numbers a floating-point column carries exactly: [tokens, columns] of `dtype`.
+
+    The identity must reach the rank of the expert, where random bits are drawn by it; it travels as extra columns of the token. Each column
+    holds a digit (16 bits in fp32, 8 in bf16), a small integer, so neither copies nor sums with zero can change it.
+    """
+    bits = 16 if dtype == torch.float32 else 8
+    digits = [
+        (value >> shift) & ((1 << bits) - 1)
+        for value, width in ((keys.sample, SAMPLE_BITS), (keys.position, POSITION_BITS))
+        for shift in range(0, width, bits)
+    ]
+    return torch.stack(digits, dim=1).to(dtype)
+
+
+def read_stamp(columns: Tensor) -> TokenKeys:
+    """The inverse of `stamp`."""
+    bits = 16 if columns.dtype == torch.float32 else 8
+    digits = columns.detach().long()
+    per_key = SAMPLE_BITS // bits
+    shifts = torch.arange(per_key, device=columns.device) * bits
+    return TokenKeys(*((part << shifts).sum(1) for part in digits.split(per_key, dim=1)))
+
+
+class Experts(nn.Module):
+    """This rank's routed experts: down(relu(up(x))^2) for each; weights stacked, one tensor per expert on disk."""
+
+    def __init__(self, context: ModelContext, name: str):
+        super().__init__()
+        config, layout = context.config, context.layout
+        assert config.experts and config.top_k and config.expert_ffn_size
+        self.context, self.name = context, name
+        self.local = config.experts // layout.expert_size
+        self.first = layout.expert_rank * self.local
+        width, ffn = config.latent_size or config.hidden_size, config.expert_ffn_size
+        self.up_proj = self._stack("up_proj", ffn, width, config.init_std)
+        self.down_proj = self._stack("down_proj", width, ffn, output_std(context))
+        self.sites = {
+            kind: Site(f"{name}.{kind}", context.seed, first_expert=self.first) for kind in ("up_proj", "down_proj")
+        }
+        for kind in ("up_proj", "down_proj"):
+            context.linears.append(LinearUse(f"{name}.{kind}", 2.0 * width * ffn * config.top_k))
+
+    def _stack(self, kind: str, rows: int, columns: int, std: float) -> nn.Parameter:
+        context, layout = self.context, self.context.layout
+        param = nn.Parameter(torch.empty(self.local, rows, columns, device=context.device, dtype=context.params_dtype))
+        set_pieces(
+            param,
+            [
+                Piece(f"{self.name}.{self.first + e}.{kind}.weight", (rows, columns), (0, 0), (e, slice(None), slice(None)))
+                for e in range(self.local)
+            ],
+        )
+        # Megatron reduces expert gradients over the expert-data-parallel ranks exactly when this is False. Whenever expert and dense
+        # modules are not replicated alike (tensor 2, expert 1, expert tensor 1, say) it must be; 0.16.1 itself only looks at expert > 1,
+        # and replicas drift apart.
+        param.allreduce = layout.expert_size == 1 and layout.expert_tensor_size == layout.tensor_size  # type: ignore[attr-defined]
+        if not param.allreduce:  # type: ignore[attr-defined]
+            mark_sharded(param, 0)
+        init.initialize(param, context.seed, init.normal(std))
+        return param
+
+    def formats(self, kind: str, microbatch: Microbatch) -> Formats:
+        return self.context.policy.formats(f"{self.name}.{kind}", microbatch.progress)
+
+    def needs_keys(self, microbatch: Microbatch) -> bool:
+        """Whether any GEMM of these experts rounds stochastically now."""
+        return any(
+            form.name == "nvfp4" and form.nvfp4.stochastic_rounding
+            for kind in ("up_proj", "down_proj")
+            for form in self.formats(kind, microbatch)[1:]
+        )
+
+    def forward(self, x: Tensor, tokens_per_expert: list[int], keys: TokenKeys, microbatch: Microbatch) -> Tensor:
+        """x [tokens, width], sorted by expert -> the same."""
+
+        def apply(kind: str, x: Tensor) -> Tensor:
+            weight = getattr(self, kind)
+            return grouped_linear(
+                x, weight, tokens_per_expert, self.formats(kind, microbatch), self.sites[kind], keys, microbatch.step
+            )
+
+        return apply("down_proj", squared_relu(apply("up_proj", x)))
+
+
+class MoE(nn.Module):
+    """Router, latent projections, routed experts and the shared expert of one layer."""
+
+    def __init__(self, context: ModelContext, name: str):
+        super().__init__()
+        config, layout = context.config, context.layout
+        assert config.experts and config.shared_expert_ffn_size
+        if layout.tensor_size > 1 and not layout.sequence_parallel:
+            raise ValueError(
+                "parallel.sequence=false with parallel.tensor > 1 cannot run MoE layers (E in model.pattern): set parallel.sequence=true"
+            )
+        self.context = context
+        self.router = Router(context, f"{name}.gate")
+        self.down: Linear | None = None
+        self.up: Linear | None = None
+        if config.latent_size is not None:
+            hidden, latent = config.hidden_size, config.latent_size
+            self.down = Linear(context, f"{name}.fc1_latent_proj", hidden, latent, "replicated", std=config.init_std)
+            self.up = Linear(context, f"{name}.fc2_latent_proj", latent, hidden, "replicated", std=output_std(context))
+        self.experts = Experts(context, f"{name}.experts")
+        self.shared_experts = MLP(context, f"{name}.shared_experts", config.shared_expert_ffn_size)
+        if context.device.type != "meta":
+            indices = list(range(self.experts.first, self.experts.first + self.experts.local))
+            self.dispatcher = MoEAlltoAllTokenDispatcher(len(indices), indices, context.megatron, layout.groups)
+
+    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
+        """x [sequence, batch, hidden] -> the same; with sequence parallelism both hold this rank's part of the sequence."""
+        layout = self.context.layout
+        weights, chosen = self.router(x, microbatch)
+        tokens = x if self.down is None else self.down(x, microbatch)
+        width, stamped = tokens.shape[-1], self.training and self.experts.needs_keys(microbatch)
+        if stamped:
+            first = layout.tensor_rank * x.shape[0] if layout.sequence_parallel else 0
+            columns = stamp(microbatch.keys(first, x.shape[0]), tokens.dtype)
+            tokens = torch.cat((tokens, columns.view(*tokens.shape[:-1], -1)), dim=-1)
+        sent, sent_weights = self.dispatcher.dispatch_preprocess(tokens, chosen, weights)
+        sent, sent_weights = self.dispatcher.token_dispatch(sent, sent_weights)
+        routed, counts, routed_weights = self.dispatcher.dispatch_postprocess(sent, sent_weights)
+        if stamped:
+            keys, routed = read_stamp(routed[:, width:]), routed[:, :width]
+        else:
+            nobody = torch.zeros(len(routed), dtype=torch.int64, device=x.device)
+            keys = TokenKeys(nobody, nobody)
+        out = self.experts(routed, counts.tolist(), keys, microbatch)
+        out = (out * routed_weights.unsqueeze(-1)).to(x.dtype)
+        self.dispatcher.hidden_shape = (*x.shape[:-1], width)
+        self.dispatcher.hidden_shape_before_permute = torch.Size((x.shape[0] * x.shape[1], width))
+        out = self.dispatcher.combine_preprocess(out)
+        out = self.dispatcher.token_combine(out)
+        out = self.dispatcher.combine_postprocess(out)
+        if self.up is not None:
+            out = self.up(out, microbatch)
+        return out + self.shared_experts(x, microbatch)

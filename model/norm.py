@@ -1,0 +1,36 @@
+"""RMSNorm, in fp32 inside."""
+
+import torch
+from torch import Tensor, nn
+
+from model import init
+from model.context import ModelContext
+from parallel.shards import Piece, set_pieces
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, returned in x's dtype.
+
+    The weight is replicated over the tensor group; with sequence parallelism every rank sees other tokens, so its gradient must be summed
+    there, which Megatron does for parameters marked `sequence_parallel`.
+    """
+
+    def __init__(self, context: ModelContext, name: str):
+        super().__init__()
+        size = context.config.hidden_size
+        self.eps = context.config.norm_eps
+        self.weight = nn.Parameter(torch.empty(size, device=context.device, dtype=context.params_dtype))
+        self.weight.sequence_parallel = context.layout.sequence_parallel  # type: ignore[attr-defined]
+        set_pieces(self.weight, [Piece(f"{name}.weight", (size,), (0,), (slice(None),))])
+        init.initialize(self.weight, context.seed, init.constant(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+
+
+def gated_group_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
+    """Mamba-2's output norm: RMSNorm of x * silu(gate) over each group of `group_size` channels, fp32 inside, in x's dtype."""
+    gated = x.float() * nn.functional.silu(gate.float())
+    groups = gated.unflatten(-1, (-1, group_size))
+    normed = nn.functional.rms_norm(groups, (group_size,), eps=eps).flatten(-2)
+    return (normed * weight.float()).to(x.dtype)
