@@ -99,6 +99,11 @@ class Policy:
         self._lookup = lru_cache(maxsize=None)(self._resolve)
         self._boundaries = sorted({edge for rule in self._all() for edge in (rule.start, rule.end)})
 
+    @property
+    def times(self) -> list[float]:
+        """The starts of the intervals of the run in which formats stay the same."""
+        return sorted({0.0, *(edge for edge in self._boundaries if edge < 1.0)})
+
     def _all(self) -> Sequence[Rule]:
         return (*self.config.rules, *self.config.schedule)
 

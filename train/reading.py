@@ -1,0 +1,125 @@
+"""From the plain containers of a composed recipe to frozen dataclasses, with an error that names key, value and remedy."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from train.duration import Duration
+
+T = TypeVar("T")
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; its message is one sentence for the person who wrote it."""
+
+
+def read(cls: type[T], value: object, key: str = "") -> T:
+    """`value` (dicts, lists, scalars) as an instance of the dataclass `cls`.
+
+    key: where in the recipe this is, for messages. Raises RecipeError for unknown and missing keys and for wrong types.
+    """
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{key or 'the recipe'}={value!r} must be a group of keys such as {_first_key(cls)}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in value:
+        if name not in fields:
+            full = f"{key}.{name}" if key else str(name)
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {f'{key}.{near[0]}' if key else near[0]}?" if near else f"known keys are {', '.join(fields)}"
+            raise RecipeError(f"{full} is no key of a recipe ({full}={value[name]!r}): {hint}")
+    arguments = {}
+    for name, field in fields.items():
+        full = f"{key}.{name}" if key else name
+        if name in value:
+            arguments[name] = _convert(hints[name], value[name], full)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{full} is missing: give it in the recipe, or as {full}=... on the command line")
+    return cls(**arguments)
+
+
+def _first_key(cls: type) -> str:
+    return dataclasses.fields(cls)[0].name
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            if type(None) in args:
+                return None
+            raise RecipeError(f"{key}=null is not possible: give a value")
+        errors = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _convert(option, value, key)
+            except RecipeError as error:
+                errors.append(error)
+        raise errors[0]
+    if dataclasses.is_dataclass(hint) and hint is not Duration:
+        return read(hint, value, key)  # type: ignore[arg-type]
+    if hint is Duration:
+        try:
+            return Duration.read(value)
+        except ValueError as error:
+            raise RecipeError(f"{key}={error}") from None
+    if origin is Literal:
+        if value not in args or isinstance(value, bool) != any(isinstance(a, bool) for a in args if a == value):
+            raise RecipeError(f"{key}={value!r} is unknown: use {' or '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{key}={value!r} must be a list, as in {key}=[...]")
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+        if len(value) != len(args):
+            raise RecipeError(f"{key}={list(value)} must be a list of {len(args)} values")
+        return tuple(_convert(arg, item, f"{key}[{i}]") for i, (arg, item) in enumerate(zip(args, value, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 4e-3 as a text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise RecipeError(f"{key}={value!r} must be {NAMES.get(hint, hint.__name__)}")
+
+
+def plain(value: Any) -> Any:
+    """The inverse of `read`: dataclasses, tuples and durations as dicts, lists and scalars, ready for YAML."""
+    if isinstance(value, Duration):
+        return value.count if value.unit == "steps" else str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Every key of a dataclass with its default, recursively; keys without one are left out."""
+    result = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            result[field.name] = plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            result[field.name] = plain(field.default_factory())
+        elif dataclasses.is_dataclass(hints[field.name]):
+            result[field.name] = defaults(hints[field.name])  # type: ignore[arg-type]
+    return result
+
+
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of plain containers; lists are leaves."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from flatten(item, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
