@@ -1,0 +1,86 @@
+"""The recipe's `data` group."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """kind: bytes (257 ids: 256 bytes and end of document); file: a Hugging Face tokenizer.json at `path`, whose end-of-document token is
+    named by `end_of_document`; bpe: `vocab_size` byte-level merges trained on the sources of the first phase."""
+
+    kind: Literal["bytes", "file", "bpe"] = "bytes"
+    path: str | None = None
+    vocab_size: int | None = None
+    end_of_document: str = "<|endoftext|>"
+
+    def known_vocab_size(self) -> int | None:
+        """Number of ids where it is known without opening a file."""
+        return 257 if self.kind == "bytes" else self.vocab_size if self.kind == "bpe" else None
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """path: a text file (.txt, .md, .py, ...), .jsonl, either gzipped (.gz) or zstandard (.zst), a directory, a glob, a prefix of Megatron's
+    .bin/.idx pair, `corpus:austen` or `corpus:jargon` (shipped), or `stdlib` (the running Python's standard library). weight: share of the
+    blend, relative to the others. text_key: of a JSONL line."""
+
+    path: str
+    weight: float = 1.0
+    text_key: str = "text"
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A stretch of the run with a blend of its own. tokens: how long; null: until the end (the last phase only)."""
+
+    blend: tuple[SourceConfig, ...]
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """validation: tail (the last part of every document) or documents (whole documents, chosen by the seed). reset_at_document: neither
+    state, convolution nor attention crosses a document boundary inside a sequence. cache: directory for tokenised text."""
+
+    phases: tuple[PhaseConfig, ...] = ()
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    validation: Literal["tail", "documents"] = "tail"
+    validation_fraction: float = 0.05
+    reset_at_document: bool = False
+    cache: str = ".cache/data"
+
+    def validate(self) -> None:
+        """Raises ValueError, in one sentence naming the key."""
+        tokenizer = self.tokenizer
+        if tokenizer.kind == "file" and not tokenizer.path:
+            raise ValueError("data.tokenizer.path is missing: data.tokenizer.kind=file needs the path of a tokenizer.json")
+        if tokenizer.kind == "bpe" and (tokenizer.vocab_size is None or tokenizer.vocab_size < 258):
+            raise ValueError(
+                f"data.tokenizer.vocab_size={tokenizer.vocab_size} is too small: a byte-level BPE needs at least 258 (256 bytes, end of "
+                "document, one merge)"
+            )
+        if not self.phases:
+            raise ValueError("data.phases is empty: give at least one phase with a blend, or choose a group such as data=austen")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction={self.validation_fraction} must lie in [0, 1): use for instance 0.05")
+        for index, phase in enumerate(self.phases):
+            key = f"data.phases[{index}]"
+            last = index == len(self.phases) - 1
+            if phase.tokens is None and not last:
+                raise ValueError(f"{key}.tokens is missing: only the last phase may go on until the end")
+            if phase.tokens is not None and phase.tokens < 1:
+                raise ValueError(f"{key}.tokens={phase.tokens} must be positive")
+            if not phase.blend:
+                raise ValueError(f"{key}.blend is empty: list at least one source")
+            for place, source in enumerate(phase.blend):
+                if not source.path:
+                    raise ValueError(f"{key}.blend[{place}].path is empty: name a file, a directory or corpus:austen")
+                if not 0 <= source.weight < float("inf"):
+                    raise ValueError(f"{key}.blend[{place}].weight={source.weight} must be a number from 0 up")
+            if not sum(source.weight for source in phase.blend) > 0:
+                raise ValueError(f"{key}.blend has only zero weights: give some source a positive weight")
+            paths = [source.path for source in phase.blend]
+            twice = next((path for path in paths if paths.count(path) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{key}.blend names {twice!r} twice: add its weights up in one entry")
