@@ -1,36 +1,59 @@
 """The state-space recurrence of Mamba-2 ("state space duality", Dao and Gu, arXiv 2405.21060), in its chunked form.
 
-Per head, with step dt_t > 0, decay a_t = exp(dt_t A), input x_t (P values), B_t and C_t (N values, shared by the heads of a group):
+Per head, with step dt_t > 0, decay exp(dt_t A), input x_t (P values), B_t and C_t (N values, the same in a group):
 
-    h_t = a_t h_{t-1} + dt_t x_t B_t^T            state, P x N
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T            state, P x N
     y_t = h_t C_t + D x_t
 
-Sequentially that is one small update after another. In chunks of Q tokens it is matrix products: inside a chunk
+Sequentially that is one small update after another. In chunks of Q tokens it is matrix products. With u = dt x and s
+the running sum of dt A inside a chunk,
 
-    Y = (L o C B^T) (dt x),      L_ij = a_i ... a_{j+1} for i >= j, else 0
+    within a chunk     y_i = sum_{j <= i} exp(s_i - s_j) (C_i . B_j) u_j
+    across chunks      y_i += exp(s_i) C_i . (state at the start of the chunk)
 
-and between chunks only the states are carried. With a = exp(dt A), the product is exp(s_i - s_j) for the running sum s of dt A; the difference
-is masked *before* the exponential, so nothing overflows. C B^T is computed once per group and never repeated for its heads. Where documents
-are packed, L_ij is 0 between different documents and no state is carried across a boundary.
+and only the states go from chunk to chunk. C B^T is computed once per group and never repeated for its heads. Where
+documents are packed, a pair (i, j) of different documents counts 0 and no state is carried across a boundary.
 
-Trade-off: more FLOPs than the recurrence (Q/2 instead of N per pair), but all of them in matrix products. Everything is fp32.
+Exactness. Two places cost a plain fp32 version up to 1e-4:
+
+1. s reaches hundreds within a chunk while the differences that matter are near 0. s is summed in fp64 and split into
+   hi + lo; exp(hi_i - hi_j) is the Q x Q matrix, and exp(lo_i), exp(-lo_j) are factors on rows and columns, so the
+   correction costs no pass over the matrix.
+2. The gradient of log decay t is the sum over all pairs j < t <= i of G_ij, the pair's part of the loss gradient. The
+   usual form, a reversed running sum of (row sums - column sums) of G, subtracts large numbers. Here prefix sums along
+   j are added up over i: nothing cancels.
+
+Trade-off: more FLOPs than the recurrence (about Q/2 instead of N per pair), but nearly all of them in matrix products.
+Everything is fp32 (or fp64, for all arguments); the few numbers per token and head are fp64.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CPU_CHUNK = 64
+CPU_CHUNK = 64  # larger chunks spend more on the Q x Q part than a CPU's matrix products give back
 
 
 def ssd(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *, documents: Tensor | None = None, chunk_size: int
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    *,
+    documents: Tensor | None = None,
+    chunk_size: int,
 ) -> Tensor:
     """The recurrence above, by whatever implementation suits the device: y, fp32 [batch, sequence, heads, P].
 
-    x: [batch, sequence, heads, P]; dt: [batch, sequence, heads], positive; a: [heads], negative; b, c: [batch, sequence, groups, N];
-    d: [heads]. documents: int [batch, sequence], not decreasing along a sequence, or None for one document. Any sequence length.
+    x: [batch, sequence, heads, P]; dt: [batch, sequence, heads], positive; a: [heads], negative;
+    b, c: [batch, sequence, groups, N]; d: [heads]. documents: int [batch, sequence], 0 or more and not decreasing along
+    a sequence, or None for one document. Any sequence length, any strides.
     """
-    # The seam for GPU kernels (mamba_ssm's Triton scan): it would be chosen here, by device. The chunked form runs everywhere.
+    # The seam for GPU kernels (mamba_ssm's Triton scan): one would be chosen here. The chunked form runs everywhere.
     chunk = min(chunk_size, CPU_CHUNK) if x.device.type == "cpu" else chunk_size
     return chunked(x.float(), dt.float(), a.float(), b.float(), c.float(), d.float(), documents, chunk)
 
@@ -38,62 +61,181 @@ def ssd(
 def chunked(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, documents: Tensor | None, chunk: int
 ) -> Tensor:
-    """See `ssd`; all arguments fp32, or all fp64."""
-    batch, length, heads, width = x.shape
-    groups = b.shape[2]
-    per_group = heads // groups
-    padding = -length % chunk
-    # Padded tokens have dt = 0: they add nothing and decay nothing.
-    skip = x * d[:, None]
+    """See `ssd`; all arguments fp32, or all fp64, and so the result."""
+    padding = -x.shape[1] % chunk
     if padding:
+        # Padded tokens have dt = 0: they add nothing and decay nothing.
         x, b, c = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, padding)) for t in (x, b, c))
         dt = torch.nn.functional.pad(dt, (0, 0, 0, padding))
         if documents is not None:
             documents = torch.nn.functional.pad(documents, (0, padding), value=torch.iinfo(documents.dtype).max)
+    y = _Chunked.apply(x, dt, a, b, c, d, documents, chunk)
+    return y[:, :-padding] if padding else y
 
-    # [batch, groups, heads of a group, chunks, Q, ...]
-    def by_head(t: Tensor) -> Tensor:
-        return t.unflatten(1, (-1, chunk)).unflatten(3, (groups, per_group)).movedim((3, 4), (1, 2))
 
-    # [batch, groups, chunks, Q, N]
-    def by_group(t: Tensor) -> Tensor:
-        return t.unflatten(1, (-1, chunk)).movedim(3, 1)
+# Two layouts of [batch, groups, ...] tensors below, with r heads per group and w standing for P or nothing:
+#     by head     [batch, groups, r, chunks, Q, w]    for products over pairs of tokens
+#     by token    [batch, groups, chunks, Q, r, w]    for products with the states, [batch, groups, chunks, N, r * P]
 
-    inputs = by_head(x * dt.unsqueeze(-1))  # [batch, groups, per_group, chunks, Q, P]
-    log_decay = by_head(dt * a)  # [batch, groups, per_group, chunks, Q]
-    b, c = by_group(b), by_group(c)
-    running = log_decay.cumsum(-1)
 
-    visible = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    if documents is not None:
-        documents = documents.unflatten(1, (-1, chunk))[:, None, None]  # [batch, 1, 1, chunks, Q]
-        visible = visible & (documents.unsqueeze(-1) == documents.unsqueeze(-2))
-    decay = (running.unsqueeze(-1) - running.unsqueeze(-2)).masked_fill(~visible, -torch.inf).exp()
-    within = ((c @ b.transpose(-1, -2)).unsqueeze(2) * decay) @ inputs
+def _by_token(t: Tensor, groups: int, chunk: int) -> Tensor:
+    """[batch, sequence, heads, ...] as a view by token."""
+    return t.unflatten(2, (groups, -1)).unflatten(1, (-1, chunk)).movedim(3, 1)
 
-    # What every chunk adds to the state, [batch, groups, chunks, per_group * P, N], and what is left of the state it found.
-    to_end = (running[..., -1:] - running).exp()
-    kept = running[..., -1].exp()  # [batch, groups, per_group, chunks]
-    from_start = running.exp()
-    if documents is not None:
-        last = documents[..., -1]  # document the state belongs to after each chunk
-        before = torch.nn.functional.pad(last[..., :-1], (1, 0), value=-1)
-        to_end = to_end * (documents == last.unsqueeze(-1))
-        kept = kept * (before == last)
-        from_start = from_start * (documents == before.unsqueeze(-1))
-    weighted = (inputs * to_end.unsqueeze(-1)).permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
-    added = (weighted @ b).unflatten(3, (per_group, width))
-    kept = kept.movedim(3, 2)[..., None, None]
-    state = torch.zeros_like(added[:, :, 0])
-    found = []
-    for index in range(added.shape[2]):
-        found.append(state)
-        state = state * kept[:, :, index] + added[:, :, index]
-    states = torch.stack(found, dim=2).flatten(3, 4)  # [batch, groups, chunks, per_group * P, N]
-    across = (c @ states.transpose(-1, -2)).unflatten(-1, (per_group, width)).permute(0, 1, 4, 2, 3, 5)
-    y = within + across * from_start.unsqueeze(-1)
-    y = y.movedim((1, 2), (3, 4)).flatten(3, 4).flatten(1, 2)
-    return y[:, :length] + skip
+
+def _by_head(t: Tensor) -> Tensor:
+    """A view by head of a tensor by token, [batch, groups, chunks, Q, r, ...]."""
+    return t.movedim(4, 2)
+
+
+def _factor(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[batch, groups, r, chunks, Q] as a factor of a tensor by token."""
+    return t.movedim(2, -1).unsqueeze(-1).to(dtype)
+
+
+def _sequence(t: Tensor) -> Tensor:
+    """By token, [batch, groups, chunks, Q, ...], back to a view [batch, sequence, groups, ...]."""
+    return t.movedim(1, 3).flatten(1, 2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a * b as a contiguous tensor in the order of its dimensions, whatever the strides of a."""
+    out = torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=a.dtype, device=a.device)
+    return torch.mul(a, b, out=out)
+
+
+def _scale_state(state: Tensor, kept: Tensor) -> Tensor:
+    """state [batch, groups, N, r * P] times kept [batch, groups, r]."""
+    return (state.unflatten(-1, (kept.shape[-1], -1)) * kept[:, :, None, :, None]).flatten(-2)
+
+
+def _later(t: Tensor) -> Tensor:
+    """Sum of this and all later entries along the last dimension."""
+    return t.flip(-1).cumsum(-1).flip(-1)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor,
+        documents: Tensor | None,
+        chunk: int,
+    ) -> Tensor:
+        batch, length, heads, width = x.shape
+        groups, dtype = b.shape[2], x.dtype
+        per_group, chunks = heads // groups, length // chunk
+        x = _by_token(x, groups, chunk)
+        b, c = (t.unflatten(1, (-1, chunk)).movedim(3, 1).contiguous() for t in (b, c))  # [batch, groups, chunks, Q, N]
+        d = d.view(groups, 1, 1, per_group, 1)
+        steps = _by_head(_by_token(dt, groups, chunk)).double()
+        a64 = a.double().view(groups, per_group, 1, 1)
+        running = (steps * a64).cumsum(-1)
+        rough = running.to(dtype)  # hi
+        # exp(lo); lo is below 1 until |s| reaches 1e7, where nothing is left to weigh.
+        fine = (running - rough).clamp(-1, 1).exp()
+
+        visible = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+        from_start, to_end = running.exp(), (running[..., -1:] - running).exp()
+        kept = running[..., -1].exp()  # [batch, groups, r, chunks]
+        if documents is not None:
+            documents = documents.unflatten(1, (-1, chunk))[:, None, None]  # [batch, 1, 1, chunks, Q]
+            last = documents[..., -1]  # the document the state belongs to after each chunk
+            before = torch.nn.functional.pad(last[..., :-1], (1, 0), value=-1)
+            visible = visible & (documents.unsqueeze(-1) == documents.unsqueeze(-2))
+            from_start = from_start * (documents == before.unsqueeze(-1))
+            to_end = to_end * (documents == last.unsqueeze(-1))
+            kept = kept * (before == last)
+
+        # Masked before the exponential, so that nothing overflows.
+        decay = (rough.unsqueeze(-1) - rough.unsqueeze(-2)).masked_fill_(~visible, -torch.inf).exp_()
+        pairs = c @ b.transpose(-1, -2)
+        u = _product(_by_head(x), (steps / fine).to(dtype).unsqueeze(-1))
+        within = (decay * pairs.unsqueeze(2)) @ u
+
+        weighted = _product(x, _factor(steps * to_end, dtype)).flatten(4)
+        states = (
+            b.transpose(-1, -2) @ weighted
+        )  # first what each chunk adds, then what it finds: [batch, groups, chunks, N, r * P]
+        state = torch.zeros_like(states[:, :, 0])
+        kept_by_chunk = kept.to(dtype).unbind(-1)
+        for index, factor in enumerate(kept_by_chunk):
+            after = _scale_state(state, factor).add_(states[:, :, index])
+            states[:, :, index] = state
+            state = after
+        across = (c @ states).unflatten(-1, (per_group, width)).mul_(_factor(from_start, dtype))
+
+        # Laid out as [sequence, batch, ...] in memory, as the layers around want it.
+        y = torch.empty(chunks, chunk, batch, groups, per_group, width, dtype=dtype, device=x.device)
+        by_token = y.permute(2, 3, 0, 1, 4, 5)
+        torch.addcmul(across, x, d, out=by_token)
+        by_token.addcmul_(within.movedim(2, 4), _factor(fine, dtype))
+        ctx.save_for_backward(
+            x, steps, a64, b, c, d, decay, pairs, u, weighted, states, across, fine, from_start, to_end, kept
+        )
+        return y.flatten(0, 1).flatten(2, 3).transpose(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, steps, a64, b, c, d, decay, pairs, u, weighted, states, across, fine, from_start, to_end, kept = (
+            ctx.saved_tensors
+        )
+        _, groups, _, chunk, per_group, width = x.shape
+        dtype = dy.dtype
+        dy = _by_token(dy, groups, chunk)
+
+        # Within chunks.
+        dy_head = _product(_by_head(dy), fine.to(dtype).unsqueeze(-1))
+        du_head = (decay * pairs.unsqueeze(2)).transpose(-1, -2) @ dy_head
+        weights = (dy_head @ u.transpose(-1, -2)).mul_(decay)
+        dpairs = weights.sum(2)
+        by_pair = weights.mul_(pairs.unsqueeze(2)).tril_(-1)  # G; a token's effect on itself does not decay
+        crossed = by_pair.cumsum(-1).tril_(-1).sum(-2)[..., :-1]
+        dlog = torch.nn.functional.pad(crossed, (1, 0)).double()
+
+        # Across chunks: gradients of the states, from the last chunk to the first.
+        dacross = _product(dy, _factor(from_start, dtype)).flatten(4)
+        dstates = c.transpose(-1, -2) @ dacross
+        following = torch.zeros_like(dstates[:, :, 0])
+        for index, factor in reversed(list(enumerate(kept.to(dtype).unbind(-1)))):
+            earlier = _scale_state(following, factor).add_(dstates[:, :, index])
+            dstates[:, :, index] = following  # of the state after this chunk
+            following = earlier
+        dweighted = (b @ dstates).unflatten(-1, (per_group, width))
+        dc = (dpairs @ b).add_(dacross @ states.transpose(-1, -2))
+        db = (dpairs.transpose(-1, -2) @ c).add_(weighted @ dstates.transpose(-1, -2))
+
+        # A decay acts on what the chunk found (for all later outputs), on what earlier tokens leave for the next chunk,
+        # and on what passes through.
+        dlog += _later(_by_head((dy * across).sum(-1)).double())
+        left = _by_head((dweighted * weighted.view_as(dweighted)).sum(-1)).double()
+        dlog += left.cumsum(-1) - left
+        through = (
+            (dstates * states).unflatten(-1, (per_group, width)).sum((3, 5)).movedim(-1, 2)
+        )  # [batch, groups, r, chunks]
+        dlog += (through.double() * kept).unsqueeze(-1)
+
+        du = dweighted.mul_(_factor(to_end, dtype)).addcmul_(du_head.movedim(2, 4), _factor(1 / fine, dtype))
+        dsteps = (du * x).sum(-1) + (dlog * a64).to(dtype).movedim(2, -1)
+        da = (dlog * steps).sum((0, 3, 4)).flatten().to(dtype)
+        dd = (dy * x).sum(-1).sum((0, 2, 3)).flatten()
+        dx = du.mul_(_factor(steps, dtype)).addcmul_(dy, d)
+        return (
+            _sequence(dx).flatten(2, 3),
+            _sequence(dsteps).flatten(2, 3),
+            da,
+            _sequence(db),
+            _sequence(dc),
+            dd,
+            None,
+            None,
+        )
 
 
 def recurrence(
