@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from model import init
 from model.batch import Microbatch
 from model.context import ModelContext
+from model.convolution import causal_convolution
 from model.linear import Linear
 from model.mlp import output_std
 from model.norm import gated_group_norm
@@ -13,27 +14,10 @@ from model.ssd import ssd
 from parallel.shards import Section, mark_sharded, set_pieces, split_sections
 
 
-def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor, documents: Tensor | None) -> Tensor:
-    """Depthwise: y_t = bias + sum_k weight_k x_{t - width + 1 + k}, where x before the sequence, or in another document, is 0.
-
-    x: [batch, sequence, channels]; weight: [channels, 1, width]; documents: int [batch, sequence] or None.
-    """
-    width = weight.shape[-1]
-    if documents is None:
-        channels_first = nn.functional.pad(x.transpose(1, 2), (width - 1, 0))
-        return nn.functional.conv1d(channels_first, weight, bias, groups=x.shape[-1]).transpose(1, 2)
-    y = bias + x * weight[:, 0, width - 1]
-    for back in range(1, width):
-        earlier = nn.functional.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
-        same = documents == nn.functional.pad(documents, (back, 0), value=-1)[:, : x.shape[1]]
-        y = y + earlier * same.unsqueeze(-1) * weight[:, 0, width - 1 - back]
-    return y
-
-
 class MambaMixer(nn.Module):
     """in_proj -> (z, x, B, C, dt); convolution and SiLU on x, B, C; SSD; RMSNorm(y * silu(z)) per group; out_proj.
 
-    Heads and groups are split over the tensor group. The recurrence and its parameters (A_log, D, dt_bias) are computed in fp32.
+    Heads and groups are split over the tensor group. Convolution, recurrence and norm are computed in fp32.
     """
 
     def __init__(self, context: ModelContext, name: str):
@@ -84,19 +68,27 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
         documents = microbatch.documents if microbatch.reset else None
-        projected = self.in_proj(x, microbatch).transpose(0, 1)  # [batch, sequence, z | x | B | C | dt]
+        projected = self.in_proj(x, microbatch)  # [sequence, batch, z | x | B | C | dt]
         gate, convolved, dt = projected.split((self.inner, self.inner + 2 * self.shared, self.heads), dim=-1)
-        convolved = nn.functional.silu(causal_convolution(convolved, self.conv_weight, self.conv_bias, documents))
-        inputs, b, c = convolved.split((self.inner, self.shared, self.shared), dim=-1)
+        convolved = causal_convolution(convolved, self.conv_weight, self.conv_bias, documents)
+        inputs, b, c = (
+            part.transpose(0, 1).unflatten(-1, (count, -1))
+            for part, count in zip(
+                convolved.split((self.inner, self.shared, self.shared), dim=-1),
+                (self.heads, self.groups, self.groups),
+                strict=True,
+            )
+        )
         y = ssd(
-            inputs.unflatten(-1, (self.heads, self.head_dim)),
-            nn.functional.softplus(dt.float() + self.dt_bias.float()),
+            inputs,
+            nn.functional.softplus(dt.float() + self.dt_bias.float()).transpose(0, 1),
             -torch.exp(self.A_log.float()),
-            b.unflatten(-1, (self.groups, self.state_size)),
-            c.unflatten(-1, (self.groups, self.state_size)),
+            b,
+            c,
             self.D,
             documents=documents,
             chunk_size=self.chunk_size,
-        ).flatten(2)
-        normed = gated_group_norm(y.to(projected.dtype), gate, self.norm_weight, self.inner // self.groups, self.eps)
-        return self.out_proj(normed.transpose(0, 1), microbatch)
+        )
+        y = y.transpose(0, 1).flatten(2).to(projected.dtype)
+        normed = gated_group_norm(y, gate, self.norm_weight, self.inner // self.groups, self.eps)
+        return self.out_proj(normed, microbatch)
