@@ -197,6 +197,10 @@ class Engine:
                     flat_range=flat_range,
                 )
 
+    def reload_masters(self) -> None:
+        """Makes the fp32 masters equal the model's weights, after weights alone were loaded."""
+        self.optimizer.reload_model_params()
+
     def load_step(self, step: int) -> None:
         """Makes room for Adam's moments, as after `step` steps; their values are then written in place (see `parameter_states`)."""
         for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):

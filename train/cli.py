@@ -34,15 +34,15 @@ REQUIRED = {  # keys without a default: null in the base, so that they too can b
     "optimizer": ("learning_rate",),
 }
 MISSING = "???"
-HYDRA = {
-    "run": {"dir": "."},
-    "sweep": {"dir": ".", "subdir": "."},
-    "output_subdir": None,
-    "job": {"chdir": False},
-    "job_logging": {"version": 1, "disable_existing_loggers": False},
-    "hydra_logging": {"version": 1, "disable_existing_loggers": False},
-    "mode": None,
-}
+# Hydra neither changes directories nor writes files or log lines of its own.
+QUIET = (
+    "hydra.output_subdir=null",
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
 
 
 def base() -> dict[str, Any]:
@@ -88,7 +88,6 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     store = ConfigStore.instance()
     store.store(name="base", node=base())
-    store.store(group="hydra", name="nibble", node=HYDRA)
     status = 0
     failed: list[str] = []
     swept = 0
@@ -105,7 +104,7 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
         status = run(read_recipe(_without_missing(values), world_size()))  # type: ignore[arg-type]
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
-    saved, sys.argv = sys.argv, [f"python -m {module}", *arguments]
+    saved, sys.argv = sys.argv, [f"python -m {module}", *arguments, *QUIET]
     try:
         hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="tiny")(task)()
     except RecipeError as error:

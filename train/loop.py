@@ -1,4 +1,309 @@
 """The run, read top to bottom: recipe -> layout -> data -> model -> engine -> restore -> steps -> evaluation -> checkpoint.
 
-Everything that merely watches (console, metrics file, W&B, report) is an observer beside the loop, see `train.observe`.
+Everything that merely watches (console, metrics file, W&B, pictures) is an observer beside the loop, see `train.observe`.
 """
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data.text_data import TextData, open_data
+from model.context import ModelContext
+from model.count import count, linear_modules, other_flops
+from model.hybrid import HybridModel
+from model.precision.policy import Policy
+from parallel import layout as layouts
+from parallel.engine import AdamW, Engine
+from parallel.layout import Layout
+from train.checkpoint.reader import open_checkpoint
+from train.checkpoint.run import load_weights, restore_run, save_run
+from train.evaluate import evaluate
+from train.observe import Observers, RunInfo, open_observers
+from train.observe.redact import without_secrets
+from train.precision_table import LinearRow, OtherRow, PrecisionTable, precision_table
+from train.reading import RecipeError, plain
+from train.recipe import Recipe, changed_keys
+from train.schedule import learning_rate
+from train.step import BatchPlan, LossStep, sum_over_ranks, to_microbatch
+
+MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run gives up
+
+
+@dataclass
+class Run:
+    """A recipe made real on this rank."""
+
+    recipe: Recipe
+    layout: Layout
+    data: TextData
+    context: ModelContext
+    model: HybridModel
+    engine: Engine
+    plan: BatchPlan
+    run_dir: Path
+
+
+def params_dtype(recipe: Recipe) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision.compute]
+
+
+def build(recipe: Recipe) -> Run:
+    """Process groups, data, model and engine. Raises ValueError, in one sentence, for what only shows when files are opened."""
+    data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)
+    if data.tokenizer.vocab_size > recipe.model.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size} tokens: set "
+            f"model.vocab_size to at least {data.tokenizer.vocab_size}"
+        )
+    layout = layouts.initialize(recipe.parallel, recipe.run.seed)
+    if recipe.precision.compute == "bf16" and layout.device.type == "cpu":
+        raise RecipeError("precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32")
+    if layout.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    train = recipe.train
+    context = ModelContext(
+        recipe.model,
+        layout,
+        Policy(recipe.precision, len(recipe.model.layers)),
+        recipe.run.seed,
+        params_dtype(recipe),
+        layout.device,
+        train.global_batch_size,
+    )
+    model = HybridModel(context)
+    o = recipe.optimizer
+    engine = Engine(model, layout, context.megatron, AdamW(o.betas, o.eps, o.weight_decay, o.clip))
+    plan = BatchPlan(train.global_batch_size, train.micro_batch_size, layout.data_rank, layout.data_size)
+    return Run(recipe, layout, data, context, model, engine, plan, Path(recipe.run_dir))
+
+
+def train_step(run: Run, step: int) -> dict[str, float]:
+    """Optimizer step `step` (from 0); its metrics, the same on every rank. `taken` is 0 when gradients were not finite."""
+    recipe, layout = run.recipe, run.layout
+    progress = step / recipe.total_steps
+    microbatches = [to_microbatch(run.data.batch(s, step), layout.device, progress) for s in run.plan.samples(step)]
+    depths = recipe.model.mtp_depths
+    counts = sum_over_ranks(torch.stack([m.loss_counts(depths) for m in microbatches]).sum(0), layout, pipeline=False)
+    losses = LossStep(layout, counts, recipe.model.mtp_loss_scale)
+    rate = learning_rate(recipe.optimizer, step, recipe.total_steps, recipe.tokens_per_step)
+    result = run.engine.train_step(
+        losses,
+        microbatches,
+        sequence_length=recipe.train.sequence_length,
+        micro_batch_size=recipe.train.micro_batch_size,
+        learning_rate=rate,
+    )
+    moe = run.model.end_step(update=result.taken)
+    means = losses.means().tolist()
+    metrics = {"loss/lm": means[0]}
+    metrics |= {f"loss/mtp_{depth}": value for depth, value in enumerate(means[1:], start=1)}
+    total = means[0] + moe.get("moe/aux_loss", 0.0)
+    if depths:
+        total += recipe.model.mtp_loss_scale * sum(means[1:]) / depths
+    metrics |= {"loss/total": total, "grad_norm": result.grad_norm, "learning_rate": rate, **moe}
+    metrics["taken"] = float(result.taken)
+    return metrics
+
+
+def run(recipe: Recipe) -> int:
+    """Trains, or goes on training, the run of this recipe; returns the exit status."""
+    run_dir = Path(recipe.run_dir)
+    with _threads(recipe):
+        try:
+            changes = _check_stored(recipe, run_dir)
+            if (finished := _finished(recipe, run_dir)) is not None:
+                print(f"{run_dir} is finished: validation loss {finished.get('eval/loss')}; choose another run.dir for a new run")
+                return 0
+            try:
+                made = build(recipe)
+            except ValueError as error:  # only bad input is a ValueError here, and nothing has run yet
+                raise RecipeError(str(error)) from None
+            _train(made, changes)
+        finally:
+            layouts.shutdown()
+    return 0
+
+
+def _train(run: Run, changes: list[str]) -> None:
+    recipe, layout = run.recipe, run.layout
+    is_main = layout.rank == 0
+    if is_main:
+        _store_recipe(recipe, run.run_dir)
+    observers = open_observers(recipe.monitor) if is_main else Observers(())
+
+    step, elapsed, state = _restore(run)
+    observers.load_state(state.get("observers", {}))
+    table = _table(run, step)
+    counted = count(recipe.model)
+    observers.on_start(
+        RunInfo(
+            recipe=without_secrets(plain(recipe)),
+            run_dir=run.run_dir,
+            parameters=counted.parameters + counted.mtp,
+            active_parameters=counted.active,
+            step=step,
+            total_steps=recipe.total_steps,
+            tokens_per_step=recipe.tokens_per_step,
+            resumed=step > 0,
+            description=(layout.describe(), *run.data.describe(), *(f"changed since the run began: {line}" for line in changes)),
+            precision_table=table.text,
+        )
+    )
+    last = recipe.total_steps
+    if recipe.run.stop_after is not None:
+        last = min(last, recipe.run.stop_after.steps(recipe.tokens_per_step))
+    save_every = recipe.checkpoint.every.steps(recipe.tokens_per_step) if recipe.checkpoint.every else 0
+    eval_every, log_every = recipe.train.eval_every, recipe.train.log_every
+    started, evaluated, skipped = time.perf_counter() - elapsed, None, 0
+    saved = step
+    while step < last:
+        begin = time.perf_counter()
+        metrics = train_step(run, step)
+        step += 1
+        seconds = time.perf_counter() - begin
+        skipped = 0 if metrics.pop("taken") else skipped + 1
+        if skipped:
+            observers.on_skipped(step, metrics["grad_norm"])
+        if skipped >= MAX_SKIPPED:
+            raise SystemExit(
+                f"error: gradients were not finite in {skipped} consecutive steps, the last one step {step}; weights are those of step "
+                f"{step - skipped}: resume with a lower optimizer.learning_rate in a new run.dir"
+            )
+        if (log_every and step % log_every == 0) or step in (1, last):
+            table = _table(run, step - 1)
+            observers.on_step({"step": step, "tokens": step * recipe.tokens_per_step, **metrics, **_pace(run, seconds), **table.metrics()})
+        if (eval_every and step % eval_every == 0) or step == last:
+            evaluated = evaluate(run, step)
+            if evaluated is not None:
+                observers.on_evaluation({"step": step, "tokens": step * recipe.tokens_per_step, "eval/loss": evaluated})
+        if (save_every and step % save_every == 0) or step == last:
+            kept = {"elapsed": time.perf_counter() - started, "observers": observers.state()}
+            path = save_run(
+                run.run_dir,
+                run.engine,
+                run.model,
+                step,
+                kept,
+                tokens=step * recipe.tokens_per_step,
+                keep=recipe.checkpoint.keep,
+            )
+            saved = step
+            observers.on_checkpoint(step, path)
+    assert saved == step
+    summary: dict[str, Any] = {"step": step, "tokens": step * recipe.tokens_per_step, "seconds": time.perf_counter() - started}
+    if evaluated is None:
+        evaluated = evaluate(run, step)
+    if evaluated is not None:
+        summary["eval/loss"] = evaluated
+    if step < recipe.total_steps:
+        summary["stopped"] = f"run.stop_after={recipe.run.stop_after}"
+    elif is_main:
+        baselines = run.data.count_baselines()
+        if baselines is not None:
+            summary |= {"baseline/bigram": baselines.bigram, "baseline/trigram": baselines.trigram}
+        _write_json(run.run_dir / "finished.json", summary)
+    observers.on_end(summary)
+
+
+# -- pieces of the above --------------------------------------------------------------------------------------------------------------
+
+
+def _restore(run: Run) -> tuple[int, float, dict[str, Any]]:
+    """(steps done, seconds spent, the loop's state) from the newest valid checkpoint; zeros for a new run."""
+    report = print if run.layout.rank == 0 else (lambda line: None)
+    checkpoint = restore_run(run.run_dir, run.engine, run.model, report=report)
+    if checkpoint is not None:
+        return checkpoint.step, float(checkpoint.state.get("elapsed", 0.0)), dict(checkpoint.state)
+    source = run.recipe.checkpoint.initialize_from
+    if source is not None:
+        load_weights(open_checkpoint(source), run.model)
+        run.engine.reload_masters()
+    return 0, 0.0, {}
+
+
+def _table(run: Run, step: int) -> PrecisionTable:
+    """Which module runs which GEMM in which format at this step."""
+    config, policy, progress = run.recipe.model, run.context.policy, step / run.recipe.total_steps
+    tables = run.__dict__.setdefault("tables", {})
+    interval = sum(edge <= progress for edge in policy.times)
+    if interval not in tables:
+        linear = []
+        for module in linear_modules(config):
+            fprop, dgrad, wgrad = (str(form) for form in policy.formats(module.name, progress))
+            linear.append(LinearRow(module.name, module.flops, (fprop, dgrad, wgrad)))
+        length = run.recipe.train.sequence_length
+        other = [
+            OtherRow(what, module, flops, "fp32" if what == "SSD" else run.recipe.precision.compute)
+            for what, module, flops in other_flops(config, length)
+        ]
+        tables[interval] = precision_table(linear, other)
+    return tables[interval]
+
+
+def _pace(run: Run, seconds: float) -> dict[str, float | int]:
+    if run.layout.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"step_seconds": seconds, "tokens_per_second": run.recipe.tokens_per_step / seconds, "memory_peak_bytes": peak}
+
+
+@contextmanager
+def _threads(recipe: Recipe) -> Iterator[None]:
+    """CPU threads: as the recipe or OMP_NUM_THREADS says; several ranks on one machine share its cores."""
+    before = torch.get_num_threads()
+    wanted = recipe.train.threads
+    if wanted is None and "OMP_NUM_THREADS" not in os.environ:
+        wanted = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_stored(recipe: Recipe, run_dir: Path) -> list[str]:
+    """What this start changes of a run that already exists; [] for a new one."""
+    stored = run_dir / "recipe.yaml"
+    if not stored.exists():
+        return []
+    try:
+        values = yaml.safe_load(stored.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{stored} cannot be read ({error}): restore it, or choose another run.dir") from None
+    return changed_keys(values, recipe)
+
+
+def _finished(recipe: Recipe, run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a run that is already done."""
+    marker = run_dir / "finished.json"
+    if not marker.exists():
+        return None
+    summary = json.loads(marker.read_text())
+    return summary if summary.get("step") == recipe.total_steps else None
+
+
+def _store_recipe(recipe: Recipe, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    target = run_dir / "recipe.yaml"
+    if not target.exists():
+        partial = target.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(without_secrets(plain(recipe)), sort_keys=False))
+        partial.replace(target)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)

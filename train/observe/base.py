@@ -68,6 +68,9 @@ class Observer:
     def on_step(self, metrics: Metrics) -> None:
         """A logged step (every `train.log_every` steps)."""
 
+    def on_skipped(self, step: int, grad_norm: float) -> None:
+        """A step that was not taken, because its gradients were not finite."""
+
     def on_evaluation(self, metrics: Metrics) -> None:
         """An evaluation: `step`, `tokens`, `eval/loss`."""
 

@@ -28,6 +28,10 @@ class Observers(Observer):
         for observer in self.observers:
             observer.on_step(metrics)
 
+    def on_skipped(self, step: int, grad_norm: float) -> None:
+        for observer in self.observers:
+            observer.on_skipped(step, grad_norm)
+
     def on_evaluation(self, metrics: Metrics) -> None:
         for observer in self.observers:
             observer.on_evaluation(metrics)
