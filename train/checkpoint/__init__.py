@@ -3,9 +3,3 @@
 `run` saves and restores a whole run (model, optimizer, loop state); `writer` and `reader` know the files;
 `manifest` is the description written last; `boxes` is the geometry of parts of tensors.
 """
-
-from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.reader import Checkpoint, latest, open_checkpoint
-from train.checkpoint.run import load_weights, restore_run, save_run
-
-__all__ = ["Checkpoint", "CheckpointError", "latest", "load_weights", "open_checkpoint", "restore_run", "save_run"]
