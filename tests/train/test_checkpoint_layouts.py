@@ -45,7 +45,7 @@ LAYOUTS = {
 
 
 def marked(part: Part) -> torch.Tensor:
-    """Values that tell every element of every stored tensor from every other: a hash of its name and its global indices."""
+    """Values that tell elements and tensors from one another: a hash of the name plus a function of global indices."""
     value = torch.full(part.box.shape, float(sum(i * b for i, b in enumerate(part.name.encode(), 1)) % 1009))
     for d, (offset, n) in enumerate(zip(part.box.offset, part.box.shape, strict=True)):
         index = torch.arange(offset, offset + n, dtype=torch.float32) * (0.5 + d) * 31 ** (d % 2)
