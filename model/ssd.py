@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_CHUNK = 64  # larger chunks spend more on the Q x Q part than a CPU's matrix products give back
+CPU_CHUNKS = (16, 64)  # smallest and largest
 
 
 def ssd(
@@ -54,7 +54,11 @@ def ssd(
     a sequence, or None for one document. Any sequence length, any strides.
     """
     # The seam for GPU kernels (mamba_ssm's Triton scan): one would be chosen here. The chunked form runs everywhere.
-    chunk = min(chunk_size, CPU_CHUNK) if x.device.type == "cpu" else chunk_size
+    chunk = chunk_size
+    if x.device.type == "cpu":
+        # Measured: the Q x Q part, memory-bound, balances the products with the states at about Q = P.
+        smallest, largest = CPU_CHUNKS
+        chunk = min(chunk_size, largest, max(smallest, x.shape[3]))
     return chunked(x.float(), dt.float(), a.float(), b.float(), c.float(), d.float(), documents, chunk)
 
 
