@@ -125,7 +125,7 @@ def _pool() -> Iterator[RankPool]:
     pool.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ranks(_pool: RankPool) -> Callable[[int], Callable[..., list[Any]]]:
     """`ranks(2)(function, *args, timeout=...)`: results of `function(rank, *args)` on two ranks."""
 
