@@ -1,0 +1,79 @@
+"""One rank against many: the same losses over 20 steps, and the same bits in every replica."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel import layout
+from parallel.replicas import differing_replicas
+from tests.train.recipes import recipe
+from train import loop
+
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "tensor+sequence": (2, ("parallel.tensor=2",)),
+    "expert": (2, ("parallel.expert=2",)),
+    "pipeline": (2, ("parallel.pipeline=2",)),
+    "data": (2, ()),
+    "data, distributed optimizer": (2, ("parallel.distributed_optimizer=true",)),
+    "tensor x expert": (4, ("parallel.tensor=2", "parallel.expert=2")),
+    "tensor x data, experts whole": (4, ("parallel.tensor=2",)),
+    "tensor x pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+}
+STEPS = 20
+
+
+def train(rank: int, overrides: tuple[str, ...]) -> tuple[list[dict[str, float]], list[str]]:
+    """Metrics of STEPS steps, and the replicas that differ at the end."""
+    made = loop.build(recipe(*overrides, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+    try:
+        metrics = [loop.train_step(made, step) for step in range(STEPS)]
+        return metrics, differing_replicas(made.model)
+    finally:
+        layout.shutdown(leave_world=False)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short documents, so that kept apart they mask a different number of targets on every rank."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "short.jsonl"
+    words = "the quick brown fox jumps over a lazy dog while it rains".split()
+    lines = [{"text": " ".join(draw.choices(words, k=draw.choice((2, 5, 30))))} for _ in range(800)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def overrides(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return (
+        "precision=fp32",
+        f"data.phases=[{{blend:[{{path:'{documents}'}}]}}]",
+        "data.reset_at_document=true",
+        "data.validation_fraction=0",
+        f"data.cache={tmp_path_factory.mktemp('cache')}",
+        "model.router_aux_loss=0.01",
+        "optimizer.learning_rate=1e-3",
+    )
+
+
+@pytest.fixture(scope="module")
+def single(overrides: tuple[str, ...], _pool: Any) -> list[dict[str, float]]:
+    ((metrics, _),) = _pool.run(1, train, overrides)
+    return metrics
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_gives_the_losses_of_one_rank(name: str, overrides: Any, single: Any, ranks: Any) -> None:
+    world, extra = LAYOUTS[name]
+    for metrics, differing in ranks(world)(train, (*overrides, *extra), timeout=200):
+        assert differing == []
+        for key in ("loss/lm", "loss/mtp_1", "loss/mtp_2"):
+            for step, (ours, theirs) in enumerate(zip(metrics, single, strict=True)):
+                assert abs(ours[key] - theirs[key]) <= 2e-6, f"{key} of step {step}: {ours[key]} instead of {theirs[key]}"
+        assert metrics[-1]["loss/lm"] < metrics[0]["loss/lm"] - 0.5  # it learned, so agreement means something
+        assert metrics[-1]["moe/aux_loss"] == pytest.approx(single[-1]["moe/aux_loss"], rel=1e-5)
+        assert metrics[-1]["grad_norm"] == pytest.approx(single[-1]["grad_norm"], rel=1e-4)
