@@ -1,49 +1,87 @@
 """The chunked recurrence against the sequential one in fp64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from model.ssd import chunked, recurrence
+from model.ssd import chunked, recurrence, ssd
+
+BOUND = 5e-6
+
+# Steps and decays from barely moving to forgetting within a token; each makes dt from a normal variable, and A.
+REGIMES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "initial": (lambda z: (0.01 * z.exp()).clamp(1e-3, 0.1), lambda z: -(8 * z.abs() + 1)),
+    "moderate": (torch.nn.functional.softplus, lambda z: -z.exp()),
+    "forgetful": (lambda z: torch.nn.functional.softplus(3 * z), lambda z: torch.full_like(z, -16.0)),
+    "uneven": (lambda z: (3 * z - 3).exp(), lambda z: torch.full_like(z, -1.0)),
+    "still": (lambda z: 1e-5 * z.exp(), lambda z: -z.exp()),
+}
 
 
-def arguments(length: int, heads: int = 4, groups: int = 2, width: int = 8, state: int = 16) -> list[torch.Tensor]:
+def arguments(
+    length: int, regime: str = "initial", *, heads: int = 4, groups: int = 2, width: int = 8, state: int = 16
+) -> list[Tensor]:
+    """x, dt, A, B, C, D in fp64, representable in fp32."""
     generator = torch.Generator().manual_seed(length)
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    dt = torch.nn.functional.softplus(normal(2, length, heads) - 2)
-    a = -torch.exp(normal(heads))
-    return [normal(2, length, heads, width), dt, a, normal(2, length, groups, state), normal(2, length, groups, state), normal(heads)]
+    step, decay = REGIMES[regime]
+    dt, a = step(normal(2, length, heads)), decay(normal(heads))
+    b, c = normal(2, length, groups, state), normal(2, length, groups, state)
+    return [t.float().double() for t in (normal(2, length, heads, width), dt, a, b, c, normal(heads))]
 
 
-def documents_of(length: int) -> torch.Tensor:
+def documents_of(length: int) -> Tensor:
+    """Boundaries inside chunks, at their edges, one after another, and chunks without any."""
     boundaries = torch.zeros(2, length, dtype=torch.int32)
     boundaries[0, [5, 6, 64]] = 1
     boundaries[1, [63, 90]] = 1
     return boundaries.cumsum(1).int()
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200])
-@pytest.mark.parametrize("chunk", [16, 64])
-@pytest.mark.parametrize("packed", [False, True])
-def test_forward_and_every_gradient_equal_the_fp64_recurrence(length: int, chunk: int, packed: bool) -> None:
-    if packed and length < 100:
-        pytest.skip("the packed case needs room for its documents")
-    documents = documents_of(length) if packed else None
-    exact = [t.clone().requires_grad_() for t in arguments(length)]
-    fast = [t.float().requires_grad_() for t in arguments(length)]
+def check(function: Callable[..., Tensor], inputs: list[Tensor], documents: Tensor | None, device: str = "cpu") -> None:
+    """Forward and every gradient, by norm and by largest element."""
+    exact = [t.clone().requires_grad_() for t in inputs]
+    fast = [t.float().to(device).requires_grad_() for t in inputs]
     expected = recurrence(*exact, documents)
-    seed = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected.backward(seed)
-    result = chunked(*fast, documents, chunk)
-    result.backward(seed.float())
-    for name, ours, theirs in zip(
-        ("y", "x", "dt", "A", "B", "C", "D"), (result, *(t.grad for t in fast)), (expected, *(t.grad for t in exact)), strict=True
-    ):
-        assert ours is not None and theirs is not None
-        error = (ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-30)
-        assert error <= 5e-6, f"{name}: {error:.2e}"
+    dy = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    expected.backward(dy.double())
+    result = function(*fast, documents if documents is None else documents.to(device))
+    result.backward(dy.to(device))
+    ours = (result, *(t.grad for t in fast))
+    theirs = (expected, *(t.grad for t in exact))
+    for name, value, reference in zip(("y", "x", "dt", "A", "B", "C", "D"), ours, theirs, strict=True):
+        assert value is not None and reference is not None
+        difference = value.detach().double().cpu() - reference
+        for error in (difference.norm() / reference.norm(), difference.abs().max() / reference.abs().max()):
+            assert error <= BOUND, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_forward_and_every_gradient_equal_the_fp64_recurrence(regime: str, packed: bool) -> None:
+    for length, chunk in ((128, 16), (150, 64), (200, 128)):
+        documents = documents_of(length) if packed else None
+        check(lambda *args, chunk=chunk: chunked(*args, chunk), arguments(length, regime), documents)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65])
+def test_any_length(length: int) -> None:
+    if length > 1:  # A has no effect on a single token
+        check(lambda *args: chunked(*args, 16), arguments(length), None)
+    else:
+        args = arguments(length)
+        torch.testing.assert_close(chunked(*args, None, 16), recurrence(*args))
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 1, 4), (4, 4, 8), (8, 2, 64)])
+def test_heads_and_groups_through_the_device_choice(heads: int, groups: int, width: int) -> None:
+    inputs = arguments(130, heads=heads, groups=groups, width=width)
+    check(lambda *args: ssd(*args[:6], documents=args[6], chunk_size=128), inputs, documents_of(130))
 
 
 def test_packed_documents_equal_each_document_alone() -> None:
@@ -55,3 +93,10 @@ def test_packed_documents_equal_each_document_alone() -> None:
             where = documents[row] == ordinal
             alone = [t[row : row + 1, where] if t.dim() > 1 else t for t in args]
             torch.testing.assert_close(chunked(*alone, None, 32)[0], together[row, where])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("regime", REGIMES)
+def test_cuda_equals_the_fp64_recurrence(regime: str) -> None:
+    function = lambda *args: ssd(*args[:6], documents=args[6], chunk_size=128)  # noqa: E731
+    check(function, arguments(300, regime, state=64, width=32), documents_of(300), "cuda")
