@@ -51,7 +51,15 @@ class HybridModel(nn.Module):
         self.layers = nn.ModuleDict({str(i): Layer(context, f"layers.{i}", config.layers[i]) for i in mine})
         if self.post_process:
             self.norm_f = RMSNorm(context, "norm_f")
-            self.lm_head = Linear(context, "lm_head", config.hidden_size, config.vocab_size, "column", std=config.init_std)
+            self.lm_head = Linear(
+                context,
+                "lm_head",
+                config.hidden_size,
+                config.vocab_size,
+                "column",
+                std=config.init_std,
+                out_dtype=torch.float32,
+            )
             self.mtp = nn.ModuleList(
                 MTPBlock(context, f"mtp.layers.{i}", config.parsed.mtp[i]) for i in range(config.mtp_blocks)
             )
