@@ -38,7 +38,9 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x, microbatch)  # [sequence, batch, (heads + 2 kv_heads) * head_dim]
         sections = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
         # [batch, heads, sequence, head_dim]
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for part in qkv.split(sections, dim=-1))
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for part in qkv.split(sections, dim=-1)
+        )
         mask = None
         if microbatch.reset:
             documents = microbatch.documents
@@ -53,5 +55,3 @@ class Attention(nn.Module):
 def attention_flops(sequence_length: int, heads: int, head_dim: int) -> float:
     """Forward FLOPs per token of the score and value products, causal: half of the full square."""
     return 2 * 2 * heads * head_dim * sequence_length / 2
-
-

@@ -10,9 +10,10 @@ from model.precision.linear import TokenKeys
 
 @dataclass(frozen=True)
 class Microbatch:
-    """tokens, labels: int64 [batch, sequence] (labels are the next tokens); loss_mask: bool [batch, sequence], the target counts;
-    documents: int32 [batch, sequence], ordinal of the document inside the sample; reset: no state crosses documents; sample: int64 [batch],
-    global sample indices; step: optimizer steps done; progress: the fraction of the run that is done."""
+    """tokens, labels: int64 [batch, sequence] (labels are the next tokens); loss_mask: bool [batch, sequence], the
+    target counts; documents: int32 [batch, sequence], ordinal of the document inside the sample; reset: no state
+    crosses documents; sample: int64 [batch], global sample indices; step: optimizer steps done; progress: the
+    fraction of the run that is done."""
 
     tokens: Tensor
     labels: Tensor
@@ -36,8 +37,8 @@ class Microbatch:
     def loss_valid(self, depth: int) -> Tensor:
         """bool [batch, sequence]: which targets of MTP depth `depth` (0: the LM loss) count.
 
-        Depth k at position t predicts token t + k + 1. The target must exist, be wanted by the mask, and, when documents are kept apart,
-        lie in the document of t.
+        Depth k at position t predicts token t + k + 1. The target must exist, be wanted by the mask, and, when
+        documents are kept apart, lie in the document of t.
         """
         if depth == 0:
             return self.loss_mask

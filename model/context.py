@@ -13,7 +13,7 @@ from parallel.megatron import transformer_config
 
 @dataclass(frozen=True)
 class LinearUse:
-    """A linear layer for the accounts: forward GEMM FLOPs per token of the whole model (experts: at their active share)."""
+    """A linear layer for the accounts: forward GEMM FLOPs per token of the whole model (experts: active share)."""
 
     module: str
     flops: float
@@ -21,9 +21,10 @@ class LinearUse:
 
 @dataclass
 class ModelContext:
-    """config, layout, policy: see there. seed: of the run. device: where parameters live (`meta`: nowhere, for counting).
+    """config, layout, policy: see there. seed: of the run. device: where parameters live (`meta`: only counted).
 
-    global_batch_size: sequences, which normalise the sequence-level auxiliary loss. linears: filled by the layers as they are built.
+    global_batch_size: sequences, which normalise the sequence-level auxiliary loss. linears: filled by the layers as
+    they are built.
     """
 
     config: ModelConfig

@@ -13,9 +13,9 @@ from parallel.shards import Section, mark_sharded, set_pieces, split_sections
 
 
 class _Lookup(torch.autograd.Function):
-    """weight[index], whose gradient is summed over tokens in fp32, straight into main_grad where Megatron's DDP keeps one.
+    """weight[index], whose gradient is summed over tokens in fp32, into main_grad where Megatron's DDP keeps one.
 
-    A bf16 sum over thousands of equal tokens loses most of them; see the known failures of gradient accumulation in bf16.
+    A bf16 sum over thousands of equal tokens would lose most of them.
     """
 
     @staticmethod
@@ -52,7 +52,10 @@ class Embedding(nn.Module):
         set_pieces(
             self.weight,
             split_sections(
-                [Section("embeddings.weight", config.vocab_size)], (config.hidden_size,), layout.tensor_rank, layout.tensor_size
+                [Section("embeddings.weight", config.vocab_size)],
+                (config.hidden_size,),
+                layout.tensor_rank,
+                layout.tensor_size,
             ),
         )
         mark_sharded(self.weight, 0)
@@ -61,7 +64,7 @@ class Embedding(nn.Module):
         init.initialize(self.weight, context.seed, init.normal(config.init_std))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [batch, sequence] -> [sequence, batch, hidden]; with sequence parallelism this rank's part of the sequence."""
+        """tokens int64 [batch, sequence] -> [sequence, batch, hidden], or this rank's part of the sequence."""
         layout = self.context.layout
         local = tokens.T - self.first
         outside = (local < 0) | (local >= self.weight.shape[0])
@@ -76,7 +79,7 @@ class Embedding(nn.Module):
 def summed_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
     """Sum of -log p(label) over the valid tokens, fp32, 0-dim.
 
-    logits: [sequence, batch, vocabulary / tensor], labels int64 and valid bool [batch, sequence].
+    logits: [sequence, batch, vocabulary / tensor], overwritten if fp32; labels int64 and valid bool [batch, sequence].
     """
     losses = vocab_parallel_cross_entropy(logits.float(), labels.T.contiguous())
     return (losses * valid.T).sum()

@@ -1,7 +1,7 @@
 """Initial values that depend on the seed and the parameter's name alone.
 
-Every tensor the checkpoint knows (a `Piece`'s global tensor) is drawn whole, in fp32, from a CPU generator seeded by its name, and each rank
-keeps its part: any layout and any device starts from the same weights.
+Every tensor the checkpoint knows (a `Piece`'s global tensor) is drawn whole, in fp32, from a CPU generator seeded by
+its name, and each rank keeps its part: any layout and any device starts from the same weights.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Linear layers over the tensor group, each GEMM in the format the policy gives it.
 
-    column      output features are split; a sequence-parallel input is gathered first
-    row         input features are split; the partial products are summed, or reduce-scattered along the sequence
-    replicated  every rank holds the whole weight and works on its own tokens
+column      output features are split; a sequence-parallel input is gathered first
+row         input features are split; the partial products are summed, or reduce-scattered along the sequence
+replicated  every rank holds the whole weight and works on its own tokens
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,9 @@ Mode = Literal["column", "row", "replicated"]
 class Linear(nn.Module):
     """y = x W^T, never a bias.
 
-    name: canonical module name, which the policy and the random bits know. sections: rows of W by the tensors they are stored as (one
-    section `<name>.weight` unless fused). gather: a column layer gathers a sequence-parallel input itself; False when the caller did.
+    name: canonical module name, which the policy and the random bits know. std: of the initial weights. sections: rows
+    of W by the tensors they are stored as (one section `<name>.weight` unless fused). out_dtype: of y, unless x's.
+    active_share: part of the tokens that pass here, for the accounts.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class Linear(nn.Module):
             whole = split_sections(sections, (in_features,), 0, 1)
             if mode == "row":
                 if in_features % size:
-                    raise ValueError(f"{name} has {in_features} input features, which parallel.tensor={size} does not divide")
+                    raise ValueError(
+                        f"{name} has {in_features} input features, which parallel.tensor={size} does not divide"
+                    )
                 columns //= size
                 whole = [Piece(p.name, p.shape, (p.offset[0], rank * columns), p.local) for p in whole]
             pieces = whole
@@ -75,7 +78,7 @@ class Linear(nn.Module):
         context.linears.append(LinearUse(name, 2.0 * in_features * out_features * active_share))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
-        """x [sequence, batch, in] -> [sequence, batch, out]; which of the two dimensions is local depends on the mode."""
+        """x [sequence, batch, in] -> [sequence, batch, out]; which dimension is local depends on the mode."""
         layout = self.context.layout
         if self.mode == "column" and layout.tensor_size > 1:
             if layout.sequence_parallel:

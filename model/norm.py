@@ -11,8 +11,8 @@ from parallel.shards import Piece, set_pieces
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, returned in x's dtype.
 
-    The weight is replicated over the tensor group; with sequence parallelism every rank sees other tokens, so its gradient must be summed
-    there, which Megatron does for parameters marked `sequence_parallel`.
+    The weight is replicated over the tensor group; with sequence parallelism every rank sees other tokens, so its
+    gradient must be summed there, which Megatron does for parameters marked `sequence_parallel`.
     """
 
     def __init__(self, context: ModelContext, name: str):
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 def gated_group_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
-    """Mamba-2's output norm: RMSNorm of x * silu(gate) over each group of `group_size` channels, fp32 inside, in x's dtype."""
+    """Mamba-2's output norm: RMSNorm of x * silu(gate) per group of `group_size` channels, in fp32, in x's dtype."""
     gated = x.float() * nn.functional.silu(gate.float())
     groups = gated.unflatten(-1, (-1, group_size))
     normed = nn.functional.rms_norm(groups, (group_size,), eps=eps).flatten(-2)
