@@ -1,0 +1,73 @@
+"""Rules to formats: a pure function, tested without a model."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from model.precision.policy import Policy, PrecisionConfig, Rule, shares
+from train.cli import RECIPES
+from train.reading import read
+
+
+def group(name: str) -> PrecisionConfig:
+    values: dict[str, Any] = yaml.safe_load((RECIPES / "precision" / f"{name}.yaml").read_text())
+    return read(PrecisionConfig, values)
+
+
+def names(policy: Policy, module: str, progress: float = 0.0) -> str:
+    return "/".join(str(form) for form in policy.formats(module, progress))
+
+
+@pytest.mark.parametrize(("layers", "first_high"), [(88, 74), (7, 5)])
+def test_the_rules_of_nemotron3_super(layers: int, first_high: int) -> None:
+    policy = Policy(group("nvfp4"), layers)
+    for layer in range(layers):
+        high = layer >= first_high
+        prefix = f"layers.{layer}.mixer"
+        for kind in ("in_proj", "experts.up_proj", "experts.down_proj", "shared_experts.up_proj", "shared_experts.down_proj"):
+            assert names(policy, f"{prefix}.{kind}") == ("bf16/bf16/bf16" if high else "nvfp4/nvfp4/nvfp4")
+        for kind in ("fc1_latent_proj", "fc2_latent_proj", "qkv_proj", "o_proj"):
+            assert names(policy, f"{prefix}.{kind}") == "bf16/bf16/bf16"
+        assert names(policy, f"{prefix}.out_proj") == ("bf16/bf16/bf16" if high else "mxfp8/mxfp8/mxfp8")
+        assert names(policy, f"{prefix}.gate") == "fp32/fp32/fp32"
+    assert names(policy, "lm_head") == names(policy, "mtp.layers.0.eh_proj") == "bf16/bf16/bf16"
+    assert names(policy, "mtp.layers.0.layers.1.mixer.experts.up_proj") == "bf16/bf16/bf16"
+    assert names(policy, "mtp.layers.0.layers.1.mixer.gate") == "fp32/fp32/fp32"
+
+
+def test_the_last_matching_rule_decides_per_gemm_and_time() -> None:
+    config = PrecisionConfig(
+        default="nvfp4",
+        rules=(Rule("mxfp8", modules=("a.*",)), Rule("bf16", modules=("a.b",), gemms=("fprop",))),
+        schedule=(Rule("bf16", gemms=("fprop",), start=0.82), Rule("fp32", modules=("a.c",), start=0.25, end=0.5)),
+    )
+    policy = Policy(config, 4)
+    assert names(policy, "x") == "nvfp4/nvfp4/nvfp4"
+    assert names(policy, "a.b") == "bf16/mxfp8/mxfp8"
+    assert names(policy, "x", 0.8199) == "nvfp4/nvfp4/nvfp4"
+    assert names(policy, "x", 0.82) == names(policy, "x", 1.0) == "bf16/nvfp4/nvfp4"
+    assert [names(policy, "a.c", t) for t in (0.2, 0.25, 0.4999, 0.5)] == [
+        "mxfp8/mxfp8/mxfp8",
+        "fp32/fp32/fp32",
+        "fp32/fp32/fp32",
+        "mxfp8/mxfp8/mxfp8",
+    ]
+    assert policy.times == [0.0, 0.25, 0.5, 0.82]
+
+
+def test_a_rule_that_matches_nothing_is_an_error() -> None:
+    policy = Policy(PrecisionConfig(rules=(Rule("bf16", modules=("layers.*.atention",)),)), 4)
+    with pytest.raises(ValueError, match=r"precision.rules\[0\].modules='layers.\*.atention' matches no module"):
+        policy.check(["layers.0.mixer.in_proj"])
+    Policy(PrecisionConfig(rules=(Rule("bf16", modules=("mtp.*",), optional=True),)), 4).check(["layers.0.mixer.in_proj"])
+
+
+def test_shares_weigh_each_gemm_by_its_flops() -> None:
+    policy = Policy(PrecisionConfig(rules=(Rule("bf16", modules=("a",), gemms=("wgrad",)),)), 2)
+    assert shares({"a": 3.0, "b": 1.0}, policy, 0.0) == {"nvfp4": 9 / 12, "bf16": 3 / 12}
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_all", "mxfp8", "bf16", "fp32"])
+def test_ready_made_groups_are_valid(name: str) -> None:
+    group(name).validate()
