@@ -23,7 +23,13 @@ LITERAL_CUDA = (
 
 
 class _Stream:
-    """A stream of a device that has only one order of execution: nothing to wait for."""
+    """A stream of a device that has only one order of execution: nothing to wait for. All of them are one."""
+
+    _only: "_Stream | None" = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Stream":
+        cls._only = cls._only or super().__new__(cls)
+        return cls._only
 
     def wait_stream(self, other: Any) -> None: ...
 
@@ -35,9 +41,6 @@ class _Stream:
     def synchronize(self) -> None: ...
 
 
-_ONLY_STREAM = _Stream()
-
-
 # torch.cuda functions Megatron calls unconditionally, and what they mean on a CPU.
 CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
     # mappings.py, p2p_communication.py and the optimizers allocate on torch.cuda.current_device()
@@ -45,8 +48,8 @@ CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
     # p2p_communication.py and parallel_state.py synchronise around point-to-point transfers
     "synchronize": lambda device=None: None,
     # token_dispatcher.py moves split sizes to the host on a side stream
-    "Stream": lambda *args, **kwargs: _ONLY_STREAM,
-    "current_stream": lambda device=None: _ONLY_STREAM,
+    "Stream": _Stream,
+    "current_stream": lambda device=None: _Stream(),
     "stream": lambda stream: nullcontext(),
     # schedules.py and param_and_grad_buffer.py mark ranges for a CUDA profiler through torch.cuda.nvtx; those fail softly already
 }

@@ -139,6 +139,7 @@ def _train(run: Run, changes: list[str]) -> None:
     is_main = layout.rank == 0
     if is_main:
         _store_recipe(recipe, run.run_dir)
+        _store_tokenizer(run.data, run.run_dir / "tokenizer")
     observers = open_observers(recipe.monitor) if is_main else Observers(())
 
     step, elapsed, state = _restore(run)
@@ -301,6 +302,15 @@ def _store_recipe(recipe: Recipe, run_dir: Path) -> None:
         partial = target.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(without_secrets(plain(recipe)), sort_keys=False))
         partial.replace(target)
+
+
+def _store_tokenizer(data: TextData, directory: Path) -> None:
+    """What an export or a later evaluation needs to read this run's tokens."""
+    if not (directory / "facts.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        data.tokenizer.save(directory)
+        facts = {"end_of_document": data.tokenizer.end_of_document, "vocab_size": data.tokenizer.vocab_size}
+        _write_json(directory / "facts.json", facts)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
