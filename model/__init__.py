@@ -1,1 +1,3 @@
 """The model: a hybrid pattern of Mamba-2, attention and (Latent)MoE layers, multi-token prediction, and their precision."""
+
+import parallel  # noqa: F401  (silences Megatron's import-time warnings before the first import of Megatron)

@@ -9,6 +9,7 @@ so expert parallelism spends no ranks of its own: it borrows those the dense mod
 """
 
 import datetime
+import math
 import os
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ class ParallelConfig:
     def data(self, world_size: int) -> int:
         """Data-parallel replicas among `world_size` ranks."""
         return world_size // (self.tensor * self.pipeline * self.context)
+
+    def fewest_ranks(self) -> int:
+        """The smallest world this layout fits."""
+        dense = self.tensor * self.pipeline * self.context
+        return math.lcm(max(dense, 1), max(self.expert_tensor * self.expert * self.pipeline, 1))
 
     def validate(self, world_size: int) -> None:
         """Raises ValueError, in one sentence, for a layout `world_size` ranks cannot have."""

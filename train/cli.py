@@ -9,7 +9,10 @@ All keys with their defaults form the base every recipe is merged over, so a key
 (`train.recipe`) and nothing passes OmegaConf objects on.
 """
 
+import difflib
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +21,8 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,21 +58,24 @@ def base() -> dict[str, Any]:
     return tree
 
 
-def one_sentence(error: BaseException) -> str:
+def one_sentence(error: BaseException, arguments: Sequence[str]) -> str:
     """What Hydra and OmegaConf say over many lines, as one sentence with a remedy."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    cause = error.__cause__
-    if cause is not None and isinstance(cause, HydraException | OmegaConfBaseException):
-        text = f"{text} {' '.join(line.strip() for line in str(cause).splitlines() if line.strip())}"
-    for noise in ("Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", "object_type=dict"):
-        text = text.replace(noise, "")
-    return text.strip()
+    text = " ".join(str(error).split())
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    if (match := re.search(r"Cannot find primary config '([^']*)'", text)) is not None:
+        return f"-cn {match[1]} names no recipe: use one of {recipes}"
+    if (match := re.search(r"Could not find '([^'/]+)/([^']*)'", text)) is not None:
+        options = ", ".join(sorted(path.stem for path in (RECIPES / match[1]).glob("*.yaml")))
+        return f"{match[1]}={match[2]} is no group option: use one of {options}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not understood: write key=value, lists as key=[a,b], and quote what a shell or Hydra would read otherwise"
+    if "no such key" in text.lower() or "Could not override" in text or "is not in struct" in text:
+        return _unknown_key(error, arguments) or f"{text}: see the keys with --cfg job"
+    return f"{text}: see the keys with --cfg job"
 
 
 def _unknown_key(error: BaseException, arguments: Sequence[str]) -> str | None:
     """Hydra says `Could not override 'a.b'` for a key that does not exist: name the nearest that does."""
-    import difflib
-
     text = str(error)
     if "Could not override" not in text:
         return None
@@ -80,10 +87,13 @@ def _unknown_key(error: BaseException, arguments: Sequence[str]) -> str | None:
     return f"{given} sets no key of a recipe: {hint}"
 
 
-def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | None = None) -> int:
+def main(
+    run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | None = None, *, on_this_machine: bool = True
+) -> int:
     """Composes the recipe, validates it and calls `run`; returns the exit status (2: the recipe or the command line is wrong).
 
-    module: the command's name for the processes of a sweep, as in `python -m MODULE`.
+    module: the command's name for the processes of a sweep, as in `python -m MODULE`. on_this_machine: the recipe is to run on the ranks that
+    were started; False: it is only looked at, so it may ask for as many as it needs.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     store = ConfigStore.instance()
@@ -96,21 +106,21 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
         nonlocal status, swept
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             swept += 1
-            if not _sweep_job(module):
+            if not _sweep_job(module, [a for a in arguments if "=" in a and not a.startswith("-")]):
                 failed.append(" ".join(HydraConfig.get().overrides.task))
             return
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-        assert isinstance(values, dict)
-        status = run(read_recipe(_without_missing(values), world_size()))  # type: ignore[arg-type]
+        try:
+            status = run(read_recipe(_without_missing(values), world_size() if on_this_machine else None))
+        except RecipeError as error:  # Hydra would print a line of its own around an exception
+            status = _fail(str(error))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
     saved, sys.argv = sys.argv, [f"python -m {module}", *arguments, *QUIET]
     try:
         hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="tiny")(task)()
-    except RecipeError as error:
-        return _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(_unknown_key(error, arguments) or one_sentence(error))
+        return _fail(one_sentence(error, arguments))
     finally:
         sys.argv = saved
     if swept:
@@ -132,24 +142,34 @@ def _without_missing(values: Any) -> Any:
     return values
 
 
-def _sweep_job(module: str) -> bool:
-    """Runs one job of a sweep in a process of its own; True when it finished (now or in an earlier sweep)."""
-    import subprocess
+def _sweep_job(module: str, swept: Sequence[str]) -> bool:
+    """Runs one job of a sweep in a process of its own; True when it finished (now or in an earlier sweep).
 
+    swept: the overrides of the whole sweep; those that vary name the run directory.
+    """
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
-    if not any(o.startswith("run.dir=") for o in overrides):
-        label = hydra_config.job.override_dirname.replace("/", "_").replace(",", "__") or "job"
-        overrides.append(f"run.dir=runs/{hydra_config.job.config_name}-sweep/{_plain_name(label)}")
-    run_dir = Path(next(o for o in reversed(overrides) if o.startswith("run.dir=")).split("=", 1)[1])
+    recipe = str(hydra_config.job.config_name)
+    given = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.startswith("run.dir=")]
+    if not given:
+        varied = {
+            override.key_or_group
+            for override in OverridesParser.create().parse_overrides(swept)
+            if override.is_sweep_override()
+        }
+        label = "__".join(_plain_name(o) for o in overrides if o.split("=", 1)[0] in varied)
+        given = [f"runs/{recipe}-sweep/{label or 'job'}"]
+        overrides.append(f"run.dir={given[0]}")
+    run_dir = Path(given[-1])
     if (run_dir / "finished.json").exists():
         print(f"sweep: {run_dir} is finished, skipped")
         return True
     print(f"sweep: {run_dir}")
     sys.stdout.flush()
-    command = [sys.executable, "-m", module, "-cn", str(hydra_config.job.config_name), *overrides]
-    return subprocess.run(command, check=False).returncode == 0
+    return subprocess.run([sys.executable, "-m", module, "-cn", recipe, *overrides], check=False).returncode == 0
 
 
-def _plain_name(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "=._-" else "_" for c in label)
+def _plain_name(override: str) -> str:
+    """`run.seed=1` -> `seed-1`, fit for a directory."""
+    key, value = override.split("=", 1)
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{key.rsplit('.', 1)[-1]}-{value}")

@@ -34,7 +34,9 @@ def stored_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     """recipe.yaml of the run a checkpoint belongs to. Raises ValueError when it is not there."""
     path = run_dir_of(checkpoint) / "recipe.yaml"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist, so the model of {checkpoint.path} is unknown: keep checkpoints inside their run directory")
+        raise ValueError(
+            f"{path} does not exist, so the model of {checkpoint.path} is unknown: keep checkpoints inside their run directory"
+        )
     return yaml.safe_load(path.read_text())
 
 
@@ -58,7 +60,9 @@ def export(checkpoint: Checkpoint, to: Path, *, shard_bytes: int = SHARD_BYTES) 
         dtypes |= {tensor.dtype for name, tensor in tensors.items() if not name.endswith("e_score_correction_bias")}
         files.append(path)
     if len(shards) > 1:
-        files.append(_write(to / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}))
+        files.append(
+            _write(to / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        )
     tokenizer = run_dir_of(checkpoint) / "tokenizer"
     end_of_document = None
     for source in sorted(tokenizer.glob("*")) if tokenizer.is_dir() else ():

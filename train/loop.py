@@ -67,7 +67,9 @@ def build(recipe: Recipe) -> Run:
         )
     layout = layouts.initialize(recipe.parallel, recipe.run.seed)
     if recipe.precision.compute == "bf16" and layout.device.type == "cpu":
-        raise RecipeError("precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32")
+        raise RecipeError(
+            "precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32"
+        )
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     train = recipe.train
@@ -122,7 +124,9 @@ def run(recipe: Recipe) -> int:
         try:
             changes = _check_stored(recipe, run_dir)
             if (finished := _finished(recipe, run_dir)) is not None:
-                print(f"{run_dir} is finished: validation loss {finished.get('eval/loss')}; choose another run.dir for a new run")
+                print(
+                    f"{run_dir} is finished: validation loss {finished.get('eval/loss')}; choose another run.dir for a new run"
+                )
                 return 0
             try:
                 made = build(recipe)
@@ -156,7 +160,11 @@ def _train(run: Run, changes: list[str]) -> None:
             total_steps=recipe.total_steps,
             tokens_per_step=recipe.tokens_per_step,
             resumed=step > 0,
-            description=(layout.describe(), *run.data.describe(), *(f"changed since the run began: {line}" for line in changes)),
+            description=(
+                layout.describe(),
+                *run.data.describe(),
+                *(f"changed since the run began: {line}" for line in changes),
+            ),
             precision_table=table.text,
         )
     )
@@ -182,7 +190,15 @@ def _train(run: Run, changes: list[str]) -> None:
             )
         if (log_every and step % log_every == 0) or step in (1, last):
             table = _table(run, step - 1)
-            observers.on_step({"step": step, "tokens": step * recipe.tokens_per_step, **metrics, **_pace(run, seconds), **table.metrics()})
+            observers.on_step(
+                {
+                    "step": step,
+                    "tokens": step * recipe.tokens_per_step,
+                    **metrics,
+                    **_pace(run, seconds),
+                    **table.metrics(),
+                }
+            )
         if (eval_every and step % eval_every == 0) or step == last:
             evaluated = evaluate(run, step)
             if evaluated is not None:
@@ -201,7 +217,11 @@ def _train(run: Run, changes: list[str]) -> None:
             saved = step
             observers.on_checkpoint(step, path)
     assert saved == step
-    summary: dict[str, Any] = {"step": step, "tokens": step * recipe.tokens_per_step, "seconds": time.perf_counter() - started}
+    summary: dict[str, Any] = {
+        "step": step,
+        "tokens": step * recipe.tokens_per_step,
+        "seconds": time.perf_counter() - started,
+    }
     if evaluated is None:
         evaluated = evaluate(run, step)
     if evaluated is not None:
@@ -256,7 +276,11 @@ def _pace(run: Run, seconds: float) -> dict[str, float | int]:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"step_seconds": seconds, "tokens_per_second": run.recipe.tokens_per_step / seconds, "memory_peak_bytes": peak}
+    return {
+        "step_seconds": seconds,
+        "tokens_per_second": run.recipe.tokens_per_step / seconds,
+        "memory_peak_bytes": peak,
+    }
 
 
 @contextmanager

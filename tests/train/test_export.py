@@ -20,14 +20,25 @@ from train.recipe import Recipe
 
 MODELS = {
     "latent": ("model.pattern='ME*-E/*E/*E'",),
-    "full width, one block per depth": ("model.pattern='ME*-E/*E/*E'", "model.latent_size=null", "model.mtp_shared=false"),
+    "full width, one block per depth": (
+        "model.pattern='ME*-E/*E/*E'",
+        "model.latent_size=null",
+        "model.mtp_shared=false",
+    ),
     "no MTP": ("model.pattern='MEM*E-'",),
 }
 
 
 def trained(run_dir: Path, *overrides: str) -> Recipe:
     """A few NVFP4 steps, so that no parameter is at its initial value."""
-    made = recipe("train.steps=4", "optimizer.warmup=1", "optimizer.decay=1", "model.ffn_hidden_size=48", f"run.dir={run_dir}", *overrides)
+    made = recipe(
+        "train.steps=4",
+        "optimizer.warmup=1",
+        "optimizer.decay=1",
+        "model.ffn_hidden_size=48",
+        f"run.dir={run_dir}",
+        *overrides,
+    )
     assert loop.run(made) == 0
     return made
 
@@ -52,7 +63,12 @@ def test_transformers_computes_the_same_logits(name: str, tmp_path: Path) -> Non
     # Steps far below the clamp of transformers (1e-3), where the two would differ if it were on.
     checkpoint = open_checkpoint(run_dir)
     exact = recipe(
-        "precision=fp32", "train.steps=4", "optimizer.warmup=1", "optimizer.decay=1", "model.ffn_hidden_size=48", *MODELS[name]
+        "precision=fp32",
+        "train.steps=4",
+        "optimizer.warmup=1",
+        "optimizer.decay=1",
+        "model.ffn_hidden_size=48",
+        *MODELS[name],
     )
     del values
     export(checkpoint, tmp_path / "hf")
@@ -82,7 +98,12 @@ def test_steps_below_the_clamp_of_transformers(tmp_path: Path) -> None:
     import_hf(tmp_path / "hf", tmp_path / "again")
     tokens = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
     exact = recipe(
-        "precision=fp32", "train.steps=4", "optimizer.warmup=1", "optimizer.decay=1", "model.ffn_hidden_size=48", *MODELS["latent"]
+        "precision=fp32",
+        "train.steps=4",
+        "optimizer.warmup=1",
+        "optimizer.decay=1",
+        "model.ffn_hidden_size=48",
+        *MODELS["latent"],
     )
     ours = our_logits(exact, tmp_path / "again", tokens)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)

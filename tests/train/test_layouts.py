@@ -41,7 +41,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Short documents, so that kept apart they mask a different number of targets on every rank."""
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "short.jsonl"
-    words = "the quick brown fox jumps over a lazy dog while it rains".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "it", "rains"]
     lines = [{"text": " ".join(draw.choices(words, k=draw.choice((2, 5, 30))))} for _ in range(800)]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
@@ -73,7 +73,9 @@ def test_a_layout_gives_the_losses_of_one_rank(name: str, overrides: Any, single
         assert differing == []
         for key in ("loss/lm", "loss/mtp_1", "loss/mtp_2"):
             for step, (ours, theirs) in enumerate(zip(metrics, single, strict=True)):
-                assert abs(ours[key] - theirs[key]) <= 2e-6, f"{key} of step {step}: {ours[key]} instead of {theirs[key]}"
+                assert abs(ours[key] - theirs[key]) <= 2e-6, (
+                    f"{key} of step {step}: {ours[key]} instead of {theirs[key]}"
+                )
         assert metrics[-1]["loss/lm"] < metrics[0]["loss/lm"] - 0.5  # it learned, so agreement means something
         assert metrics[-1]["moe/aux_loss"] == pytest.approx(single[-1]["moe/aux_loss"], rel=1e-5)
         assert metrics[-1]["grad_norm"] == pytest.approx(single[-1]["grad_norm"], rel=1e-4)

@@ -18,7 +18,16 @@ from train.checkpoint.reader import open_checkpoint
 from train.observe.metrics import read_metrics
 
 LENGTH = ("train.steps=60", "optimizer.decay=20")
-DETERMINISTIC = ("loss/lm", "loss/mtp_1", "loss/mtp_2", "loss/total", "grad_norm", "learning_rate", "moe/max_violation", "moe/aux_loss")
+DETERMINISTIC = (
+    "loss/lm",
+    "loss/mtp_1",
+    "loss/mtp_2",
+    "loss/total",
+    "grad_norm",
+    "learning_rate",
+    "moe/max_violation",
+    "moe/aux_loss",
+)
 
 
 def outcome(run_dir: Path) -> tuple[list[tuple[Any, ...]], dict[str, torch.Tensor]]:
@@ -67,7 +76,17 @@ def test_stopped_and_continued(uninterrupted: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.timeout(200)
 def test_killed_and_continued(uninterrupted: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
-    command = [sys.executable, "-m", "train", "-cn", "tiny", *SMALL, *LENGTH, f"run.dir={run_dir}", "checkpoint.every=10"]
+    command = [
+        sys.executable,
+        "-m",
+        "train",
+        "-cn",
+        "tiny",
+        *SMALL,
+        *LENGTH,
+        f"run.dir={run_dir}",
+        "checkpoint.every=10",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with (tmp_path / "output").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)

@@ -1,0 +1,170 @@
+"""The command line: whatever is wrong is said in one sentence, with status 2, before anything is allocated."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train.cli import main
+from train.recipe import Recipe
+
+WRONG = [
+    # what a person typed, and what the sentence must name
+    (["model.patern=M"], ["model.patern=M", "model.pattern"]),
+    (["foo=1"], ["foo=1"]),
+    (["+train.stepz=3"], ["train.stepz", "train.steps"]),
+    (["train.steps=abc"], ["train.steps='abc'", "whole number"]),
+    (["train.steps=1.5"], ["train.steps=1.5", "whole number"]),
+    (["train.steps=true"], ["train.steps=True"]),
+    (["train.steps=[1"], ["train.steps=[1", "not understood"]),
+    (["train.steps=0"], ["train.steps=0", "at least 1"]),
+    (["train.steps=null"], ["train.steps", "train.tokens"]),
+    (["train.tokens=1M tokens"], ["train.steps=300", "train.tokens=1M tokens", "null"]),
+    (["train.steps=null", "train.tokens=12 apples"], ["train.tokens='12 apples'", "200B tokens"]),
+    (["train.steps=null", "train.tokens=12steps"], ["train.tokens=12 steps", "train.steps"]),
+    (["model=huge"], ["model=huge", "tiny"]),
+    (["data=none"], ["data=none", "austen"]),
+    (["-cn", "nope"], ["nope", "nemotron3_super"]),
+    (["model.pattern=MXE"], ["model.pattern='MXE'", "'X' at position 2"]),
+    (["model.pattern=MEM//E"], ["model.pattern='MEM//E'", "empty MTP depth"]),
+    (["model.pattern=ME/*E/EE"], ["MTP depths that differ", "model.mtp_shared=false"]),
+    (["model.top_k=9"], ["model.top_k=9", "model.experts=8"]),
+    (["model.experts=null"], ["model.experts is missing", "'E' layer"]),
+    (["model.key_value_heads=3"], ["model.attention_heads=4", "model.key_value_heads=3"]),
+    (["model.mamba_groups=3"], ["model.mamba_heads=32", "model.mamba_groups=3"]),
+    (["model.hidden_size=-1"], ["model.hidden_size=-1", "at least 1"]),
+    (["model.hidden_size=136"], ["layers.0.mixer.in_proj", "multiples of 16", "1d"]),
+    (["model.vocab_size=100"], ["model.vocab_size=100", "257"]),
+    (["model.norm_eps=0"], ["model.norm_eps=0", "positive"]),
+    (["optimizer.warmup=200"], ["optimizer.warmup=200 steps", "optimizer.decay=150 steps", "run of 300 steps"]),
+    (["optimizer.learning_rate=0"], ["optimizer.learning_rate=0", "positive"]),
+    (["optimizer.min_learning_rate=1"], ["optimizer.min_learning_rate=1", "optimizer.learning_rate=0.004"]),
+    (["optimizer.betas=[0.9,1.0]"], ["optimizer.betas[1]=1.0", "[0, 1)"]),
+    (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "2 values"]),
+    (["optimizer.clip=0"], ["optimizer.clip=0", "positive"]),
+    (["optimizer.decay_style=wobbly"], ["optimizer.decay_style='wobbly'", "minus_sqrt"]),
+    (["train.micro_batch_size=5"], ["train.global_batch_size=16", "train.micro_batch_size=5", "multiple of 5"]),
+    (["train.micro_batch_size=0"], ["train.micro_batch_size=0", "at least 1"]),
+    (["train.sequence_length=2"], ["train.sequence_length=2", "MTP depths"]),
+    (["train.sequence_length=100", "train.micro_batch_size=1"], ["100 tokens", "Hadamard", "multiple"]),
+    (["train.eval_every=-1"], ["train.eval_every=-1", "at least 0"]),
+    (["parallel.tensor=3"], ["parallel.tensor=3", "1 ranks"]),
+    (["parallel.expert=2"], ["parallel.expert=2", "1 ranks"]),
+    (["parallel.pipeline=0"], ["parallel.pipeline=0", "at least 1"]),
+    (["parallel.context=2"], ["parallel.context=2", "parallel.context=1"]),
+    (["parallel.virtual_pipeline=2"], ["parallel.virtual_pipeline=2", "not available"]),
+    (["parallel.engine=deepspeed"], ["parallel.engine='deepspeed'", "megatron"]),
+    (["parallel.sequence=true"], ["parallel.sequence=true", "parallel.tensor"]),
+    (["parallel.expert_tensor=2"], ["parallel.expert_tensor=2", "parallel.expert"]),
+    (["precision=fp5"], ["precision=fp5", "nvfp4"]),
+    (["precision.default=fp5"], ["precision.default='fp5'", "nvfp4"]),
+    (["precision.rules=[{format:bf16,modules:[layers.*.atention]}]"], ["layers.*.atention", "matches no module"]),
+    (["precision.rules=[{format:bf16,gems:[fprop]}]"], ["precision.rules[0].gems", "precision.rules[0].gemms"]),
+    (["precision.rules=[{format:bf16,last_layers:2.0}]"], ["precision.rules[0].last_layers=2.0", "0.15"]),
+    (["precision.rules=[{format:bf16,start:0.9,end:0.1}]"], ["start=0.9", "end=0.1"]),
+    (["precision.rules=[]"], ["layers.1.mixer.gate", "format=fp32"]),
+    (["precision.backend=triton"], ["precision.backend='triton'", "reference"]),
+    (["precision.compute=fp16"], ["precision.compute='fp16'", "bf16"]),
+    (["precision.nvfp4.weight_scaling=3d"], ["precision.nvfp4.weight_scaling='3d'", "1d or 2d"]),
+    (["data.validation_fraction=1.5"], ["data.validation_fraction=1.5", "[0, 1)"]),
+    (["data.phases=[]"], ["data.phases", "data=austen"]),
+    (["data.phases=[{blend:[{path:x,weight:-1.0}]}]"], ["data.phases[0].blend[0].weight=-1.0"]),
+    (["data.phases=[{blend:[{path:x}]},{blend:[{path:y}]}]"], ["data.phases[0].tokens", "last phase"]),
+    (["data.phases=[{blend:[{path:/does/not/exist}]}]"], ["/does/not/exist", "does not exist"]),
+    (["data.tokenizer.kind=file"], ["data.tokenizer.path", "tokenizer.json"]),
+    (["monitor.wandb=sometimes"], ["monitor.wandb='sometimes'", "offline"]),
+    (["checkpoint.every=0"], ["checkpoint.every=0", "null"]),
+    (["checkpoint.keep=0"], ["checkpoint.keep=0", "at least 1"]),
+    (["checkpoint.asynchronous=true"], ["checkpoint.asynchronous=true", "false"]),
+    (["run.seed=-1"], ["run.seed=-1"]),
+    (["run.name=a/b"], ["run.name='a/b'", "run.dir"]),
+    (["-cn", "nemotron3_super"], ["parallel.tensor=2", "1 ranks"]),
+]
+
+
+def refuse(recipe: Recipe) -> int:
+    from train.loop import build
+
+    build(recipe)
+    raise AssertionError("a wrong recipe was accepted")
+
+
+@pytest.mark.parametrize(("arguments", "named"), WRONG, ids=lambda value: " ".join(value)[:60])
+def test_wrong_input_is_one_sentence(
+    arguments: list[str],
+    named: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if any("does/not/exist" in argument for argument in arguments):
+        from train.loop import run
+    else:
+        run = refuse
+    assert main(run, "train", arguments) == 2
+    out, err = capfd.readouterr()
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for part in named:
+        assert part in lines[0], f"{part!r} is missing in: {lines[0]}"
+    assert out == ""
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+@pytest.mark.parametrize("arguments", [["train.steps=abc"], ["-cn", "nope"], ["modle=tiny"]], ids=str)
+def test_the_command_itself_ends_with_status_2_and_no_traceback(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "train", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_cfg_job_prints_the_whole_recipe(capfd: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(
+            refuse, "train", ["-cn", "tiny", "--cfg", "job", "train.steps=7", "optimizer.decay=1", "optimizer.warmup=1"]
+        )
+        == 0
+    )
+    values = yaml.safe_load(capfd.readouterr().out)
+    assert values["train"]["steps"] == 7 and values["model"]["pattern"] == "MEM*EME/*E/*E"
+    assert values["parallel"]["tensor"] == 1 and values["precision"]["default"] == "nvfp4"
+
+
+def test_a_sweep_runs_every_job_in_a_directory_of_its_own_and_skips_finished_ones(tmp_path: Path) -> None:
+    from tests.train.recipes import SMALL
+
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "train", "-cn", "tiny", "-m", *SMALL),
+        *(
+            "train.steps=2",
+            "optimizer.warmup=1",
+            "optimizer.decay=1",
+            "train.global_batch_size=2",
+            f"data.cache={tmp_path / 'cache'}",
+        ),
+        "run.seed=1,2",
+    ]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+    def sweep(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    first = sweep()
+    assert first.returncode == 0, first.stdout + first.stderr
+    runs = sorted(path.parent for path in tmp_path.glob("runs/*/*/finished.json"))
+    assert len(runs) == 2 and {yaml.safe_load((r / "recipe.yaml").read_text())["run"]["seed"] for r in runs} == {1, 2}
+    assert [run.name for run in runs] == ["seed-1", "seed-2"]
+    metrics = [(run / "metrics.jsonl").read_bytes() for run in runs]
+    again = sweep()
+    assert again.stdout.count("is finished, skipped") == 2 and "2 jobs, 2 finished, 0 failed" in again.stdout
+    assert metrics == [(run / "metrics.jsonl").read_bytes() for run in runs]
