@@ -154,7 +154,7 @@ def _sweep_job(module: str, swept: Sequence[str]) -> bool:
     if not given:
         varied = {
             override.key_or_group
-            for override in OverridesParser.create().parse_overrides(swept)
+            for override in OverridesParser.create().parse_overrides(list(swept))
             if override.is_sweep_override()
         }
         label = "__".join(_plain_name(o) for o in overrides if o.split("=", 1)[0] in varied)

@@ -49,7 +49,10 @@ def export(checkpoint: Checkpoint, to: Path, *, shard_bytes: int = SHARD_BYTES) 
     to.mkdir(parents=True, exist_ok=True)
     names = sorted(name for name in checkpoint.manifest.tensors if name.startswith(MODEL))
     shards = _shards(checkpoint, names, shard_bytes)
-    weight_map, files, total, dtypes = {}, [], 0, set()
+    weight_map: dict[str, str] = {}
+    files: list[Path] = []
+    dtypes: set[torch.dtype] = set()
+    total = 0
     for number, shard in enumerate(shards, start=1):
         single = len(shards) == 1
         path = to / ("model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")

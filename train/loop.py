@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from data.documents import DataError
 from data.text_data import TextData, open_data
 from model.context import ModelContext
 from model.count import count, linear_modules, other_flops
@@ -25,6 +26,7 @@ from model.precision.policy import Policy
 from parallel import layout as layouts
 from parallel.engine import AdamW, Engine
 from parallel.layout import Layout
+from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import open_checkpoint
 from train.checkpoint.run import load_weights, restore_run, save_run
 from train.evaluate import evaluate
@@ -128,11 +130,9 @@ def run(recipe: Recipe) -> int:
                     f"{run_dir} is finished: validation loss {finished.get('eval/loss')}; choose another run.dir for a new run"
                 )
                 return 0
-            try:
-                made = build(recipe)
-            except ValueError as error:  # only bad input is a ValueError here, and nothing has run yet
-                raise RecipeError(str(error)) from None
-            _train(made, changes)
+            _train(build(recipe), changes)
+        except (DataError, CheckpointError) as error:
+            raise RecipeError(str(error)) from None
         finally:
             layouts.shutdown()
     return 0
@@ -245,6 +245,10 @@ def _restore(run: Run) -> tuple[int, float, dict[str, Any]]:
     checkpoint = restore_run(run.run_dir, run.engine, run.model, report=report)
     if checkpoint is not None:
         return checkpoint.step, float(checkpoint.state.get("elapsed", 0.0)), dict(checkpoint.state)
+    if any(run.run_dir.glob("checkpoints/step-*")):
+        raise RecipeError(
+            f"{run.run_dir} holds checkpoints, but none of them is valid (see the reasons above): repair one, or choose another run.dir"
+        )
     source = run.recipe.checkpoint.initialize_from
     if source is not None:
         load_weights(open_checkpoint(source), run.model)

@@ -200,7 +200,7 @@ def _validate_layout(recipe: Recipe) -> None:
     model, parallel, train = recipe.model, recipe.parallel, recipe.train
     letters = set(model.pattern) - {"/"}
     tensor = parallel.tensor
-    divided = [("model.vocab_size", model.vocab_size)]
+    divided: list[tuple[str, int | None]] = [("model.vocab_size", model.vocab_size)]
     if "*" in letters:
         divided += [("model.attention_heads", model.attention_heads), ("model.key_value_heads", model.key_value_heads)]
     if "M" in letters:
@@ -210,6 +210,7 @@ def _validate_layout(recipe: Recipe) -> None:
     if "E" in letters:
         divided.append(("model.shared_expert_ffn_size", model.shared_expert_ffn_size))
     for key, value in divided:
+        assert value is not None  # model.validate has seen to it
         if value % tensor:
             raise ValueError(f"{key}={value} is not a multiple of parallel.tensor={tensor}: change one of them")
     if parallel.sequence_parallel and train.sequence_length % tensor:
@@ -218,6 +219,7 @@ def _validate_layout(recipe: Recipe) -> None:
             "one of them, or set parallel.sequence=false"
         )
     if "E" in letters:
+        assert model.experts is not None
         if model.experts % parallel.expert:
             raise ValueError(
                 f"model.experts={model.experts} is not a multiple of parallel.expert={parallel.expert}: change one of them"

@@ -52,11 +52,8 @@ class BatchPlan:
 
 def to_microbatch(batch: Any, device: torch.device, progress: float) -> Microbatch:
     """The model's view of a data batch, on the device. `progress` is the fraction of the run behind us, in [0, 1)."""
-    values = {
-        field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for field in fields(batch)
-        for value in [getattr(batch, field.name)]
-    }
+    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    values = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in values.items()}
     return Microbatch(**values, progress=progress)
 
 

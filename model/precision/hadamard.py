@@ -17,7 +17,7 @@ def sylvester(order: int) -> Tensor:
     """Sylvester's Hadamard matrix, fp32 [order, order], order a power of two: entry (i, j) is (-1)^(number of ones in i & j)."""
     index = torch.arange(order)
     both = index[:, None] & index[None, :]
-    ones = sum((both >> bit) & 1 for bit in range(order.bit_length()))
+    ones = torch.stack([(both >> bit) & 1 for bit in range(order.bit_length())]).sum(0)
     return (1 - 2 * (ones % 2)).float()
 
 
