@@ -1,15 +1,22 @@
-"""Evaluation: the LM loss over the whole validation text, in fixed windows."""
+"""Evaluation: the LM loss over the whole validation text, in fixed windows.
 
-from __future__ import annotations
+    python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoint of it
+"""
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from parallel import layout as layouts
+from train.arguments import key_values
+from train.build import Run, build
+from train.checkpoint.reader import open_checkpoint
+from train.checkpoint.run import load_weights
+from train.export import stored_recipe
+from train.recipe import read_recipe
 from train.step import LossStep, to_microbatch
-
-if TYPE_CHECKING:
-    from train.loop import Run
 
 
 def evaluate(run: Run, step: int) -> float | None:
@@ -29,7 +36,7 @@ def evaluate(run: Run, step: int) -> float | None:
     rounds = -(-len(batches) // layout.data_size)
     if len(mine) < rounds:
         spare = to_microbatch(batches[0], layout.device, progress)
-        spare = type(spare)(**{**spare.__dict__, "loss_mask": torch.zeros_like(spare.loss_mask)})
+        spare = replace(spare, loss_mask=torch.zeros_like(spare.loss_mask))
         microbatches += [spare] * (rounds - len(mine))
     losses = LossStep(layout, torch.cat((counts, counts.new_ones(run.recipe.model.mtp_depths))), 0.0)
     run.engine.evaluate(
@@ -39,3 +46,27 @@ def evaluate(run: Run, step: int) -> float | None:
         micro_batch_size=run.recipe.train.micro_batch_size,
     )
     return float(losses.means()[0])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; exit status 2 for wrong arguments."""
+    try:
+        values = key_values(arguments, ("checkpoint",))
+        if not isinstance(values.get("checkpoint"), str):
+            raise ValueError("checkpoint=... is missing: python -m train.evaluate checkpoint=runs/tiny")
+        checkpoint = open_checkpoint(values["checkpoint"])
+        run = build(read_recipe(stored_recipe(checkpoint), layouts.world_size()))
+        load_weights(checkpoint, run.model)
+        loss = evaluate(run, checkpoint.step)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        layouts.shutdown()
+    if run.layout.rank == 0:
+        print(f"{checkpoint.path}: " + ("no validation text" if loss is None else f"validation loss {loss:.4f} nats per token"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,10 @@ import torch
 import yaml
 
 from data.documents import DataError
-from data.text_data import TextData, open_data
-from model.context import ModelContext
+from data.text_data import TextData
 from model.count import count, linear_modules, other_flops
-from model.hybrid import HybridModel
-from model.precision.policy import Policy
 from parallel import layout as layouts
-from parallel.engine import AdamW, Engine
-from parallel.layout import Layout
+from train.build import Run, build
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import open_checkpoint
 from train.checkpoint.run import load_weights, restore_run, save_run
@@ -36,59 +31,9 @@ from train.precision_table import LinearRow, OtherRow, PrecisionTable, precision
 from train.reading import RecipeError, plain
 from train.recipe import Recipe, changed_keys
 from train.schedule import learning_rate
-from train.step import BatchPlan, LossStep, sum_over_ranks, to_microbatch
+from train.step import LossStep, sum_over_ranks, to_microbatch
 
 MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run gives up
-
-
-@dataclass
-class Run:
-    """A recipe made real on this rank."""
-
-    recipe: Recipe
-    layout: Layout
-    data: TextData
-    context: ModelContext
-    model: HybridModel
-    engine: Engine
-    plan: BatchPlan
-    run_dir: Path
-
-
-def params_dtype(recipe: Recipe) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision.compute]
-
-
-def build(recipe: Recipe) -> Run:
-    """Process groups, data, model and engine. Raises ValueError, in one sentence, for what only shows when files are opened."""
-    data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)
-    if data.tokenizer.vocab_size > recipe.model.vocab_size:
-        raise RecipeError(
-            f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size} tokens: set "
-            f"model.vocab_size to at least {data.tokenizer.vocab_size}"
-        )
-    layout = layouts.initialize(recipe.parallel, recipe.run.seed)
-    if recipe.precision.compute == "bf16" and layout.device.type == "cpu":
-        raise RecipeError(
-            "precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32"
-        )
-    if layout.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    train = recipe.train
-    context = ModelContext(
-        recipe.model,
-        layout,
-        Policy(recipe.precision, len(recipe.model.layers)),
-        recipe.run.seed,
-        params_dtype(recipe),
-        layout.device,
-        train.global_batch_size,
-    )
-    model = HybridModel(context)
-    o = recipe.optimizer
-    engine = Engine(model, layout, context.megatron, AdamW(o.betas, o.eps, o.weight_decay, o.clip))
-    plan = BatchPlan(train.global_batch_size, train.micro_batch_size, layout.data_rank, layout.data_size)
-    return Run(recipe, layout, data, context, model, engine, plan, Path(recipe.run_dir))
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
@@ -259,9 +204,8 @@ def _restore(run: Run) -> tuple[int, float, dict[str, Any]]:
 def _table(run: Run, step: int) -> PrecisionTable:
     """Which module runs which GEMM in which format at this step."""
     config, policy, progress = run.recipe.model, run.context.policy, step / run.recipe.total_steps
-    tables = run.__dict__.setdefault("tables", {})
     interval = sum(edge <= progress for edge in policy.times)
-    if interval not in tables:
+    if interval not in run.tables:
         linear = []
         for module in linear_modules(config):
             fprop, dgrad, wgrad = (str(form) for form in policy.formats(module.name, progress))
@@ -271,8 +215,8 @@ def _table(run: Run, step: int) -> PrecisionTable:
             OtherRow(what, module, flops, "fp32" if what == "SSD" else run.recipe.precision.compute)
             for what, module, flops in other_flops(config, length)
         ]
-        tables[interval] = precision_table(linear, other)
-    return tables[interval]
+        run.tables[interval] = precision_table(linear, other)
+    return run.tables[interval]
 
 
 def _pace(run: Run, seconds: float) -> dict[str, float | int]:

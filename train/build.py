@@ -1,0 +1,69 @@
+"""A recipe made real on this rank: process groups, data, model, engine."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.text_data import TextData, open_data
+from model.context import ModelContext
+from model.hybrid import HybridModel
+from model.precision.policy import Policy
+from parallel import layout as layouts
+from parallel.engine import AdamW, Engine
+from parallel.layout import Layout
+from train.precision_table import PrecisionTable
+from train.reading import RecipeError
+from train.recipe import Recipe
+from train.step import BatchPlan
+
+
+@dataclass
+class Run:
+    """A recipe made real on this rank."""
+
+    recipe: Recipe
+    layout: Layout
+    data: TextData
+    context: ModelContext
+    model: HybridModel
+    engine: Engine
+    plan: BatchPlan
+    run_dir: Path
+    tables: dict[int, PrecisionTable] = field(default_factory=dict)  # of each interval of the precision schedule
+
+
+def params_dtype(recipe: Recipe) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision.compute]
+
+
+def build(recipe: Recipe) -> Run:
+    """Process groups, data, model and engine. Raises ValueError, in one sentence, for what only shows when files are opened."""
+    data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)
+    if data.tokenizer.vocab_size > recipe.model.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size} tokens: set "
+            f"model.vocab_size to at least {data.tokenizer.vocab_size}"
+        )
+    layout = layouts.initialize(recipe.parallel, recipe.run.seed)
+    if recipe.precision.compute == "bf16" and layout.device.type == "cpu":
+        raise RecipeError(
+            "precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32"
+        )
+    if layout.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    train = recipe.train
+    context = ModelContext(
+        recipe.model,
+        layout,
+        Policy(recipe.precision, len(recipe.model.layers)),
+        recipe.run.seed,
+        params_dtype(recipe),
+        layout.device,
+        train.global_batch_size,
+    )
+    model = HybridModel(context)
+    o = recipe.optimizer
+    engine = Engine(model, layout, context.megatron, AdamW(o.betas, o.eps, o.weight_decay, o.clip))
+    plan = BatchPlan(train.global_batch_size, train.micro_batch_size, layout.data_rank, layout.data_size)
+    return Run(recipe, layout, data, context, model, engine, plan, Path(recipe.run_dir))
