@@ -39,6 +39,7 @@ class Console(Observer):
         self._run: RunInfo | None = None
         self._waiting: list[str] = []
         self._seconds_per_step: float | None = None
+        self._intervals = 0
         self._last_step = 0
         self._last_time = 0.0
         self._start_time = 0.0
@@ -125,8 +126,9 @@ class Console(Observer):
         if done > 0:
             latest = (now - self._last_time) / done
             # The first interval holds warm-up work (compilation, first allocations): the second replaces it.
-            settled = self._last_step > (self._run.step if self._run else 0) and self._seconds_per_step is not None
-            self._seconds_per_step = 0.8 * self._seconds_per_step + 0.2 * latest if settled else latest  # type: ignore[operator]
+            self._intervals += 1
+            smooth = self._intervals > 2 and self._seconds_per_step is not None
+            self._seconds_per_step = 0.8 * self._seconds_per_step + 0.2 * latest if smooth else latest  # type: ignore[operator]
             self._last_step, self._last_time = step, now
         if self._seconds_per_step is None or self._run is None:
             return None
