@@ -1,0 +1,101 @@
+"""The learning rate, durations, and the reading of recipes: pure functions."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from train.duration import Duration
+from train.reading import RecipeError, defaults, plain, read
+from train.recipe import Recipe
+from train.schedule import OptimizerConfig, learning_rate
+
+
+def rates(style: str, steps: int = 20) -> list[float]:
+    config = OptimizerConfig(1.0, 0.1, Duration(4, "steps"), Duration(800, "tokens"), style)  # type: ignore[arg-type]
+    return [learning_rate(config, step, steps, tokens_per_step=100) for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("style", "halfway"), [("minus_sqrt", 1 - math.sqrt(0.5)), ("linear", 0.5), ("cosine", (1 + math.cos(math.pi / 2)) / 2)]
+)
+def test_warmup_constant_decay(style: str, halfway: float) -> None:
+    values = rates(style)
+    assert values[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert values[4:12] == [1.0] * 8
+    assert values[15] == pytest.approx(0.1 + 0.9 * halfway)  # 4 of 8 decay steps done
+    assert values[19] == pytest.approx(0.1)
+    assert values[12:] == sorted(values[12:], reverse=True)
+
+
+def test_without_warmup_and_decay_it_is_constant() -> None:
+    assert {learning_rate(OptimizerConfig(0.5), step, 10, 1) for step in range(10)} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "unit"),
+    [(30, 30, "steps"), ("30steps", 30, "steps"), ("1 step", 1, "steps"), ("200B tokens", 200 * 10**9, "tokens"), ("2.5k tokens", 2500, "tokens")],
+)
+def test_durations_are_read(text: object, count: int, unit: str) -> None:
+    duration = Duration.read(text)
+    assert (duration.count, duration.unit) == (count, unit)
+    assert Duration.read(plain(duration)) == duration
+
+
+@pytest.mark.parametrize("text", ["", "12", "steps", "1.5 steps", "-3 steps", -3, 1.5, True, "3 weeks"])
+def test_other_durations_are_refused(text: object) -> None:
+    with pytest.raises(ValueError):
+        Duration.read(text)
+
+
+def test_tokens_become_steps_rounded_up() -> None:
+    assert Duration(201, "tokens").steps(100) == 3
+    assert Duration(7, "steps").steps(100) == 7
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 3
+    kind: Literal["a", "b"] = "a"
+    ratio: float = 0.5
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    flag: bool = False
+    maybe: int | None = None
+
+
+def test_reading_is_the_inverse_of_plain() -> None:
+    value = Outer(Inner(5, "b", 1.0, ("x", "y")), True, 2)
+    assert read(Outer, plain(value)) == value
+    assert read(Outer, {"inner": {"ratio": 1}}).inner.ratio == 1.0
+    assert defaults(Outer) == {"inner": {"size": 3, "kind": "a", "ratio": 0.5, "names": []}, "flag": False, "maybe": None}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inner": {"size": "3"}}, "inner.size='3' must be a whole number"),
+        ({"inner": {"size": True}}, "inner.size=True must be a whole number"),
+        ({"inner": {"kind": "c"}}, "inner.kind='c' is unknown: use a or b"),
+        ({"inner": {"names": "x"}}, "inner.names='x' must be a list"),
+        ({"inner": {"names": [1]}}, "inner.names[0]=1 must be a text"),
+        ({"inner": {}, "flag": 1}, "flag=1 must be true or false"),
+        ({"inner": 3}, "inner=3 must be a group of keys"),
+        ({}, "inner is missing"),
+        ({"inner": {"sise": 3}}, "inner.sise is no key of a recipe (inner.sise=3): did you mean inner.size?"),
+    ],
+)
+def test_wrong_values_name_key_and_remedy(values: dict, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        read(Outer, values)
+    assert message in str(error.value)
+
+
+def test_every_key_of_a_recipe_has_a_default_or_is_required() -> None:
+    tree = defaults(Recipe)
+    assert tree["precision"]["default"] == "nvfp4" and "learning_rate" not in tree["optimizer"]
