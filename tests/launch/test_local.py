@@ -26,7 +26,14 @@ def test_wrong_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.timeout(180)
 def test_two_ranks_train_and_finish(tmp_path: Path) -> None:
-    overrides = ["train.steps=3", "optimizer.warmup=1", "optimizer.decay=1", "parallel.tensor=2", f"run.dir={tmp_path / 'run'}"]
+    overrides = [
+        "train.steps=3",
+        "optimizer.warmup=1",
+        "optimizer.decay=1",
+        "precision=fp32",
+        "parallel.tensor=2",
+        f"run.dir={tmp_path / 'run'}",
+    ]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "launch.local", "ranks=2", "-cn", "tiny", *SMALL, *overrides],
