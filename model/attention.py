@@ -28,9 +28,7 @@ class Attention(nn.Module):
             Section(f"{name}.v_proj.weight", key_value),
         ]
         hidden = config.hidden_size
-        self.qkv_proj = Linear(
-            context, f"{name}.qkv_proj", hidden, query + 2 * key_value, "column", std=config.init_std, sections=sections
-        )
+        self.qkv_proj = Linear(context, f"{name}.qkv_proj", hidden, query + 2 * key_value, "column", std=config.init_std, sections=sections)
         self.o_proj = Linear(context, f"{name}.o_proj", query, hidden, "row", std=output_std(context))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
@@ -38,9 +36,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x, microbatch)  # [sequence, batch, (heads + 2 kv_heads) * head_dim]
         sections = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
         # [batch, heads, sequence, head_dim]
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for part in qkv.split(sections, dim=-1)
-        )
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for part in qkv.split(sections, dim=-1))
         mask = None
         if microbatch.reset:
             documents = microbatch.documents

@@ -39,9 +39,7 @@ class Count:
 
 def on_meta(config: ModelConfig) -> HybridModel:
     """The whole model on one imaginary rank, without storage."""
-    context = ModelContext(
-        config, Layout.alone(), Policy(PrecisionConfig(), len(config.layers)), 0, torch.float32, torch.device("meta")
-    )
+    context = ModelContext(config, Layout.alone(), Policy(PrecisionConfig(), len(config.layers)), 0, torch.float32, torch.device("meta"))
     return HybridModel(context)
 
 
@@ -115,5 +113,3 @@ def other_flops(config: ModelConfig, sequence_length: int) -> list[tuple[str, st
             )
             result.append(("SSD", f"{name}.mixer", repeats * flops))
     return result
-
-

@@ -107,7 +107,9 @@ def model_config(config: dict[str, Any], mtp_blocks: int) -> ModelConfig:
         ("mlp_hidden_act", "relu2"),
     ):
         if config.get(key, wanted) != wanted:
-            raise ValueError(f"config.json has {key}={config[key]!r}, which this model does not have: only {key}={wanted!r} can be imported")
+            raise ValueError(
+                f"config.json has {key}={config[key]!r}, which this model does not have: only {key}={wanted!r} can be imported"
+            )
     layers = config.get("layers_block_type") or config.get("layer_types")
     if not layers:
         raise ValueError("config.json has no layers_block_type: it cannot be told which layer is what")

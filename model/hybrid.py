@@ -60,9 +60,7 @@ class HybridModel(nn.Module):
                 std=config.init_std,
                 out_dtype=torch.float32,
             )
-            self.mtp = nn.ModuleList(
-                MTPBlock(context, f"mtp.layers.{i}", config.parsed.mtp[i]) for i in range(config.mtp_blocks)
-            )
+            self.mtp = nn.ModuleList(MTPBlock(context, f"mtp.layers.{i}", config.parsed.mtp[i]) for i in range(config.mtp_blocks))
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Megatron's name for what is duplicated on the first and the last stage."""

@@ -61,9 +61,7 @@ class Linear(nn.Module):
             whole = split_sections(sections, (in_features,), 0, 1)
             if mode == "row":
                 if in_features % size:
-                    raise ValueError(
-                        f"{name} has {in_features} input features, which parallel.tensor={size} does not divide"
-                    )
+                    raise ValueError(f"{name} has {in_features} input features, which parallel.tensor={size} does not divide")
                 columns //= size
                 whole = [Piece(p.name, p.shape, (p.offset[0], rank * columns), p.local) for p in whole]
             pieces = whole

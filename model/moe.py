@@ -61,9 +61,7 @@ class Experts(nn.Module):
         width, ffn = config.latent_size or config.hidden_size, config.expert_ffn_size
         self.up_proj = self._stack("up_proj", ffn, width, config.init_std)
         self.down_proj = self._stack("down_proj", width, ffn, output_std(context))
-        self.sites = {
-            kind: Site(f"{name}.{kind}", context.seed, first_expert=self.first) for kind in ("up_proj", "down_proj")
-        }
+        self.sites = {kind: Site(f"{name}.{kind}", context.seed, first_expert=self.first) for kind in ("up_proj", "down_proj")}
         for kind in ("up_proj", "down_proj"):
             context.linears.append(LinearUse(f"{name}.{kind}", 2.0 * width * ffn * config.top_k))
 
@@ -102,9 +100,7 @@ class Experts(nn.Module):
 
         def apply(kind: str, x: Tensor) -> Tensor:
             weight = getattr(self, kind)
-            return grouped_linear(
-                x, weight, tokens_per_expert, self.formats(kind, microbatch), self.sites[kind], keys, microbatch.step
-            )
+            return grouped_linear(x, weight, tokens_per_expert, self.formats(kind, microbatch), self.sites[kind], keys, microbatch.step)
 
         return apply("down_proj", squared_relu(apply("up_proj", x)))
 

@@ -33,9 +33,7 @@ class Router(nn.Module):
         config = context.config
         assert config.experts and config.top_k
         self.context, self.experts, self.top_k = context, config.experts, config.top_k
-        self.gate = Linear(
-            context, name, config.hidden_size, config.experts, "replicated", std=config.init_std, out_dtype=torch.float32
-        )
+        self.gate = Linear(context, name, config.hidden_size, config.experts, "replicated", std=config.init_std, out_dtype=torch.float32)
         bias = torch.zeros(config.experts, dtype=torch.float32, device=context.device)
         set_pieces(bias, [Piece(f"{name}.e_score_correction_bias", (config.experts,), (0,), (slice(None),))])
         self.register_buffer("bias", bias)

@@ -62,9 +62,7 @@ def ssd(
     return chunked(x.float(), dt.float(), a.float(), b.float(), c.float(), d.float(), documents, chunk)
 
 
-def chunked(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, documents: Tensor | None, chunk: int
-) -> Tensor:
+def chunked(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, documents: Tensor | None, chunk: int) -> Tensor:
     """See `ssd`; all arguments fp32, or all fp64, and so the result."""
     padding = -x.shape[1] % chunk
     if padding:
@@ -163,9 +161,7 @@ class _Chunked(torch.autograd.Function):
         within = (decay * pairs.unsqueeze(2)) @ u
 
         weighted = _product(x, _factor(steps * to_end, dtype)).flatten(4)
-        states = (
-            b.transpose(-1, -2) @ weighted
-        )  # first what each chunk adds, then what it finds: [batch, groups, chunks, N, r * P]
+        states = b.transpose(-1, -2) @ weighted  # first what each chunk adds, then what it finds: [batch, groups, chunks, N, r * P]
         state = torch.zeros_like(states[:, :, 0])
         kept_by_chunk = kept.to(dtype).unbind(-1)
         for index, factor in enumerate(kept_by_chunk):
@@ -179,17 +175,13 @@ class _Chunked(torch.autograd.Function):
         by_token = y.permute(2, 3, 0, 1, 4, 5)
         torch.addcmul(across, x, d, out=by_token)
         by_token.addcmul_(within.movedim(2, 4), _factor(fine, dtype))
-        ctx.save_for_backward(
-            x, steps, a64, b, c, d, decay, pairs, u, weighted, states, across, fine, from_start, to_end, kept
-        )
+        ctx.save_for_backward(x, steps, a64, b, c, d, decay, pairs, u, weighted, states, across, fine, from_start, to_end, kept)
         return y.flatten(0, 1).flatten(2, 3).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, steps, a64, b, c, d, decay, pairs, u, weighted, states, across, fine, from_start, to_end, kept = (
-            ctx.saved_tensors
-        )
+        x, steps, a64, b, c, d, decay, pairs, u, weighted, states, across, fine, from_start, to_end, kept = ctx.saved_tensors
         _, groups, _, chunk, per_group, width = x.shape
         dtype = dy.dtype
         dy = _by_token(dy, groups, chunk)
@@ -220,9 +212,7 @@ class _Chunked(torch.autograd.Function):
         dlog += _later(_by_head((dy * across).sum(-1)).double())
         left = _by_head((dweighted * weighted.view_as(dweighted)).sum(-1)).double()
         dlog += left.cumsum(-1) - left
-        through = (
-            (dstates * states).unflatten(-1, (per_group, width)).sum((3, 5)).movedim(-1, 2)
-        )  # [batch, groups, r, chunks]
+        through = (dstates * states).unflatten(-1, (per_group, width)).sum((3, 5)).movedim(-1, 2)  # [batch, groups, r, chunks]
         dlog += (through.double() * kept).unsqueeze(-1)
 
         du = dweighted.mul_(_factor(to_end, dtype)).addcmul_(du_head.movedim(2, 4), _factor(1 / fine, dtype))
@@ -242,9 +232,7 @@ class _Chunked(torch.autograd.Function):
         )
 
 
-def recurrence(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, documents: Tensor | None = None
-) -> Tensor:
+def recurrence(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, documents: Tensor | None = None) -> Tensor:
     """The definition, one token after another, in the dtype of its arguments (fp64 for a reference)."""
     batch, length, heads, width = x.shape
     per_group = heads // b.shape[2]

@@ -138,9 +138,7 @@ class Engine:
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
         return self._update()
 
-    def evaluate(
-        self, forward_step: ForwardStep, microbatches: Sequence[Any], *, sequence_length: int, micro_batch_size: int
-    ) -> None:
+    def evaluate(self, forward_step: ForwardStep, microbatches: Sequence[Any], *, sequence_length: int, micro_batch_size: int) -> None:
         """Forward passes alone, through the same schedule; results are left in `forward_step`."""
         self.model.eval()
         with torch.no_grad():

@@ -51,13 +51,9 @@ class ParallelConfig:
         """Raises ValueError, in one sentence, for a layout `world_size` ranks cannot have."""
         for key in ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context"):
             if getattr(self, key) < 1:
-                raise ValueError(
-                    f"parallel.{key}={getattr(self, key)} must be at least 1: use 1 for no such parallelism"
-                )
+                raise ValueError(f"parallel.{key}={getattr(self, key)} must be at least 1: use 1 for no such parallelism")
         if self.virtual_pipeline != 1:
-            raise ValueError(
-                f"parallel.virtual_pipeline={self.virtual_pipeline} is not available: use parallel.virtual_pipeline=1"
-            )
+            raise ValueError(f"parallel.virtual_pipeline={self.virtual_pipeline} is not available: use parallel.virtual_pipeline=1")
         if self.expert_tensor != 1:
             raise ValueError(
                 f"parallel.expert_tensor={self.expert_tensor} is not available: use parallel.expert_tensor=1 and split experts with "

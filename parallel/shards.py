@@ -54,14 +54,10 @@ def split_sections(sections: Sequence[Section], trailing: tuple[int, ...], rank:
     everything = tuple(slice(None) for _ in trailing)
     for section in sections:
         if section.rows % size:
-            raise ValueError(
-                f"{section.name} has a section of {section.rows} rows, which parallel.tensor={size} does not divide"
-            )
+            raise ValueError(f"{section.name} has a section of {section.rows} rows, which parallel.tensor={size} does not divide")
         rows = section.rows // size
         offset = (section.start + rank * rows, *(0 for _ in trailing))
-        pieces.append(
-            Piece(section.name, (total[section.name], *trailing), offset, (slice(at, at + rows), *everything))
-        )
+        pieces.append(Piece(section.name, (total[section.name], *trailing), offset, (slice(at, at + rows), *everything)))
         at += rows
     return pieces
 

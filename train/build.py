@@ -47,9 +47,7 @@ def build(recipe: Recipe) -> Run:
         )
     layout = layouts.initialize(recipe.parallel, recipe.run.seed)
     if recipe.precision.compute == "bf16" and layout.device.type == "cpu":
-        raise RecipeError(
-            "precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32"
-        )
+        raise RecipeError("precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32")
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     train = recipe.train

@@ -87,9 +87,7 @@ def _unknown_key(error: BaseException, arguments: Sequence[str]) -> str | None:
     return f"{given} sets no key of a recipe: {hint}"
 
 
-def main(
-    run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | None = None, *, on_this_machine: bool = True
-) -> int:
+def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | None = None, *, on_this_machine: bool = True) -> int:
     """Composes the recipe, validates it and calls `run`; returns the exit status (2: the recipe or the command line is wrong).
 
     module: the command's name for the processes of a sweep, as in `python -m MODULE`. on_this_machine: the recipe is to run on the ranks that
@@ -153,9 +151,7 @@ def _sweep_job(module: str, swept: Sequence[str]) -> bool:
     given = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.startswith("run.dir=")]
     if not given:
         varied = {
-            override.key_or_group
-            for override in OverridesParser.create().parse_overrides(list(swept))
-            if override.is_sweep_override()
+            override.key_or_group for override in OverridesParser.create().parse_overrides(list(swept)) if override.is_sweep_override()
         }
         label = "__".join(_plain_name(o) for o in overrides if o.split("=", 1)[0] in varied)
         given = [f"runs/{recipe}-sweep/{label or 'job'}"]

@@ -50,9 +50,7 @@ def commands(arguments: Sequence[str]) -> tuple[Path, dict[Path, list[str]]]:
             passed.append(argument)
     to = Path(own["to"])
     train = [sys.executable, "-m", "train", "-cn", own["recipe"]]
-    return to, {
-        to / name: [*train, f"run.dir={to / name}", f"run.name={name}", *added, *passed] for name, added in RUNS.items()
-    }
+    return to, {to / name: [*train, f"run.dir={to / name}", f"run.name={name}", *added, *passed] for name, added in RUNS.items()}
 
 
 def main(arguments: Sequence[str]) -> int:

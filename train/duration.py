@@ -15,15 +15,9 @@ class Duration:
     unit: str  # "steps" | "tokens"
 
     def __str__(self) -> str:
-        scale = next(
-            (s for s in ("T", "B", "M", "k") if self.count >= UNITS[s] and self.count % (UNITS[s] // 1000) == 0), ""
-        )
+        scale = next((s for s in ("T", "B", "M", "k") if self.count >= UNITS[s] and self.count % (UNITS[s] // 1000) == 0), "")
         number = self.count / UNITS[scale]
-        return (
-            f"{number:g}{scale} {self.unit}"
-            if scale and number == float(f"{number:g}")
-            else f"{self.count} {self.unit}"
-        )
+        return f"{number:g}{scale} {self.unit}" if scale and number == float(f"{number:g}") else f"{self.count} {self.unit}"
 
     def steps(self, tokens_per_step: int) -> int:
         """In optimizer steps, rounded up to a whole one."""
@@ -38,9 +32,7 @@ class Duration:
             return cls(value, "steps")
         match = FORM.fullmatch(value) if isinstance(value, str) else None
         if match is None:
-            raise ValueError(
-                f"{value!r} is no duration: write a number of steps (300), or 300steps, 2.5M tokens, 200B tokens"
-            )
+            raise ValueError(f"{value!r} is no duration: write a number of steps (300), or 300steps, 2.5M tokens, 200B tokens")
         number, scale, unit = match.groups()
         exact = float(number) * UNITS[scale]
         if exact != int(exact):

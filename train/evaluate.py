@@ -1,6 +1,6 @@
 """Evaluation: the LM loss over the whole validation text, in fixed windows.
 
-    python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoint of it
+python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoint of it
 """
 
 import sys

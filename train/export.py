@@ -63,9 +63,7 @@ def export(checkpoint: Checkpoint, to: Path, *, shard_bytes: int = SHARD_BYTES) 
         dtypes |= {tensor.dtype for name, tensor in tensors.items() if not name.endswith("e_score_correction_bias")}
         files.append(path)
     if len(shards) > 1:
-        files.append(
-            _write(to / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-        )
+        files.append(_write(to / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}))
     tokenizer = run_dir_of(checkpoint) / "tokenizer"
     end_of_document = None
     for source in sorted(tokenizer.glob("*")) if tokenizer.is_dir() else ():

@@ -67,17 +67,13 @@ def main(arguments: Sequence[str]) -> int:
         values = key_values(arguments, ("checkpoint", "to"))
         for key in ("checkpoint", "to"):
             if not isinstance(values.get(key), str):
-                raise ValueError(
-                    f"{key}=... is missing: python -m train.import_hf checkpoint=exported to=runs/imported"
-                )
+                raise ValueError(f"{key}=... is missing: python -m train.import_hf checkpoint=exported to=runs/imported")
         path = import_hf(Path(values["checkpoint"]), Path(values["to"]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Imported into {path}.")
-    print(
-        f"Start a run from it with checkpoint.initialize_from={values['to']} and the model group of {values['to']}/recipe.yaml."
-    )
+    print(f"Start a run from it with checkpoint.initialize_from={values['to']} and the model group of {values['to']}/recipe.yaml.")
     return 0
 
 

@@ -71,9 +71,7 @@ def run(recipe: Recipe) -> int:
         try:
             changes = _check_stored(recipe, run_dir)
             if (finished := _finished(recipe, run_dir)) is not None:
-                print(
-                    f"{run_dir} is finished: validation loss {finished.get('eval/loss')}; choose another run.dir for a new run"
-                )
+                print(f"{run_dir} is finished: validation loss {finished.get('eval/loss')}; choose another run.dir for a new run")
                 return 0
             _train(build(recipe), changes)
         except (DataError, CheckpointError) as error:

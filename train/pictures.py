@@ -100,9 +100,7 @@ def draw_losses(runs: Sequence[Series], path: Path) -> Path:
     Raises ValueError when no run has a finite loss/lm.
     """
     if not any(len(run.of("loss/lm")[0]) for run in runs):
-        raise ValueError(
-            f"{', '.join(run.name for run in runs)}: no finite loss/lm was logged, so there is no curve to draw"
-        )
+        raise ValueError(f"{', '.join(run.name for run in runs)}: no finite loss/lm was logged, so there is no curve to draw")
     with plt.rc_context(_STYLE):
         return _one_run_losses(runs[0], path) if len(runs) == 1 else _many_run_losses(runs, path)
 
@@ -131,11 +129,7 @@ def _many_run_losses(runs: Sequence[Series], path: Path) -> Path:
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(7.0 * columns, 4.2 * rows), layout="constrained", squeeze=False)
     for axes, (key, title) in zip(grid.flat, panels, strict=False):
-        lines = [
-            _loss_line(run, key, run.name, RUN_COLOURS[index], longest)
-            for index, run in enumerate(runs)
-            if len(run.of(key)[0])
-        ]
+        lines = [_loss_line(run, key, run.name, RUN_COLOURS[index], longest) for index, run in enumerate(runs) if len(run.of(key)[0])]
         baselines = {round(run.baseline, 6) for run in runs if run.baseline is not None}
         shown = baselines.pop() if key in ("loss/lm", "eval/loss") and len(baselines) == 1 else None
         _draw_lines(axes, lines, clip=True, baseline=shown)
@@ -277,9 +271,7 @@ def _share_bars(runs: Sequence[Series], formats: Sequence[str], shares: Sequence
     left = np.zeros(len(runs))
     for index, name in enumerate(formats):
         widths = np.array([share[index] for share in shares])
-        axes.barh(
-            rows, widths, left=left, height=0.66, color=_format_colour(name, formats), label=name, edgecolor="white"
-        )
+        axes.barh(rows, widths, left=left, height=0.66, color=_format_colour(name, formats), label=name, edgecolor="white")
         for row, (start, width) in enumerate(zip(left, widths, strict=True)):
             if width >= 0.05:  # narrower parts have no room for their number; the table of the run has it
                 ink = "black" if name == "mxfp8" else "white"  # white on orange is hard to read
@@ -295,12 +287,8 @@ def _share_bars(runs: Sequence[Series], formats: Sequence[str], shares: Sequence
     return _save(figure, path)
 
 
-def _share_areas(
-    runs: Sequence[Series], formats: Sequence[str], tables: Sequence[tuple[np.ndarray, np.ndarray]], path: Path
-) -> Path:
-    figure, grid = plt.subplots(
-        len(runs), 1, figsize=(10, 1.2 + 1.6 * len(runs)), layout="constrained", squeeze=False, sharex=True
-    )
+def _share_areas(runs: Sequence[Series], formats: Sequence[str], tables: Sequence[tuple[np.ndarray, np.ndarray]], path: Path) -> Path:
+    figure, grid = plt.subplots(len(runs), 1, figsize=(10, 1.2 + 1.6 * len(runs)), layout="constrained", squeeze=False, sharex=True)
     colours = [_format_colour(name, formats) for name in formats]
     for axes, run, (steps, shares) in zip(grid.flat, runs, tables, strict=True):
         axes.stackplot(steps, shares, labels=formats, colors=colours, step="post")

@@ -116,8 +116,7 @@ def _merged_name(modules: Sequence[str]) -> str:
     """`layers.0.a, layers.2.a, layers.3.a` -> `layers.{0,2-3}.a`."""
     columns = list(zip(*(module.split(".") for module in modules), strict=True))
     return ".".join(
-        column[0] if len(set(column)) == 1 else "{" + _ranges(sorted({int(part) for part in column})) + "}"
-        for column in columns
+        column[0] if len(set(column)) == 1 else "{" + _ranges(sorted({int(part) for part in column})) + "}" for column in columns
     )
 
 

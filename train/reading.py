@@ -30,11 +30,7 @@ def read(cls: type[T], value: object, key: str = "") -> T:
         if name not in fields:
             full = f"{key}.{name}" if key else str(name)
             near = difflib.get_close_matches(str(name), fields, n=1)
-            hint = (
-                f"did you mean {f'{key}.{near[0]}' if key else near[0]}?"
-                if near
-                else f"known keys are {', '.join(fields)}"
-            )
+            hint = f"did you mean {f'{key}.{near[0]}' if key else near[0]}?" if near else f"known keys are {', '.join(fields)}"
             raise RecipeError(f"{full} is no key of a recipe ({full}={value[name]!r}): {hint}")
     arguments = {}
     for name, field in fields.items():

@@ -221,17 +221,13 @@ def _validate_layout(recipe: Recipe) -> None:
     if "E" in letters:
         assert model.experts is not None
         if model.experts % parallel.expert:
-            raise ValueError(
-                f"model.experts={model.experts} is not a multiple of parallel.expert={parallel.expert}: change one of them"
-            )
+            raise ValueError(f"model.experts={model.experts} is not a multiple of parallel.expert={parallel.expert}: change one of them")
         if tensor > 1 and not parallel.sequence_parallel:
             raise ValueError(
                 "parallel.sequence=false with parallel.tensor > 1 cannot run MoE layers (E in model.pattern): set parallel.sequence=true"
             )
     elif parallel.expert > 1:
-        raise ValueError(
-            f"parallel.expert={parallel.expert} needs MoE layers, but model.pattern={model.pattern!r} has no E: use 1"
-        )
+        raise ValueError(f"parallel.expert={parallel.expert} needs MoE layers, but model.pattern={model.pattern!r} has no E: use 1")
     if parallel.pipeline > len(model.layers):
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} exceeds the {len(model.layers)} layers of model.pattern: use at most that many stages"
@@ -256,11 +252,7 @@ def _validate_precision(recipe: Recipe) -> None:
                 )
             nvfp4 = {gemm for gemm, form in formats.items() if form.name == "nvfp4"}
             options = precision.nvfp4
-            if (
-                nvfp4 & {"fprop", "dgrad"}
-                and options.weight_scaling == "2d"
-                and (module.rows % 16 or module.columns % 16)
-            ):
+            if nvfp4 & {"fprop", "dgrad"} and options.weight_scaling == "2d" and (module.rows % 16 or module.columns % 16):
                 raise ValueError(
                     f"precision asks for nvfp4 in {module.name}, whose weight on one rank is {module.rows} x {module.columns}: 2d scaling "
                     "needs multiples of 16, so change model sizes, set precision.nvfp4.weight_scaling=1d, or give it another format"

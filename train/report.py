@@ -131,9 +131,7 @@ def _recipe(run_dir: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not YAML ({str(error).splitlines()[0]}): restore it or leave this run out"
-        ) from None
+        raise ValueError(f"{path} is not YAML ({str(error).splitlines()[0]}): restore it or leave this run out") from None
     return without_secrets(recipe) if isinstance(recipe, Mapping) else {}
 
 

@@ -199,9 +199,7 @@ def quantize(
     if random_bits is not None:
         random_bits = torch.nn.functional.pad(random_bits, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     block_amax = tile_amax(padded) if scaling == "2d" else blocks.abs().amax(-1)
-    encoded = encode(
-        blocks, block_amax, amax, random_bits=random_bits, clipping=clipping, bound=bound, tile=scaling == "2d"
-    )
+    encoded = encode(blocks, block_amax, amax, random_bits=random_bits, clipping=clipping, bound=bound, tile=scaling == "2d")
     code = encoded.code.flatten(1)[:, : x.shape[1]]
     magnitude = code.abs()
     index = torch.where(magnitude <= 2, magnitude * 2, torch.where(magnitude <= 4, magnitude + 2, 7.0))

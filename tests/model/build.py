@@ -47,9 +47,7 @@ def open_context(
         layouts.shutdown(leave_world="WORLD_SIZE" not in os.environ)  # a pool of ranks keeps its world
 
 
-def microbatch(
-    length: int, batch: int = 2, *, documents: torch.Tensor | None = None, vocabulary: int = CONFIG.vocab_size
-) -> Microbatch:
+def microbatch(length: int, batch: int = 2, *, documents: torch.Tensor | None = None, vocabulary: int = CONFIG.vocab_size) -> Microbatch:
     """Random tokens; documents: int32 [batch, length], kept apart when given."""
     generator = torch.Generator().manual_seed(length)
     tokens = torch.randint(vocabulary, (batch, length + 1), generator=generator)

@@ -79,9 +79,7 @@ def test_packed_documents_equal_each_document_alone(length: int) -> None:
                 torch.testing.assert_close(alone[:, 0], together[where, row], atol=2e-6, rtol=1e-5)
 
 
-def reference_convolution(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, documents: torch.Tensor | None
-) -> torch.Tensor:
+def reference_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
     rows = []
     for t in range(len(x)):
         total = bias.expand(x.shape[1:])

@@ -20,9 +20,7 @@ REGIMES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 }
 
 
-def arguments(
-    length: int, regime: str = "initial", *, heads: int = 4, groups: int = 2, width: int = 8, state: int = 16
-) -> list[Tensor]:
+def arguments(length: int, regime: str = "initial", *, heads: int = 4, groups: int = 2, width: int = 8, state: int = 16) -> list[Tensor]:
     """x, dt, A, B, C, D in fp64, representable in fp32."""
     generator = torch.Generator().manual_seed(length)
 

@@ -24,7 +24,9 @@ def test_the_module_still_writes_cuda_literally(path: str) -> None:
     ],
 )
 def test_the_replaced_function_has_the_same_arguments(module: str, name: str) -> None:
-    original = getattr(importlib.import_module({"clip_grad_by_total_norm_fp32": "megatron.core.optimizer.clip_grads"}.get(name, module)), name)
+    original = getattr(
+        importlib.import_module({"clip_grad_by_total_norm_fp32": "megatron.core.optimizer.clip_grads"}.get(name, module)), name
+    )
     ours = {"clip_grad_by_total_norm_fp32": cpu.clip_by_norm, "maybe_move_tensor_to_cpu": cpu.on_host}[name]
     if original is ours:
         original = getattr(importlib.import_module("megatron.core.transformer.moe.moe_utils"), name)

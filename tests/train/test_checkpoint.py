@@ -55,9 +55,7 @@ def qkv_pieces(rank: int, size: int) -> list[Piece]:
 
 def expert_pieces(rank: int, size: int) -> list[Piece]:
     n = EXPERTS // size
-    return [
-        Piece(f"layers.2.mixer.experts.{rank * n + e}.up_proj.weight", (10, HIDDEN), (0, 0), (e,)) for e in range(n)
-    ]
+    return [Piece(f"layers.2.mixer.experts.{rank * n + e}.up_proj.weight", (10, HIDDEN), (0, 0), (e,)) for e in range(n)]
 
 
 def out_proj_pieces(rank: int, size: int) -> list[Piece]:
@@ -189,9 +187,7 @@ SPECIAL = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e
     ids=["fp32", "bf16", "int64", "bool", "scalar", "transposed"],
 )
 def test_values_come_back_bit_for_bit_in_their_dtype(tmp_path, tensor):
-    checkpoint = Checkpoint(
-        save(tmp_path, 1, [whole("model/x", tensor), whole("model/odd", torch.ones(3, dtype=torch.int8))], {})
-    )
+    checkpoint = Checkpoint(save(tmp_path, 1, [whole("model/x", tensor), whole("model/odd", torch.ones(3, dtype=torch.int8))], {}))
     back = checkpoint.read_full("model/x")
     assert back.dtype == tensor.dtype and back.shape == tensor.shape
     assert torch.equal(back.reshape(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))

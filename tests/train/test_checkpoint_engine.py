@@ -66,9 +66,7 @@ def train(engine: Engine, layout: Layout, steps: range) -> list[float]:
     return losses
 
 
-def run(
-    rank: int, directory: str, sharded: bool, dtype: torch.dtype, save_at: int | None
-) -> tuple[list[float], Tensor]:
+def run(rank: int, directory: str, sharded: bool, dtype: torch.dtype, save_at: int | None) -> tuple[list[float], Tensor]:
     """Trains from the newest checkpoint (or the start) to step 6, saving at `save_at`: (losses, all weights)."""
     config = ParallelConfig(distributed_optimizer=sharded)
     layout = initialize(config, seed=0)

@@ -112,10 +112,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dtype, flat):
     masters = ["master/k", "master/q"] if dtype == torch.bfloat16 else []
     weights = ["gate.e_score_correction_bias", "k", "norm.weight", "q"]
     assert checkpoint.names() == sorted(
-        [f"model/{n}" for n in weights]
-        + [f"{kind}/{n}" for kind in ("exp_avg", "exp_avg_sq") for n in weights[1:]]
-        + masters
-        + ["step"]
+        [f"model/{n}" for n in weights] + [f"{kind}/{n}" for kind in ("exp_avg", "exp_avg_sq") for n in weights[1:]] + masters + ["step"]
     )
 
 
@@ -159,9 +156,7 @@ def test_step_counts_must_agree(tmp_path):
         save_run(tmp_path, engine, model, 1, {})
 
 
-@pytest.mark.parametrize(
-    "stored, words", [(False, "has no tensor model/extra"), (True, "it holds exp_avg/extra and 2")]
-)
+@pytest.mark.parametrize("stored, words", [(False, "has no tensor model/extra"), (True, "it holds exp_avg/extra and 2")])
 def test_a_run_that_holds_other_tensors_is_refused(tmp_path, stored, words):
     model = Model(extra=stored)
     engine = Engine(model)

@@ -117,21 +117,14 @@ def test_wrong_input_is_one_sentence(
 
 @pytest.mark.parametrize("arguments", [["train.steps=abc"], ["-cn", "nope"], ["modle=tiny"]], ids=str)
 def test_the_command_itself_ends_with_status_2_and_no_traceback(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "train", *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "train", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("error: ")
 
 
 def test_cfg_job_prints_the_whole_recipe(capfd: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            refuse, "train", ["-cn", "tiny", "--cfg", "job", "train.steps=7", "optimizer.decay=1", "optimizer.warmup=1"]
-        )
-        == 0
-    )
+    assert main(refuse, "train", ["-cn", "tiny", "--cfg", "job", "train.steps=7", "optimizer.decay=1", "optimizer.warmup=1"]) == 0
     values = yaml.safe_load(capfd.readouterr().out)
     assert values["train"]["steps"] == 7 and values["model"]["pattern"] == "MEM*EME/*E/*E"
     assert values["parallel"]["tensor"] == 1 and values["precision"]["default"] == "nvfp4"
@@ -155,9 +148,7 @@ def test_a_sweep_runs_every_job_in_a_directory_of_its_own_and_skips_finished_one
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
     def sweep(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        return subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     first = sweep()
     assert first.returncode == 0, first.stdout + first.stderr

@@ -73,9 +73,7 @@ def test_a_layout_gives_the_losses_of_one_rank(name: str, overrides: Any, single
         assert differing == []
         for key in ("loss/lm", "loss/mtp_1", "loss/mtp_2"):
             for step, (ours, theirs) in enumerate(zip(metrics, single, strict=True)):
-                assert abs(ours[key] - theirs[key]) <= 2e-6, (
-                    f"{key} of step {step}: {ours[key]} instead of {theirs[key]}"
-                )
+                assert abs(ours[key] - theirs[key]) <= 2e-6, f"{key} of step {step}: {ours[key]} instead of {theirs[key]}"
         assert metrics[-1]["loss/lm"] < metrics[0]["loss/lm"] - 0.5  # it learned, so agreement means something
         assert metrics[-1]["moe/aux_loss"] == pytest.approx(single[-1]["moe/aux_loss"], rel=1e-5)
         assert metrics[-1]["grad_norm"] == pytest.approx(single[-1]["grad_norm"], rel=1e-4)

@@ -323,9 +323,7 @@ def wandb_run(directory: Path) -> Any:
     return runs[0]
 
 
-def test_wandb_offline_is_complete_continuous_and_holds_no_secret(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_offline_is_complete_continuous_and_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "s3cr3t-value-of-the-environment"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 8 + "f" * 32)
     monkeypatch.setenv("SOME_PASSWORD", secret)
@@ -377,9 +375,7 @@ def test_wandb_id_survives_a_kill_before_the_first_checkpoint(tmp_path: Path) ->
         "o = WandbObserver(MonitorConfig()); o.on_start(RunInfo({}, Path(sys.argv[1]), 1, 1, 0, 10, 1))\n"
         "o.on_step({'step': 1, 'tokens': 1, 'loss/lm': 2.0}); print('ready', flush=True); time.sleep(60)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=without_service()
-    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=without_service())
     assert process.stdout is not None
     while (line := process.stdout.readline()) and line != "ready\n":
         pass
@@ -450,9 +446,7 @@ def test_wandb_service_that_hangs_delays_only_the_end(tmp_path: Path) -> None:
     assert done.stdout.startswith("1 W&B did not answer any more")
 
 
-@pytest.mark.parametrize(
-    ("key", "reason"), [("", "monitor.wandb=offline"), ("0" * 40, "could not start (")], ids=["no key", "no server"]
-)
+@pytest.mark.parametrize(("key", "reason"), [("", "monitor.wandb=offline"), ("0" * 40, "could not start (")], ids=["no key", "no server"])
 def test_wandb_online_out_of_reach_neither_asks_nor_stops(tmp_path: Path, key: str, reason: str) -> None:
     # In a process of its own, with a home of its own: W&B remembers keys per process, and the user's must not be used.
     script = (

@@ -24,15 +24,11 @@ def test_other_work_is_listed_apart_and_counts_in_no_share() -> None:
                                    OtherRow("SSD", "layers.1.mixer", 1500.0, "fp32"),
                                    OtherRow("SSD", "layers.2.mixer", 1500.0, "fp32")])  # fmt: skip
     assert table.shares == {"bf16": 1.0}
-    assert table.text.splitlines()[-1].strip() == (
-        "Apart from these, forward: attention in fp32 900/token, SSD in fp32 3k/token"
-    )
+    assert table.text.splitlines()[-1].strip() == ("Apart from these, forward: attention in fp32 900/token, SSD in fp32 3k/token")
 
 
 def test_rows_of_the_same_kind_and_formats_are_merged() -> None:
-    rows = [
-        LinearRow(f"layers.{index}.mixer.out_proj", 1e6, NVFP4 if index < 6 else BF16) for index in (0, 2, 3, 4, 6, 8)
-    ]
+    rows = [LinearRow(f"layers.{index}.mixer.out_proj", 1e6, NVFP4 if index < 6 else BF16) for index in (0, 2, 3, 4, 6, 8)]
     rows.append(LinearRow("mtp.layers.0.layers.1.mixer.out_proj", 1e6, BF16))
     rows += [LinearRow(f"layers.{index}.mixer.gate", 1e3, BF16) for index in range(1, 40, 2)]
     lines = precision_table(rows).text.splitlines()

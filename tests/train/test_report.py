@@ -21,9 +21,7 @@ from train.pictures import Series, draw_losses, final, gap, smooth, spread
 from train.report import draw_loss_curve, load_run, write_report
 
 
-def make_run(
-    directory: Path, steps: int = 60, factor: float = 1.0, recipe: dict[str, Any] | None = None, **changes: Any
-) -> Path:
+def make_run(directory: Path, steps: int = 60, factor: float = 1.0, recipe: dict[str, Any] | None = None, **changes: Any) -> Path:
     """A synthetic run: losses fall from ln(256), an evaluation every 20 steps."""
     directory.mkdir(parents=True)
     lines = []
@@ -76,9 +74,7 @@ def test_final_is_the_mean_of_the_last_tenth() -> None:
     assert final(np.array([3.0, 1.0])) == 1.0
 
 
-@pytest.mark.parametrize(
-    "places", [[0.5], [0.0, 0.0, 0.0], [0.1, 0.5, 0.505, 0.51, 0.9], [0.97, 0.98, 1.0, 1.0], [0.3] * 6]
-)
+@pytest.mark.parametrize("places", [[0.5], [0.0, 0.0, 0.0], [0.1, 0.5, 0.505, 0.51, 0.9], [0.97, 0.98, 1.0, 1.0], [0.3] * 6])
 def test_labels_keep_their_distance_order_and_frame(places: list[float]) -> None:
     moved = spread(places, 0.06)
     assert all(after - before >= 0.06 - 1e-9 for before, after in itertools.pairwise(moved))

@@ -35,7 +35,13 @@ def test_without_warmup_and_decay_it_is_constant() -> None:
 
 @pytest.mark.parametrize(
     ("text", "count", "unit"),
-    [(30, 30, "steps"), ("30steps", 30, "steps"), ("1 step", 1, "steps"), ("200B tokens", 200 * 10**9, "tokens"), ("2.5k tokens", 2500, "tokens")],
+    [
+        (30, 30, "steps"),
+        ("30steps", 30, "steps"),
+        ("1 step", 1, "steps"),
+        ("200B tokens", 200 * 10**9, "tokens"),
+        ("2.5k tokens", 2500, "tokens"),
+    ],
 )
 def test_durations_are_read(text: object, count: int, unit: str) -> None:
     duration = Duration.read(text)

@@ -85,9 +85,7 @@ class Manifest:
                 raise CheckpointError(f"tensor {name} {problem}")
             for part in tensor.parts:
                 if part.file not in self.files:
-                    raise CheckpointError(
-                        f"tensor {name} is said to be in {part.file}, which the manifest does not list"
-                    )
+                    raise CheckpointError(f"tensor {name} is said to be in {part.file}, which the manifest does not list")
 
     def write(self, directory: Path) -> None:
         """Durable and atomic: the name appears only after the content is on the disk."""
@@ -102,10 +100,7 @@ class Manifest:
                 name: {
                     "dtype": DTYPE_NAMES[tensor.dtype],
                     "shape": tensor.shape,
-                    "parts": [
-                        {"offset": p.box.offset, "shape": p.box.shape, "file": p.file, "key": p.key}
-                        for p in tensor.parts
-                    ],
+                    "parts": [{"offset": p.box.offset, "shape": p.box.shape, "file": p.file, "key": p.key} for p in tensor.parts],
                 }
                 for name, tensor in sorted(self.tensors.items())
             },
@@ -132,9 +127,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"its {MANIFEST} is not that of a {FORMAT}")
     if document.get("version") != VERSION:
-        raise CheckpointError(
-            f"its format version is {document.get('version')!r}, and this program reads version {VERSION}"
-        )
+        raise CheckpointError(f"its format version is {document.get('version')!r}, and this program reads version {VERSION}")
     if document.pop("sha256", None) != _checksum(document):
         raise CheckpointError(f"its {MANIFEST} does not match its own checksum")
     manifest = Manifest(
@@ -146,9 +139,7 @@ def read_manifest(directory: Path) -> Manifest:
             name: StoredTensor(
                 DTYPES[entry["dtype"]],
                 tuple(entry["shape"]),
-                tuple(
-                    StoredPart(Box(tuple(p["offset"]), tuple(p["shape"])), p["file"], p["key"]) for p in entry["parts"]
-                ),
+                tuple(StoredPart(Box(tuple(p["offset"]), tuple(p["shape"])), p["file"], p["key"]) for p in entry["parts"]),
             )
             for name, entry in document["tensors"].items()
         },

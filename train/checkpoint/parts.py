@@ -71,9 +71,7 @@ def _local_box(piece: Piece, local_shape: Sequence[int]) -> tuple[Box, tuple[int
         if isinstance(i, slice):
             start, stop, stride = i.indices(n)
             if stride != 1:
-                raise CheckpointError(
-                    f"piece {piece.name} has a slice with step {stride}; only contiguous slices are rectangles"
-                )
+                raise CheckpointError(f"piece {piece.name} has a slice with step {stride}; only contiguous slices are rectangles")
             kept.append(d)
         else:
             start, stop = i, i + 1
@@ -81,7 +79,6 @@ def _local_box(piece: Piece, local_shape: Sequence[int]) -> tuple[Box, tuple[int
         shape.append(stop - start)
     if len(kept) != len(piece.shape) or len(kept) != len(piece.offset):
         raise CheckpointError(
-            f"piece {piece.name} selects {len(kept)} dimensions of its parameter "
-            f"for a global tensor of shape {tuple(piece.shape)}"
+            f"piece {piece.name} selects {len(kept)} dimensions of its parameter for a global tensor of shape {tuple(piece.shape)}"
         )
     return Box(tuple(offset), tuple(shape)), tuple(kept)

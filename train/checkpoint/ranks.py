@@ -37,11 +37,7 @@ def together(action: Callable[[], T], doing: str) -> list[T]:
     except Exception as error:
         failure = error
     outcomes = exchange((result, None if failure is None else _sentence(failure)))
-    problems = [
-        f"{problem} (rank {rank})" if len(outcomes) > 1 else problem
-        for rank, (_, problem) in enumerate(outcomes)
-        if problem
-    ]
+    problems = [f"{problem} (rank {rank})" if len(outcomes) > 1 else problem for rank, (_, problem) in enumerate(outcomes) if problem]
     if failure is not None and not isinstance(failure, (OSError, CheckpointError)):
         raise failure  # a defect keeps its traceback
     if problems:

@@ -190,7 +190,5 @@ def open_checkpoint(path: Path | str, *, verify: bool = True, report: Callable[[
     inner = path / "checkpoints"
     newest = latest(inner if inner.is_dir() else path, verify=verify, report=report)
     if newest is None:
-        raise CheckpointError(
-            f"there is no valid checkpoint in {path}; give the directory of a run that saved one, or of a step"
-        )
+        raise CheckpointError(f"there is no valid checkpoint in {path}; give the directory of a run that saved one, or of a step")
     return newest

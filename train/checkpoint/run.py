@@ -80,9 +80,7 @@ def save_run(
     doing = f"cannot write a checkpoint of step {step} in {directory}"
     counts = sorted(set().union(*together(collect, doing)))
     if len(counts) > 1:
-        raise CheckpointError(
-            f"{doing}: Adam has counted {counts[0]} steps for some parameters and {counts[-1]} for others"
-        )
+        raise CheckpointError(f"{doing}: Adam has counted {counts[0]} steps for some parameters and {counts[-1]} for others")
     parts += [Part(STEP, (), Box((), ()), torch.tensor(count)) for count in counts]
     return save(directory, step, parts, state, tokens=tokens, keep=keep, shard_bytes=shard_bytes)
 

@@ -100,9 +100,7 @@ def _describe(part: Part) -> Description:
     if part.tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"tensor {part.name} has dtype {part.tensor.dtype}, which the format does not store")
     if tuple(part.tensor.shape) != part.box.shape:
-        raise CheckpointError(
-            f"tensor {part.name} has a part of shape {tuple(part.tensor.shape)} in a box of shape {part.box.shape}"
-        )
+        raise CheckpointError(f"tensor {part.name} has a part of shape {tuple(part.tensor.shape)} in a box of shape {part.box.shape}")
     return part.name, part.tensor.dtype, part.shape, part.box
 
 
@@ -155,9 +153,7 @@ def _write_mine(
         shard.sort(key=lambda entry: -entry[0].tensor.element_size())
         entries = [(_key(part, box), part.tensor[box.within(part.box).slices]) for part, box, _ in shard]
         files[name] = write_safetensors(partial / name, entries)
-        stored += [
-            (part.name, StoredPart(box, name, key)) for (part, box, _), (key, _) in zip(shard, entries, strict=True)
-        ]
+        stored += [(part.name, StoredPart(box, name, key)) for (part, box, _), (key, _) in zip(shard, entries, strict=True)]
     return files, stored
 
 
@@ -228,10 +224,7 @@ def _finish(
         tokens=tokens,
         state=state,
         files={name: file for files, _ in written for name, file in files.items()},
-        tensors={
-            name: StoredTensor(*kinds[name], tuple(sorted(parts, key=lambda part: part.box)))
-            for name, parts in places.items()
-        },
+        tensors={name: StoredTensor(*kinds[name], tuple(sorted(parts, key=lambda part: part.box))) for name, parts in places.items()},
     )
     manifest.check()
     manifest.write(partial)

@@ -25,13 +25,9 @@ class MonitorConfig:
         if self.wandb not in ("offline", "online", "disabled"):
             raise ValueError(f"monitor.wandb={self.wandb!r} is unknown: use offline, online or disabled")
         if not self.wandb_project.strip():
-            raise ValueError(
-                f"monitor.wandb_project={self.wandb_project!r} is empty: name a project, for instance nibble"
-            )
+            raise ValueError(f"monitor.wandb_project={self.wandb_project!r} is empty: name a project, for instance nibble")
         if not self.wandb_timeout_seconds > 0:
-            raise ValueError(
-                f"monitor.wandb_timeout_seconds={self.wandb_timeout_seconds} must be positive: use for instance 60"
-            )
+            raise ValueError(f"monitor.wandb_timeout_seconds={self.wandb_timeout_seconds} must be positive: use for instance 60")
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,7 @@ class Console(Observer):
         self.say(step_line(metrics, self._run.total_steps, self._seconds_left(step)))
 
     def on_skipped(self, step: int, grad_norm: float) -> None:
-        self.say(
-            f"step {step}: gradients are not finite (norm {grad_norm}); no weight was changed, the step's samples are passed over"
-        )
+        self.say(f"step {step}: gradients are not finite (norm {grad_norm}); no weight was changed, the step's samples are passed over")
 
     def on_evaluation(self, metrics: Metrics) -> None:
         self._validation = dict(metrics)
@@ -214,9 +212,7 @@ def _pairs(prefix: str, values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, Mapping):
             pairs += _pairs(f"{prefix}{key}.", value)
         elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-            pairs.append(
-                f"{prefix}{key}=[{len(value)}]"
-            )  # rules, phases: the precision table and recipe.yaml show them
+            pairs.append(f"{prefix}{key}=[{len(value)}]")  # rules, phases: the precision table and recipe.yaml show them
         elif isinstance(value, list | tuple):
             if value:
                 pairs.append(f"{prefix}{key}=[{','.join(map(str, value))}]")

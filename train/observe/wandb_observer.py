@@ -169,10 +169,7 @@ def _stop() -> None:
 
 def _sentence(what: str, error: Exception) -> str:
     reason = (str(error).strip() or "no reason given").splitlines()[0]
-    return (
-        f"W&B could not {what} ({type(error).__name__}: {reason}): the run goes on without it; "
-        "metrics.jsonl has every number"
-    )
+    return f"W&B could not {what} ({type(error).__name__}: {reason}): the run goes on without it; metrics.jsonl has every number"
 
 
 def _abandon_service() -> None:
