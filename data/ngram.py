@@ -3,8 +3,8 @@
     p3(c | a b) = (n(abc) + m3 p2(c | b)) / (n(ab) + m3)
     p2(c | b)   = (n(bc) + m2 p1(c)) / (n(b) + m2)                p1: add-one
 
-The strengths m2 and m3 are chosen on the last tenth of the *training* text by models of its first nine tenths; the validation text is only
-scored, once.
+The strengths m2 and m3 (MacKay and Peto 1995, "A hierarchical Dirichlet language model") are chosen on the last tenth of the *training* text
+by models of its first nine tenths; the validation text is only scored, once.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+DENSE = 1 << 25  # keys up to which a table of all of them is faster than sorting (a trigram of bytes: 17 million)
 
 
 @dataclass(frozen=True)
@@ -23,22 +24,35 @@ class CountBaselines:
     trigram: float
 
 
+class _Table:
+    """How often each of `size` possible keys occurs."""
+
+    def __init__(self, keys: np.ndarray, size: int):
+        self.dense = np.bincount(keys, minlength=size) if size <= DENSE else None
+        if self.dense is None:
+            self.keys, self.counts = np.unique(keys, return_counts=True)
+
+    def __call__(self, keys: np.ndarray) -> np.ndarray:
+        if self.dense is not None:
+            return self.dense[keys]
+        place = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[place] == keys, self.counts[place], 0)
+
+
 class _Counts:
     def __init__(self, text: np.ndarray, vocab: int):
-        text = text.astype(np.int64)
         self.vocab = vocab
         self.unigram = (np.bincount(text, minlength=vocab) + 1.0) / (len(text) + vocab)
+        # Contexts are counted where something follows them, so that conditional probabilities sum to one.
         self.one = np.bincount(text[:-1], minlength=vocab)
-        self.pairs = np.bincount(text[:-1] * vocab + text[1:], minlength=vocab * vocab)
-        keys, self.triple_counts = np.unique((text[:-2] * vocab + text[1:-1]) * vocab + text[2:], return_counts=True)
-        self.triples = keys
+        pairs = text[:-1] * vocab + text[1:]
+        self.pair, self.context = _Table(pairs, vocab**2), _Table(pairs[:-1], vocab**2)
+        self.triple = _Table(pairs[:-1] * vocab + text[2:], vocab**3)
 
     def scores(self, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, ...]:
         """n(bc), n(b), p1(c), n(abc), n(ab)."""
-        key = (a * self.vocab + b) * self.vocab + c
-        place = np.searchsorted(self.triples, key).clip(max=len(self.triples) - 1)
-        triple = np.where(self.triples[place] == key, self.triple_counts[place], 0)
-        return self.pairs[b * self.vocab + c], self.one[b], self.unigram[c], triple, self.pairs[a * self.vocab + b]
+        ab = a * self.vocab + b
+        return self.pair(b * self.vocab + c), self.one[b], self.unigram[c], self.triple(ab * self.vocab + c), self.context(ab)
 
 
 def _losses(scores: tuple[np.ndarray, ...], m2: float, m3: float) -> tuple[float, float]:
@@ -54,7 +68,7 @@ def _contexts(documents: Sequence[np.ndarray], end: int) -> tuple[np.ndarray, np
 
 
 def count_baselines(text: np.ndarray, documents: Sequence[np.ndarray], vocab: int, end: int) -> CountBaselines:
-    """text: training ids; documents: validation ids, each scored from an end-of-document context."""
+    """text: training ids; documents: validation ids, each scored from an end-of-document context. vocab: at most 2 million."""
     text = np.asarray(text, dtype=np.int64)
     cut = len(text) * 9 // 10
     held = text[cut:]

@@ -1,115 +1,123 @@
 """The data of a run: batches of given samples, and the fixed validation windows."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.batch import Batch
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.documents import DataError
 from data.ngram import CountBaselines, count_baselines
-from data.order import Order, Phase
-from data.source import Source, open_source, texts_of
+from data.order import UNIT, Order, Phase
+from data.source import Source, open_source, texts_key, texts_of
 from data.tokenizer import Tokenizer, open_tokenizer
+from data.validation import Validation, ValidationBatches
 
-BASELINE_LIMIT = 50_000_000  # tokens a count model is fitted on at most; beyond that it says little and takes long
+BASELINE_LIMIT = 20_000_000  # tokens a count model is fitted on at most; beyond that it takes long and says little
 
 
 class TextData:
-    """Sample i is `sequence_length` + 1 consecutive tokens of one source (see `data.order`)."""
+    """Sample i is `sequence_length` + 1 consecutive tokens of one source (see `data.order`).
+
+    tokenizer, sources, sequence_length: as opened. order: which window of which source a sample is.
+    """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: Sequence[Source], sequence_length: int, seed: int):
         self.config, self.tokenizer, self.sources, self.sequence_length = config, tokenizer, tuple(sources), sequence_length
-        paths = [source.path for source in sources]
-        windows = [(len(source.train.tokens) - 1) // sequence_length for source in sources]
-        for path, count in zip(paths, windows, strict=True):
-            if count < 1:
-                raise DataError(f"data source {path!r} is shorter than one sequence of train.sequence_length={sequence_length} tokens: add text")
+        keys = [(source.path, source.text_key) for source in _sources(config)]
         phases = []
-        for phase in config.phases:
-            weights = {source.path: source.weight for source in phase.blend}
+        for index, phase in enumerate(config.phases):
+            weights = {(source.path, source.text_key): source.weight for source in phase.blend}
             samples = None if phase.tokens is None else -(-phase.tokens // sequence_length)
-            phases.append(Phase(tuple(weights.get(path, 0.0) for path in paths), samples))
-        self.order = Order(phases, windows, paths, seed)
+            phases.append(Phase(tuple(weights.get(key, 0.0) for key in keys), samples))
+            total = sum(weights.values())
+            for (path, _), weight in weights.items():
+                if 0 < weight / total < 1 / UNIT:
+                    raise DataError(
+                        f"data.phases[{index}]: the weight {weight} of {path!r} is below 1 in {UNIT:,} of its blend: raise it, or set 0"
+                    )
+        windows = [(len(source.train) - 1) // sequence_length for source in sources]
+        for place, (source, count) in enumerate(zip(sources, windows, strict=True)):
+            if count < 1 and any(phase.weights[place] for phase in phases):
+                raise DataError(
+                    f"data source {source.path!r} has {len(source.train)} training tokens, fewer than one sequence of "
+                    f"train.sequence_length={sequence_length} and its last target: add text, or shorten sequences"
+                )
+        self.order = Order(phases, windows, seed)
+        held = [source.validation for source in self.sources if source.validation is not None]
+        self.validation = Validation(held, tokenizer.end_of_document, sequence_length)
+        if config.validation_fraction > 0 and not held:
+            raise DataError(
+                f"data.validation_fraction={config.validation_fraction} holds out nothing of these sources, whose documents are too short: use "
+                "data.validation=documents or a larger fraction, or set it to 0"
+            )
 
     def batch(self, samples: Sequence[int], step: int) -> Batch:
-        """The batch of these global sample indices."""
-        rows = np.empty((len(samples), self.sequence_length + 1), dtype=np.int64)
-        for row, index in enumerate(samples):
-            source, window = self.order(index)
-            start = window * self.sequence_length
-            rows[row] = self.sources[source].train.tokens[start : start + self.sequence_length + 1]
-        return self._batch(rows, np.asarray(samples, dtype=np.int64), step, np.ones((len(rows), self.sequence_length), dtype=bool))
-
-    def _batch(self, rows: np.ndarray, samples: np.ndarray, step: int, valid: np.ndarray) -> Batch:
+        """The batch of these global sample indices. Raises DataError beyond the last phase, and for ids the tokenizer does not have."""
+        length, reset = self.sequence_length, self.config.reset_at_document
+        rows = np.empty((len(samples), length + 1), dtype=np.int64)
         documents = np.zeros(rows.shape, dtype=np.int32)
-        if self.config.reset_at_document:
-            # The end-of-document token belongs to the document it ends.
-            documents[:, 1:] = np.cumsum(rows[:, :-1] == self.tokenizer.end_of_document, axis=1)
-            valid = valid & (documents[:, 1:] == documents[:, :-1])
+        for row, index in enumerate(samples):
+            place, window = self.order(index)
+            source = self.sources[place]
+            rows[row] = source.train.read(window * length, length + 1)
+            if reset:
+                documents[row] = source.train.ordinals(window * length, length + 1)
+            if not source.trusted:
+                self._check_ids(source, rows[row])
         return Batch(
             tokens=torch.from_numpy(rows[:, :-1].copy()),
             labels=torch.from_numpy(rows[:, 1:].copy()),
-            loss_mask=torch.from_numpy(valid),
+            loss_mask=torch.from_numpy(documents[:, 1:] == documents[:, :-1]),
             documents=torch.from_numpy(documents[:, :-1].copy()),
-            reset=self.config.reset_at_document,
-            sample=torch.from_numpy(samples),
+            reset=reset,
+            sample=torch.tensor(samples, dtype=torch.int64),
             step=step,
         )
 
-    def _validation_documents(self) -> list[np.ndarray]:
-        result = []
-        for source in self.sources:
-            if source.validation is not None:
-                result += [np.asarray(source.validation.document(i), dtype=np.int64) for i in range(len(source.validation.lengths))]
-        return result
+    def _check_ids(self, source: Source, ids: np.ndarray) -> None:
+        wrong = ids[(ids < 0) | (ids >= self.tokenizer.vocab_size)]
+        if wrong.size:
+            raise DataError(
+                f"data source {source.path!r} holds id {wrong[0]}, but data.tokenizer has ids 0 to {self.tokenizer.vocab_size - 1}: use the "
+                "tokenizer it was prepared with"
+            )
 
-    def validation_batches(self, batch_size: int) -> list[Batch]:
-        """Fixed windows over the whole validation text: every document is cut by itself, every token is predicted exactly once (the first
-        after an end-of-document token), the rest of a last window is masked. The last batch is filled up with masked rows."""
-        length, end = self.sequence_length, self.tokenizer.end_of_document
-        rows, valid = [], []
-        for document in self._validation_documents():
-            stream = np.concatenate(([end], document))
-            for start in range(0, len(document), length):
-                piece = stream[start : start + length + 1]
-                row = np.full(length + 1, end, dtype=np.int64)
-                row[: len(piece)] = piece
-                rows.append(row)
-                valid.append(np.arange(length) < len(piece) - 1)
-        batches = []
-        for start in range(0, len(rows), batch_size):
-            block, mask = rows[start : start + batch_size], valid[start : start + batch_size]
-            missing = batch_size - len(block)
-            block += [np.full(length + 1, end, dtype=np.int64)] * missing
-            mask += [np.zeros(length, dtype=bool)] * missing
-            batch = self._batch(np.stack(block), np.arange(start, start + batch_size), 0, np.stack(mask))
-            batches.append(batch)
-        return batches
+    def validation_batches(self, batch_size: int) -> ValidationBatches:
+        """The whole validation text in fixed windows, every token predicted once (see `data.validation`): a sequence of batches."""
+        return ValidationBatches(self.validation, batch_size, self.config.reset_at_document)
+
+    @property
+    def training_tokens(self) -> dict[str, int]:
+        """Of each source, end-of-document ids included."""
+        return {source.path: len(source.train) for source in self.sources}
 
     @property
     def validation_tokens(self) -> int:
-        return sum(len(document) for document in self._validation_documents())
+        return self.validation.tokens
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> float | None:
-        """Of the validation text; None where the text is not known."""
-        sizes = [source.validation_bytes for source in self.sources if source.validation is not None]
-        if not sizes or any(size is None for size in sizes):
-            return None
-        return sum(size for size in sizes if size is not None) / self.validation_tokens
+        """Of the validation text: a loss in nats per token divided by it is in nats per byte. None without validation text."""
+        size = 0
+        for source in self.sources:
+            if source.validation_bytes is not None:
+                size += source.validation_bytes
+            elif source.validation is not None:
+                stream = source.validation
+                size += sum(self.tokenizer.byte_length(stream.document(i)) for i in range(len(stream.lengths)))
+        return size / self.validation.tokens if self.validation.tokens else None
 
     def count_baselines(self) -> CountBaselines | None:
-        """Bigram and trigram count models of the training text, on the validation text; None where they make no sense (no validation text, a
-        large vocabulary, too much text)."""
-        documents = self._validation_documents()
-        train = sum(len(source.train.tokens) for source in self.sources)
-        if not documents or train > BASELINE_LIMIT or self.tokenizer.vocab_size > 1024:
+        """Bigram and trigram count models of the training text, on the validation text; None without validation text, or where the training
+        text is too long for a yardstick."""
+        if not self.validation.tokens or sum(self.training_tokens.values()) > BASELINE_LIMIT:
             return None
-        text = np.concatenate([np.asarray(source.train.tokens) for source in self.sources])
-        return count_baselines(text, documents, self.tokenizer.vocab_size, self.tokenizer.end_of_document)
+        text = np.concatenate([source.train.read(0, len(source.train)).astype(np.int64) for source in self.sources])
+        return count_baselines(text, self.validation.documents(), self.tokenizer.vocab_size, self.tokenizer.end_of_document)
 
     def describe(self) -> list[str]:
         """Lines for a person."""
@@ -118,16 +126,29 @@ class TextData:
             total = sum(source.weight for source in phase.blend)
             blend = ", ".join(f"{source.weight / total:.0%} {source.path}" for source in phase.blend)
             lines.append(f"data phase {index + 1}: {blend}" + (f", {phase.tokens:,} tokens" if phase.tokens else ""))
-        train = sum(len(source.train.tokens) for source in self.sources)
-        lines.append(f"data: {train:,} training and {self.validation_tokens:,} validation tokens ({self.config.validation})")
+        sizes = ", ".join(f"{path} {tokens:,}" for path, tokens in self.training_tokens.items())
+        lines.append(f"data: training tokens {sizes}; validation tokens {self.validation_tokens:,} ({self.config.validation})")
+        lines.append(
+            f"tokenizer: {self.config.tokenizer.kind}, {self.tokenizer.vocab_size:,} ids, end of document {self.tokenizer.end_of_document}"
+        )
         return lines
+
+
+def _sources(config: DataConfig) -> list[SourceConfig]:
+    """Every source of the run once, in the order in which phases first name them."""
+    found: dict[tuple[str, str], SourceConfig] = {}
+    for phase in config.phases:
+        for source in phase.blend:
+            found.setdefault((source.path, source.text_key), source)
+    return list(found.values())
 
 
 def open_data(config: DataConfig, *, sequence_length: int, seed: int) -> TextData:
     """Opens tokenizer and sources, tokenising what is not in the cache. Raises DataError (a ValueError) in one sentence."""
-    entries = {source.path: source for phase in config.phases for source in phase.blend}
-    tokenizer = open_tokenizer(
-        config.tokenizer, texts_of(config.phases[0].blend, config, seed), Path(config.cache).expanduser()
-    )
-    sources = [open_source(config, source, tokenizer, seed) for source in entries.values()]
+    config.validate()
+    blend = config.phases[0].blend
+    key = texts_key(blend, config, seed) if config.tokenizer.kind == "bpe" else ""
+    cache = Path(config.cache).expanduser()
+    tokenizer = open_tokenizer(config.tokenizer, cache, lambda: texts_of(blend, config, seed), key)
+    sources = [open_source(config, source, tokenizer, seed) for source in _sources(config)]
     return TextData(config, tokenizer, sources, sequence_length, seed)

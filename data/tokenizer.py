@@ -1,9 +1,12 @@
-"""Tokenizers: bytes, any Hugging Face tokenizer.json, or a byte-level BPE trained on the sources."""
+"""Tokenizers: bytes, any Hugging Face tokenizer.json, or a byte-level BPE trained on the sources.
+
+Special tokens are ids nobody can type: text that happens to spell `<|endoftext|>` is encoded like any other text. The one special id that
+data know is the end of a document, appended to every training document and named explicitly.
+"""
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,42 +14,50 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from data.cache import cached
 from data.config import TokenizerConfig
 from data.documents import DataError
+from data.indexed import token_dtype
+
+END_OF_DOCUMENT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
-    """vocab_size: number of ids. end_of_document: the id appended to every document. key: identifies it in caches."""
+    """vocab_size: number of ids. end_of_document: the id appended to every document. key: identifies the tokenizer in caches."""
 
     vocab_size: int
     end_of_document: int
     key: str
 
-    def encode(self, text: bytes) -> np.ndarray: ...
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """Ids of UTF-8 text, uint16 or int32 [tokens], without special ones."""
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """`encode` of each text, on all cores."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def save(self, directory: Path) -> None:
+    def byte_length(self, ids: np.ndarray) -> int:
+        """Bytes of text these ids stand for."""
+
+    def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, for transformers' PreTrainedTokenizerFast."""
 
 
-def _byte_alphabet() -> list[str]:
-    """The printable character byte-level tokenizers of the `tokenizers` library write for each byte value."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # One character per byte: any valid UTF-8 text maps byte by byte, so the 256 symbols can be read off texts that contain them all.
-    alphabet: dict[int, str] = {}
-    for code in (*range(0x800), *range(0x800, 0x110000, 0x400)):
-        if 0xD800 <= code < 0xE000:
-            continue
-        character = chr(code)
-        pieces = "".join(piece for piece, _ in byte_level.pre_tokenize_str(character))
-        alphabet.update(zip(character.encode(), pieces, strict=True))
-    # Bytes that UTF-8 never uses take the remaining symbols of the library's alphabet.
-    left = iter(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(alphabet.values())))
-    return [alphabet[value] if value in alphabet else next(left) for value in range(256)]
+def _byte_symbols() -> list[str]:
+    """The character that stands for each byte in byte-level tokenizers: itself where Latin-1 prints it, else the next one from U+0100 on.
+
+    The map is GPT-2's, and every byte-level tokenizer.json since uses it.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
-def _write_config(directory: Path, end_of_document: str) -> None:
+def _save(tokenizer: tokenizers.Tokenizer, directory: str | Path, end_of_document: str) -> None:
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_document, "clean_up_tokenization_spaces": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -58,20 +69,26 @@ class ByteTokenizer:
     end_of_document = 256
     key = "bytes"
 
-    def encode(self, text: bytes) -> np.ndarray:
-        return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+    def encode(self, text: bytes | str) -> np.ndarray:
+        raw = text.encode() if isinstance(text, str) else text
+        return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    def save(self, directory: Path) -> None:
-        vocabulary = {symbol: value for value, symbol in enumerate(_byte_alphabet())}
+    def byte_length(self, ids: np.ndarray) -> int:
+        return int((np.asarray(ids) < 256).sum())
+
+    def save(self, directory: str | Path) -> None:
+        vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens(["<|endoftext|>"])
-        tokenizer.save(str(directory / "tokenizer.json"))
-        _write_config(directory, "<|endoftext|>")
+        tokenizer.add_special_tokens([END_OF_DOCUMENT])
+        _save(tokenizer, directory, END_OF_DOCUMENT)
 
 
 class FileTokenizer:
@@ -81,32 +98,46 @@ class FileTokenizer:
         if not path.is_file():
             raise DataError(f"data.tokenizer.path={str(path)!r} does not exist: give the path of a tokenizer.json")
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            raw = path.read_bytes()
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # the library raises plain Exception
-            raise DataError(f"data.tokenizer.path={str(path)!r} is no tokenizer.json ({error}): save one with the tokenizers library") from None
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"data.tokenizer.path={str(path)!r} is no tokenizer.json ({reason}): name one that `tokenizers` saved"
+            ) from None
         found = self.tokenizer.token_to_id(end_of_document)
         if found is None:
             raise DataError(
-                f"data.tokenizer.end_of_document={end_of_document!r} is no token of {path}: name the token that ends a document there"
+                f"data.tokenizer.end_of_document={end_of_document!r} is no token of {path}: name the one that ends a document there"
             )
-        self.name, self.end_of_document = end_of_document, found
-        self.vocab_size = self.tokenizer.get_vocab_size()
-        self.key = hashlib.sha256(path.read_bytes()).hexdigest()[:16] + f"-{found}"
+        self._saved = raw
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.name, self.end_of_document = end_of_document, int(found)
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())  # ids may have gaps
+        self.key = f"{hashlib.sha256(raw).hexdigest()[:16]}-{found}"
+        self._dtype = token_dtype(self.vocab_size)
 
-    def encode(self, text: bytes) -> np.ndarray:
-        ids = self.tokenizer.encode(text.decode(), add_special_tokens=False).ids
-        return np.asarray(ids, dtype=np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+    def encode(self, text: bytes | str) -> np.ndarray:
+        return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        encodings = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=self._dtype) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
 
-    def save(self, directory: Path) -> None:
-        self.tokenizer.save(str(directory / "tokenizer.json"))
-        _write_config(directory, self.name)
+    def byte_length(self, ids: np.ndarray) -> int:
+        return len(self.decode(ids.tolist()).encode())
+
+    def save(self, directory: str | Path) -> None:
+        _save(tokenizers.Tokenizer.from_buffer(self._saved), directory, self.name)
 
 
 def train_bpe(texts: Iterable[bytes], vocab_size: int, end_of_document: str) -> tokenizers.Tokenizer:
-    """A byte-level BPE of exactly these texts; deterministic."""
+    """A byte-level BPE of exactly these texts; deterministic. Fewer than `vocab_size` ids where the texts have no more pairs to merge."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,22 +151,20 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int, end_of_document: str) -> 
     return tokenizer
 
 
-def open_tokenizer(config: TokenizerConfig, texts: Iterable[bytes], cache: Path) -> Tokenizer:
-    """texts: what a BPE is trained on, read only when it is not in the cache."""
+def open_tokenizer(config: TokenizerConfig, cache: Path, texts: Callable[[], Iterable[bytes]], texts_key: str) -> Tokenizer:
+    """texts: gives what a BPE is trained on, called only when it is not in the cache under `texts_key`. Raises DataError."""
     if config.kind == "bytes":
         return ByteTokenizer()
     if config.kind == "file":
-        assert config.path
+        if not config.path:
+            raise DataError("data.tokenizer.path is missing: data.tokenizer.kind=file needs the path of a tokenizer.json")
         return FileTokenizer(Path(config.path).expanduser(), config.end_of_document)
-    assert config.vocab_size
-    held = list(texts)
-    digest = hashlib.sha256(f"bpe/{config.vocab_size}/{config.end_of_document}".encode())
-    for text in held:
-        digest.update(hashlib.sha256(text).digest())
-    path = cache / f"bpe-{digest.hexdigest()[:16]}.json"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        train_bpe(held, config.vocab_size, config.end_of_document).save(str(partial))
-        os.replace(partial, path)
-    return FileTokenizer(path, config.end_of_document)
+    if not config.vocab_size:
+        raise DataError("data.tokenizer.vocab_size is missing: data.tokenizer.kind=bpe needs the number of ids to train")
+    vocab_size = config.vocab_size
+
+    def build(directory: Path) -> None:
+        train_bpe(texts(), vocab_size, config.end_of_document).save(str(directory / "tokenizer.json"))
+
+    key = hashlib.sha256(repr((texts_key, vocab_size, config.end_of_document)).encode()).hexdigest()[:16]
+    return FileTokenizer(cached(cache / f"bpe-{key}", build) / "tokenizer.json", config.end_of_document)

@@ -1,5 +1,7 @@
 """The hybrid model: embedding, a stack of layers by pattern, head, and multi-token prediction; one pipeline stage of it per rank."""
 
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -21,7 +23,7 @@ from model.router import Router
 def stage_layers(layers: int, stages: int) -> list[range]:
     """Which layers each pipeline stage holds: contiguous, their numbers differing by at most one, earlier stages first."""
     bounds = [-(-layers * stage // stages) for stage in range(stages + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 class HybridModel(nn.Module):

@@ -41,8 +41,8 @@ class Site:
     """A linear module as the numerics know it.
 
     name: canonical module name. seed: of the run. outputs: (first global index, count) of each run of local output features, where the
-    output is sharded; empty: all, from 0. amax_group: the process group over which amaxes are maximised (precision.amax_scope=tensor_parallel), or None.
-    first_expert: global index of group 0 of a grouped layer, or None for a plain one.
+    output is sharded; empty: all, from 0. amax_group: over which amaxes are maximised
+    (precision.amax_scope=tensor_parallel), or None. first_expert: global index of group 0 of a grouped layer, or None for a plain one.
     """
 
     name: str
