@@ -59,7 +59,7 @@ def our_logits(values: Recipe, run_dir: Path, tokens: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_the_same_logits(name: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    values = trained(run_dir, *MODELS[name])
+    trained(run_dir, *MODELS[name])
     # Steps far below the clamp of transformers (1e-3), where the two would differ if it were on.
     checkpoint = open_checkpoint(run_dir)
     exact = recipe(
@@ -70,7 +70,6 @@ def test_transformers_computes_the_same_logits(name: str, tmp_path: Path) -> Non
         "model.ffn_hidden_size=48",
         *MODELS[name],
     )
-    del values
     export(checkpoint, tmp_path / "hf")
     tokens = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
@@ -115,7 +114,7 @@ def test_steps_below_the_clamp_of_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_import_is_the_inverse_bit_for_bit(name: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    values = trained(run_dir, *MODELS[name])
+    trained(run_dir, *MODELS[name])
     export(open_checkpoint(run_dir), tmp_path / "hf", shard_bytes=20_000)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     import_hf(tmp_path / "hf", tmp_path / "imported")
