@@ -1,12 +1,16 @@
 """What every module is built from: one object, passed to each constructor, so that no module reads a global."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model.config import ModelConfig
+from model.precision.backend import Backend, choose
+from model.precision.linear import Site, WeightCache
 from model.precision.policy import Policy
+from model.precision.reference import Reference
 from parallel.layout import Layout
 from parallel.megatron import transformer_config
 
@@ -24,7 +28,7 @@ class ModelContext:
     """config, layout, policy: see there. seed: of the run. device: where parameters live (`meta`: only counted).
 
     global_batch_size: sequences, which normalise the sequence-level auxiliary loss. linears: filled by the layers as
-    they are built.
+    they are built. backend, weights: of every linear layer's numerics; `weights` is cleared whenever weights have changed.
     """
 
     config: ModelConfig
@@ -36,9 +40,12 @@ class ModelContext:
     global_batch_size: int = 1
     megatron: TransformerConfig = field(init=False)
     linears: list[LinearUse] = field(default_factory=list)
+    backend: Backend = field(init=False)
+    weights: WeightCache = field(default_factory=WeightCache)
 
     def __post_init__(self) -> None:
         config = self.config
+        self.backend = choose(self.policy.config.backend, self.device) if self.device.type != "meta" else Reference()
         self.megatron = transformer_config(
             parallel=self.layout.config,
             params_dtype=self.params_dtype,
@@ -54,3 +61,7 @@ class ModelContext:
         """Over which ranks amaxes are maximised: None with precision.amax_scope=local."""
         wanted = self.policy.config.amax_scope == "tensor_parallel" and self.layout.tensor_size > 1
         return self.layout.groups.tp if wanted else None
+
+    def site(self, name: str, **where: Any) -> Site:
+        """A linear module of this model, for the numerics; see `Site` for `where`."""
+        return Site(name, self.seed, amax_group=self.amax_group, backend=self.backend, weights=self.weights, **where)

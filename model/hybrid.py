@@ -126,11 +126,12 @@ class HybridModel(nn.Module):
 
     @torch.no_grad()
     def end_step(self, *, update: bool = True) -> dict[str, float]:
-        """Moves every expert bias by the load of the step just taken, and forgets it. Collective; the same result on every rank.
+        """Moves every expert bias by the load of the step just taken, and forgets it, and the quantised weights of before the step.
 
-        update: False when the step was not taken. Returns moe/aux_loss (as added to the loss) and moe/max_violation (largest load over mean
+        Collective; the same result on every rank. update: False when the step was not taken. Returns moe/aux_loss (as added to the loss) and moe/max_violation (largest load over mean
         load, of the worst layer); nothing without MoE layers.
         """
+        self.context.weights.clear()
         if "E" not in self.context.config.pattern:
             return {}
         layout, routers = self.context.layout, self.routers()

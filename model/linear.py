@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model import init
 from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
-from model.precision.linear import Site, linear
+from model.precision.linear import linear
 from parallel.shards import Piece, Section, mark_sharded, set_pieces, split_sections
 
 Mode = Literal["column", "row", "replicated"]
@@ -72,7 +72,7 @@ class Linear(nn.Module):
             self.weight.sequence_parallel = layout.sequence_parallel  # type: ignore[attr-defined]
         else:
             mark_sharded(self.weight, 0 if mode == "column" else 1)
-        self.site = Site(name, context.seed, outputs, context.amax_group)
+        self.site = context.site(name, outputs=outputs)
         context.linears.append(LinearUse(name, 2.0 * in_features * out_features * active_share))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:

@@ -17,7 +17,7 @@ from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
 from model.linear import Linear
 from model.mlp import MLP, output_std, squared_relu
-from model.precision.linear import Formats, Site, TokenKeys, grouped_linear
+from model.precision.linear import Formats, TokenKeys, grouped_linear
 from model.router import Router
 from parallel.shards import Piece, mark_sharded, set_pieces
 
@@ -61,7 +61,7 @@ class Experts(nn.Module):
         width, ffn = config.latent_size or config.hidden_size, config.expert_ffn_size
         self.up_proj = self._stack("up_proj", ffn, width, config.init_std)
         self.down_proj = self._stack("down_proj", width, ffn, output_std(context))
-        self.sites = {kind: Site(f"{name}.{kind}", context.seed, first_expert=self.first) for kind in ("up_proj", "down_proj")}
+        self.sites = {kind: context.site(f"{name}.{kind}", first_expert=self.first) for kind in ("up_proj", "down_proj")}
         for kind in ("up_proj", "down_proj"):
             context.linears.append(LinearUse(f"{name}.{kind}", 2.0 * width * ffn * config.top_k))
 

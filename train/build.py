@@ -8,6 +8,7 @@ import torch
 from data.text_data import TextData, open_data
 from model.context import ModelContext
 from model.hybrid import HybridModel
+from model.precision.backend import missing
 from model.precision.policy import Policy
 from parallel import layout as layouts
 from parallel.engine import AdamW, Engine
@@ -39,6 +40,9 @@ def params_dtype(recipe: Recipe) -> torch.dtype:
 
 def build(recipe: Recipe) -> Run:
     """Process groups, data, model and engine. Raises ValueError, in one sentence, for what only shows when files are opened."""
+    wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if (lacking := missing(recipe.precision.backend, torch.device(wanted))) is not None:
+        raise RecipeError(f"precision.backend={recipe.precision.backend} cannot run: {lacking}")
     data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)
     if data.tokenizer.vocab_size > recipe.model.vocab_size:
         raise RecipeError(

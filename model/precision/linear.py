@@ -4,17 +4,21 @@
     dgrad   dx = dy W       dy: blocks along features, stochastic   W: the same tiles
     wgrad   dW = dy^T x     dy^T: rotated, stochastic; x^T: rotated; both with blocks along tokens
 
-An operand is prepared once (`Operand`: what to multiply, and a factor for the product), then multiplied by an ordinary GEMM: the products
-code * scale of NVFP4 and the values of MXFP8 are exact in bf16, so a bf16 GEMM with fp32 accumulation on a GPU, or an fp32 one on a CPU,
-computes what FP4 tensor cores compute, up to the order of accumulation. Weight gradients are added in fp32 into `weight.main_grad` where
-that exists (Megatron's DDP keeps it), so nothing is rounded to bf16 on the way.
+An operand is what an ordinary GEMM multiplies, and a factor for the product: the products code * scale of NVFP4 and the values of MXFP8
+are exact in bf16, so a bf16 GEMM with fp32 accumulation on a GPU, or an fp32 one on a CPU, computes what FP4 tensor cores compute, up to
+the order of accumulation. Weight gradients are added in fp32 into `weight.main_grad` where that exists (Megatron's DDP keeps it), so
+nothing is rounded to bf16 on the way.
+
+Nothing is quantised twice. A weight is quantised once per optimizer step and kept packed (`WeightCache`), for every microbatch and for both
+fprop and dgrad where those share its tiles. Of x, only what wgrad will multiply outlives the forward pass, in wgrad's own format: 4.5 bits
+an element in NVFP4, 8.25 in MXFP8, 16 in bf16.
 
 Routed experts (`grouped_linear`) are the general case: rows belong to groups, every group is an operand of its own with its own amax, and
 is padded with zero rows where blocks run along tokens. A plain linear layer is one group.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.precision import hadamard, mxfp8, nvfp4, philox
+from model.precision import mxfp8, nvfp4, philox
+from model.precision.backend import Backend, Packed, Rows, pad_rows
 from model.precision.formats import Format
+from model.precision.reference import Reference
 
 Formats = tuple[Format, Format, Format]  # of fprop, dgrad, wgrad
 
@@ -37,12 +43,54 @@ class TokenKeys:
 
 
 @dataclass(frozen=True)
+class Operand:
+    """What one side of a GEMM multiplies, rows [rows, inner] as stored, or on its way there.
+
+    kept: the values themselves, or packed NVFP4 or MXFP8 (whose rows then are the columns of the operand). amax: fp32 [groups], NVFP4's
+    second-level scale (None: 1), or fp32 [rows, 1] when row-scaled. bound: NVFP4's largest block scale.
+    """
+
+    kept: Tensor | Packed | mxfp8.Quantized
+    amax: Tensor | None = None
+    bound: float = 448.0
+
+    def values(self, backend: Backend, dtype: torch.dtype) -> Tensor:
+        """[rows, inner] in `dtype`."""
+        if isinstance(self.kept, Packed):
+            return backend.unpack(self.kept, dtype)
+        if isinstance(self.kept, mxfp8.Quantized):
+            return self.kept.dequantize().to(dtype)
+        return self.kept.to(dtype)
+
+
+class WeightCache:
+    """Quantised weights of the current optimizer step, by module, format and direction.
+
+    Whoever changes weights calls `clear`; a weight changed in place by PyTorch operations, or replaced, is noticed without.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, Format, bool], tuple[tuple[int, int], Operand]] = {}
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def find(self, key: tuple[str, Format, bool], weight: Tensor) -> Operand | None:
+        state, operand = self._kept.get(key, (None, None))
+        return operand if state == (weight.data_ptr(), weight._version) else None
+
+    def keep(self, key: tuple[str, Format, bool], weight: Tensor, operand: Operand) -> None:
+        self._kept[key] = ((weight.data_ptr(), weight._version), operand)
+
+
+@dataclass(frozen=True)
 class Site:
     """A linear module as the numerics know it.
 
     name: canonical module name. seed: of the run. outputs: (first global index, count) of each run of local output features, where the
-    output is sharded; empty: all, from 0. amax_group: over which amaxes are maximised
-    (precision.amax_scope=tensor_parallel), or None. first_expert: global index of group 0 of a grouped layer, or None for a plain one.
+    output is sharded; empty: all, from 0. amax_group: over which amaxes are maximised (precision.amax_scope=tensor_parallel), or None.
+    first_expert: global index of group 0 of a grouped layer, or None for a plain one. backend: of NVFP4. weights: where quantised weights
+    are kept for the rest of the step.
     """
 
     name: str
@@ -50,206 +98,141 @@ class Site:
     outputs: tuple[tuple[int, int], ...] = ()
     amax_group: Any = None
     first_expert: int | None = None
+    backend: Backend = field(default_factory=Reference)
+    weights: WeightCache = field(default_factory=WeightCache)
+
+    def maximum(self, amax: Tensor) -> Tensor:
+        if self.amax_group is not None:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.amax_group)
+        return amax
 
 
-@dataclass(frozen=True)
-class Rows:
-    """How rows are cut into groups. sizes: rows of each group, which follow one another."""
-
-    sizes: tuple[int, ...]
-
-    @property
-    def bounds(self) -> list[tuple[int, int]]:
-        bounds, start = [], 0
-        for size in self.sizes:
-            bounds.append((start, start + size))
-            start += size
-        return bounds
+# -- preparation of operands ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Operand:
-    """values: what the GEMM multiplies, [rows, inner] or [groups, rows, inner]; amax: fp32 [groups], NVFP4's second-level scale (None: 1);
-    row_amax: fp32 [rows, 1] instead, when row-scaled; bound: NVFP4's largest block scale."""
-
-    values: Tensor
-    amax: Tensor | None = None
-    row_amax: Tensor | None = None
-    bound: float = 448.0
+def _block(form: Format) -> int:
+    """Tokens of a block along tokens."""
+    return {"nvfp4": nvfp4.BLOCK, "mxfp8": mxfp8.BLOCK}.get(form.name, 1)
 
 
-# -- preparation of operands: the seam for faster backends --------------------------------------------------------------------------------
+def _bound(form: Format, clipping: str) -> float:
+    return float(form.nvfp4.e4m3_bound) if clipping != "saturate" else 448.0
 
 
-def _gemm_dtype(like: Tensor) -> torch.dtype:
-    # bf16 GEMMs are slow on most CPUs; every value prepared here is as exact in fp32.
-    return torch.bfloat16 if like.is_cuda else torch.float32
-
-
-def _maximum(amax: Tensor, site: Site) -> Tensor:
-    if site.amax_group is not None:
-        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=site.amax_group)
-    return amax
-
-
-def _group_amax(x: Tensor, rows: Rows, site: Site) -> Tensor:
-    """Largest magnitude of each group of rows, fp32 [groups]; 0 for an empty group."""
-    per_row = x.abs().amax(-1).float()
-    if len(rows.sizes) == 1:
-        amax = per_row.amax(0, keepdim=True) if len(per_row) else per_row.new_zeros(1)
-    else:
-        amax = torch.segment_reduce(per_row, "max", lengths=torch.tensor(rows.sizes, device=x.device), initial=0.0)
-    return _maximum(amax, site)
-
-
-def _per_row(values: Tensor, rows: Rows) -> Tensor:
-    """values [groups] repeated for every row: [rows, 1]."""
-    if len(rows.sizes) == 1:
-        return values[:, None]
-    return values.repeat_interleave(torch.tensor(rows.sizes, device=values.device))[:, None]
-
-
-def _pad_features(x: Tensor, block: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % block))
-
-
-def along_features(x: Tensor, rows: Rows, form: Format, site: Site, *, bits: Tensor | None, forward: bool) -> Operand:
-    """x [rows, features] with blocks along features. bits: uint8 [rows, features] for stochastic rounding."""
+def along_features(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: philox.Stream | None, forward: bool) -> Operand:
+    """x [rows, features] with blocks along features, as values."""
     if form.name == "fp32":
         return Operand(x.float())
     if form.name == "bf16":
-        return Operand(x.to(torch.bfloat16).to(_gemm_dtype(x)))
+        return Operand(x.to(torch.bfloat16))
     if form.name == "mxfp8":
-        return Operand(mxfp8.fake_quantize(x).to(_gemm_dtype(x)))
-    features = x.shape[1]
-    blocks = _pad_features(x.float(), nvfp4.BLOCK).unflatten(1, (-1, nvfp4.BLOCK))
-    if bits is not None:
-        bits = _pad_features(bits, nvfp4.BLOCK).unflatten(1, (-1, nvfp4.BLOCK))
-    clipping, bound = form.nvfp4.clipping if forward else "saturate", 448.0
-    if clipping != "saturate":
-        bound = float(form.nvfp4.e4m3_bound)
-    block_amax = blocks.abs().amax(-1)
+        return Operand(mxfp8.quantize(x).dequantize())
+    clipping = form.nvfp4.clipping if forward else "saturate"
+    bound, backend = _bound(form, clipping), site.backend
     if forward and form.nvfp4.row_scaled:
-        amax = row_amax = _maximum(block_amax.amax(-1, keepdim=True), site)
-        group_amax = None
+        amax = site.maximum(x.abs().amax(-1, keepdim=True).float())
     else:
-        row_amax, group_amax = None, _group_amax(block_amax, rows, site)
-        amax = _per_row(group_amax, rows)
-    encoded = nvfp4.encode(blocks, block_amax, amax, random_bits=bits, clipping=clipping, bound=bound)
-    return Operand(encoded.products()[:, :features].to(_gemm_dtype(x)), group_amax, row_amax, bound)
+        amax = site.maximum(backend.amax(x, rows))
+    products = backend.quantize_rows(x, amax, rows, stream=stream, clipping=clipping, bound=bound)
+    assert isinstance(products, Tensor)
+    return Operand(products, amax, bound)
 
 
-def weight_operand(weight: Tensor, form: Format, site: Site, *, transposed: bool) -> Operand:
-    """weight [groups, N, K] with blocks along K, or its transpose [groups, K, N] with blocks along N."""
-    w = weight.detach()
-    if form.name == "nvfp4" and form.nvfp4.weight_scaling == "2d":
-        if w.shape[1] % nvfp4.BLOCK or w.shape[2] % nvfp4.BLOCK:
-            raise ValueError(
-                f"the weight of {site.name} is {w.shape[1]} x {w.shape[2]}, but 2d scaling needs multiples of 16: "
-                "change the size, or use precision.nvfp4.weight_scaling=1d or another format for this module"
-            )
-    elif transposed:
-        w = w.transpose(1, 2)
+def along_tokens(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: philox.Stream | None = None, keep: bool) -> Operand:
+    """x [rows, features] with blocks along tokens; every group padded to whole blocks.
+
+    keep: as small as the format allows, to be multiplied later; otherwise as values.
+    """
     if form.name == "fp32":
-        return Operand(w.float())
+        return Operand(x.float())
     if form.name == "bf16":
-        return Operand(w.to(torch.bfloat16).to(_gemm_dtype(w)))
+        return Operand(x.to(torch.bfloat16))
     if form.name == "mxfp8":
-        return Operand(mxfp8.fake_quantize(w.flatten(0, 1)).view(w.shape).to(_gemm_dtype(w)))
-    inner = w.shape[2]
-    padded = _pad_features(w.float(), nvfp4.BLOCK)
-    blocks = padded.unflatten(2, (-1, nvfp4.BLOCK))
-    tile = form.nvfp4.weight_scaling == "2d"
-    block_amax = nvfp4.tile_amax(padded) if tile else blocks.abs().amax(-1)
-    amax = _maximum(block_amax.flatten(1).amax(1), site)
+        quantized = mxfp8.quantize(pad_rows(x, rows, mxfp8.BLOCK), "columns")
+        return Operand(quantized if keep else quantized.dequantize())
+    hadamard, backend = form.nvfp4.hadamard, site.backend
+    amax = site.maximum(backend.amax(x, rows, hadamard=hadamard))
+    return Operand(backend.quantize_columns(x, amax, rows, hadamard=hadamard, stream=stream, packed=keep), amax)
+
+
+def weight_operand(weight: Tensor, form: Format, site: Site, *, dgrad: bool) -> Operand:
+    """weight [groups, N, K], rows flattened to [groups * N, K], with blocks along K or, for dgrad, along N, or tiles of both."""
+    w = weight.detach().flatten(0, 1)
+    if form.name == "fp32":
+        return Operand(w)
+    if form.name == "bf16":
+        return Operand(w.to(torch.bfloat16))
+    tiles = form.name == "nvfp4" and form.nvfp4.weight_scaling == "2d"
+    key = (site.name, form, dgrad and not tiles)
+    found = site.weights.find(key, weight)
+    if found is None:
+        found = _quantize_weight(w, Rows((weight.shape[1],) * weight.shape[0]), form, site, tiles=tiles, columns=key[2])
+        site.weights.keep(key, weight, found)
+    return found
+
+
+def _quantize_weight(w: Tensor, rows: Rows, form: Format, site: Site, *, tiles: bool, columns: bool) -> Operand:
+    if form.name == "mxfp8":
+        return Operand(mxfp8.quantize(pad_rows(w, rows, mxfp8.BLOCK), "columns") if columns else mxfp8.quantize(w))
+    if tiles and (rows.sizes[0] % nvfp4.BLOCK or w.shape[1] % nvfp4.BLOCK):
+        raise ValueError(
+            f"the weight of {site.name} is {rows.sizes[0]} x {w.shape[1]}, but 2d scaling needs multiples of 16: "
+            "change the size, or use precision.nvfp4.weight_scaling=1d or another format for this module"
+        )
     clipping = form.nvfp4.clipping
-    bound = float(form.nvfp4.e4m3_bound) if clipping != "saturate" else 448.0
-    encoded = nvfp4.encode(blocks, block_amax, amax[:, None, None], clipping=clipping, bound=bound, tile=tile)
-    values = encoded.products()[..., :inner].to(_gemm_dtype(w))
-    return Operand(values.transpose(1, 2) if tile and transposed else values, amax, bound=bound)
+    bound, backend = _bound(form, clipping), site.backend
+    amax = site.maximum(backend.amax(w, rows))
+    if columns:
+        return Operand(backend.quantize_columns(w, amax, rows, clipping=clipping, bound=bound, packed=True), amax, bound)
+    return Operand(backend.quantize_rows(w, amax, rows, clipping=clipping, bound=bound, tiles=tiles, packed=True), amax, bound)
 
 
-def padded_rows(rows: Rows, form: Format) -> Rows:
-    """The rows of each group rounded up to whole blocks along tokens."""
-    block = {"nvfp4": nvfp4.BLOCK, "mxfp8": mxfp8.BLOCK}.get(form.name, 1)
-    return Rows(tuple(-(-size // block) * block for size in rows.sizes))
+# -- the GEMMs -----------------------------------------------------------------------------------------------------------------------------
 
 
-def pad_rows(x: Tensor, rows: Rows, padded: Rows) -> Tensor:
-    """x [rows, ...] with zero rows after every group."""
-    if rows == padded:
-        return x
-    result = x.new_zeros(sum(padded.sizes), *x.shape[1:])
-    sizes = torch.tensor(rows.sizes, device=x.device)
-    shift = torch.tensor([p[0] - r[0] for p, r in zip(padded.bounds, rows.bounds, strict=True)], device=x.device)
-    index = torch.arange(len(x), device=x.device) + shift.repeat_interleave(sizes)
-    return result.index_copy_(0, index, x)
-
-
-def along_tokens(x: Tensor, rows: Rows, form: Format, site: Site, *, bits: Tensor | None) -> Operand:
-    """The transpose of x [rows, features], [features, rows], with blocks along tokens; rows are whole blocks (see `pad_rows`)."""
-    if form.name == "fp32":
-        return Operand(x.T.float())
-    if form.name == "bf16":
-        return Operand(x.T.to(torch.bfloat16).to(_gemm_dtype(x)))
-    if form.name == "mxfp8":
-        return Operand(mxfp8.fake_quantize(x.T).to(_gemm_dtype(x)))
-    columns = x.T
-    if form.nvfp4.hadamard:
-        columns = hadamard.rotate(columns)
-    blocks = columns.float().unflatten(1, (-1, nvfp4.BLOCK))
-    if bits is not None:
-        bits = bits.T.unflatten(1, (-1, nvfp4.BLOCK))
-    block_amax = blocks.abs().amax(-1)
-    in_blocks = Rows(tuple(size // nvfp4.BLOCK for size in rows.sizes))
-    group_amax = _group_amax(block_amax.T, in_blocks, site)
-    encoded = nvfp4.encode(blocks, block_amax, _per_row(group_amax, in_blocks).T, random_bits=bits)
-    return Operand(encoded.products().to(_gemm_dtype(x)), group_amax)
-
-
-# -- the GEMMs -------------------------------------------------------------------------------------------------------------------------
-
-
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with fp32 accumulation and an fp32 result."""
-    if a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
-
-
-def _alpha(a: Operand, b: Operand, group: int) -> Tensor | None:
-    """What the product of two operands of a group is multiplied with."""
-    if b.amax is None:
+def _alpha(a: Operand, b: Operand) -> Tensor | None:
+    """What the product of two operands is multiplied with, fp32 [groups] or, row-scaled, [rows, groups]."""
+    if a.amax is None or b.amax is None:
         return None
     # Divided, not multiplied by a rounded reciprocal; 36 * bound^2 is exact in fp32.
-    scale = torch.tensor(36.0 * a.bound * b.bound, device=b.amax.device)
-    if a.row_amax is not None:
-        return torch.div(a.row_amax * b.amax[group], scale)
-    assert a.amax is not None
-    return torch.div(a.amax[group] * b.amax[group], scale)
+    return torch.div(a.amax * b.amax, torch.tensor(36.0 * a.bound * b.bound, device=b.amax.device))
 
 
-def _rows_times_weight(x: Operand, weight: Operand, rows: Rows) -> Tensor:
-    """[rows, out] fp32: every group's rows times the transpose of its [out, inner] weight."""
-    single = len(rows.sizes) == 1
-    parts = []
-    for group, (start, stop) in enumerate(rows.bounds):
-        product = _multiply(x.values if single else x.values[start:stop], weight.values[group].T)
-        alpha = _alpha(x, weight, group)
-        if alpha is not None:
-            product *= alpha if alpha.dim() == 0 else alpha[start:stop]
-        parts.append(product)
-    return parts[0] if single else torch.cat(parts)
+def _gemms(
+    into: Tensor, factors: Sequence[tuple[Tensor, Tensor]], places: Sequence[tuple[int, int]], alpha: Tensor | None, *, add: bool
+) -> None:
+    """into[start:stop] = alpha[g] * (a_g @ b_g) of every group g, or += with `add`; fp32 accumulation, fp32 `into`.
 
-
-def _weight_gradient(dy: Operand, x: Operand, rows: Rows, into: Tensor) -> None:
-    """Adds dy^T x of every group to `into`, fp32 [groups, N, K]."""
-    for group, (start, stop) in enumerate(rows.bounds):
-        if stop == start:
+    factors: (a, b) of each group, places: its (start, stop) in `into`. alpha is applied to the accumulated product, as tensor cores do:
+    a GEMM's own alpha may be applied earlier, and rounds elsewhere.
+    """
+    for group, ((a, b), (start, stop)) in enumerate(zip(factors, places, strict=True)):
+        part = into[start:stop]
+        if stop == start or a.shape[1] == 0:
+            if not add:
+                part.zero_()
             continue
-        product = _multiply(dy.values[:, start:stop], x.values[:, start:stop].T)
-        alpha = _alpha(dy, x, group)
-        into[group] += product if alpha is None else product.mul_(alpha)
+        if a.dtype == torch.bfloat16:
+            product = torch.mm(a, b, out_dtype=torch.float32)
+        else:
+            product = torch.mm(a, b) if add else torch.mm(a, b, out=part)
+        if alpha is None:
+            scale = None
+        elif alpha.dim() == 2:  # row-scaled
+            scale = alpha[start:stop, group : group + 1]
+        else:
+            scale = alpha[group]
+        if add:
+            part.add_(product) if scale is None else part.addcmul_(product, scale)
+        elif scale is not None:
+            torch.mul(product, scale, out=part)
+        elif product is not part:
+            part.copy_(product)
+
+
+def _multiplied_in(form: Format, device: torch.device) -> torch.dtype:
+    # bf16 GEMMs are slow on most CPUs; what bf16 holds, fp32 holds too.
+    return torch.bfloat16 if device.type == "cuda" and form.name != "fp32" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -260,27 +243,49 @@ class _Call:
     step: int
     rows: Rows
 
-    def random_bits(self, form: Format, operand: str, features: int) -> Tensor | None:
+    def stream(self, form: Format, operand: str) -> philox.Stream | None:
         if form.name != "nvfp4" or not form.nvfp4.stochastic_rounding:
             return None
-        expert = None
-        if self.site.first_expert is not None:
+        site, expert = self.site, None
+        if site.first_expert is not None:
             sizes = torch.tensor(self.rows.sizes, device=self.keys.sample.device)
-            expert = (torch.arange(len(sizes), device=sizes.device) + self.site.first_expert).repeat_interleave(sizes)
-        key = philox.stream_key(self.site.seed, self.site.name, operand)
-        runs = [
-            philox.random_bytes(
-                key,
-                sample=self.keys.sample,
-                position=self.keys.position,
-                step=self.step,
-                features=count,
-                first_feature=first,
-                expert=expert,
+            expert = (torch.arange(len(sizes), device=sizes.device) + site.first_expert).repeat_interleave(sizes)
+        key = philox.stream_key(site.seed, site.name, operand)
+        return philox.Stream(key, self.keys.sample, self.keys.position, self.step, site.outputs, expert)
+
+    def times_weight(self, x: Operand, weight: Tensor, form: Format, *, dgrad: bool) -> Tensor:
+        """fprop: every group's rows times the transpose of its weight; dgrad: times the weight. fp32 [rows, N or K]."""
+        operand = weight_operand(weight, form, self.site, dgrad=dgrad)
+        dtype = _multiplied_in(form, weight.device)
+        left, right = x.values(self.site.backend, dtype), operand.values(self.site.backend, dtype)
+        groups, outputs, inputs = weight.shape
+        stored = len(right) // groups  # rows of a group, padded where blocks run along them
+        matrices = [right[g * stored : g * stored + outputs] for g in range(groups)]
+        result = torch.empty(len(left), inputs if dgrad else outputs, device=left.device)
+        factors = [(left[i:j], w if dgrad else w.T) for (i, j), w in zip(self.rows.bounds, matrices, strict=True)]
+        _gemms(result, factors, self.rows.bounds, _alpha(x, operand), add=False)
+        return result
+
+    def keep(self, x: Tensor) -> Operand:
+        """Of x, what wgrad will multiply."""
+        form, rows = self.formats[2], self.rows
+        if form.name == "nvfp4" and form.nvfp4.hadamard and self.site.first_expert is None and rows != rows.padded(nvfp4.BLOCK):
+            raise ValueError(
+                f"{self.site.name} has {rows.sizes[0]} tokens in a microbatch, but the Hadamard transform of its wgrad needs a "
+                "multiple of 16: change train.micro_batch_size or train.sequence_length, or use precision.nvfp4.hadamard=false"
             )
-            for first, count in self.site.outputs or ((0, features),)
-        ]
-        return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
+        return along_tokens(x, rows, form, self.site, keep=True)
+
+    def weight_gradient(self, dy: Tensor, x: Operand, into: Tensor) -> None:
+        """Adds dy^T x of every group to `into`, fp32 [groups, N, K]."""
+        form, backend = self.formats[2], self.site.backend
+        left = along_tokens(dy, self.rows, form, self.site, stream=self.stream(form, "dy_t"), keep=False)
+        dtype = _multiplied_in(form, dy.device)
+        a, b = left.values(backend, dtype), x.values(backend, dtype)
+        groups, outputs, inputs = into.shape
+        factors = [(a[i:j].T, b[i:j]) for i, j in self.rows.padded(_block(form)).bounds]
+        places = [(g * outputs, (g + 1) * outputs) for g in range(groups)]
+        _gemms(into.view(groups * outputs, inputs), factors, places, _alpha(left, x), add=True)
 
 
 class _Linear(torch.autograd.Function):
@@ -288,42 +293,37 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, call: _Call, out_dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.call, ctx.target = call, target
         form = call.formats[0]
-        left = along_features(x, call.rows, form, call.site, bits=None, forward=True)
-        return _rows_times_weight(left, weight_operand(weight, form, call.site, transposed=False), call.rows).to(out_dtype)
+        y = call.times_weight(along_features(x, call.rows, form, call.site, stream=None, forward=True), weight, form, dgrad=False)
+        ctx.call, ctx.target, ctx.x_dtype = call, target, x.dtype
+        ctx.kept = call.keep(x) if ctx.needs_input_grad[1] else None
+        # Saved the way autograd can check that nothing changed it meanwhile.
+        whole = [ctx.kept.kept] if ctx.kept is not None and isinstance(ctx.kept.kept, Tensor) else []
+        if whole:
+            ctx.kept = None
+        ctx.save_for_backward(weight, *whole)
+        return y.to(out_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, weight = ctx.saved_tensors
+        weight, *whole = ctx.saved_tensors
         call: _Call = ctx.call
-        _, dgrad, wgrad = call.formats
         dx = dw = None
+        dy = dy.contiguous()
         if ctx.needs_input_grad[0]:
-            bits = call.random_bits(dgrad, "dy", dy.shape[1])
-            left = along_features(dy, call.rows, dgrad, call.site, bits=bits, forward=False)
-            dx = _rows_times_weight(left, weight_operand(weight, dgrad, call.site, transposed=True), call.rows).to(x.dtype)
+            form = call.formats[1]
+            left = along_features(dy, call.rows, form, call.site, stream=call.stream(form, "dy"), forward=False)
+            dx = call.times_weight(left, weight, form, dgrad=True).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            padded = padded_rows(call.rows, wgrad)
-            if call.site.first_expert is None and padded != call.rows and wgrad.name == "nvfp4" and wgrad.nvfp4.hadamard:
-                raise ValueError(
-                    f"{call.site.name} has {call.rows.sizes[0]} tokens in a microbatch, but the Hadamard transform of its wgrad needs a "
-                    "multiple of 16: change train.micro_batch_size or train.sequence_length, or use precision.nvfp4.hadamard=false"
-                )
-            bits = call.random_bits(wgrad, "dy_t", dy.shape[1])
-            if bits is not None:
-                bits = pad_rows(bits, call.rows, padded)
-            left = along_tokens(pad_rows(dy, call.rows, padded), padded, wgrad, call.site, bits=bits)
-            right = along_tokens(pad_rows(x, call.rows, padded), padded, wgrad, call.site, bits=None)
+            x = Operand(whole[0]) if whole else ctx.kept
             main_grad = getattr(ctx.target, "main_grad", None)
             if main_grad is None:
                 gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-                _weight_gradient(left, right, padded, gradient)
+                call.weight_gradient(dy, x, gradient)
                 dw = gradient.to(weight.dtype)
             else:
-                _weight_gradient(left, right, padded, main_grad.view(weight.shape))
+                call.weight_gradient(dy, x, main_grad.view(weight.shape))
                 # Megatron's hook wants a gradient to fire on, and leaves main_grad alone when told it is complete.
                 ctx.target.grad_added_to_main_grad = True
                 dw = weight.new_zeros(1).expand(weight.shape)
@@ -343,7 +343,7 @@ def linear(
 
     keys: one entry for each row of the flattened x. Raises ValueError, naming the module, for shapes a format cannot take.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     call = _Call(formats, site, keys, step, Rows((len(flat),)))
     y = _Linear.apply(flat, weight.unsqueeze(0), weight, call, out_dtype or x.dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -357,4 +357,4 @@ def grouped_linear(
     tokens_per_expert: E counts, zeros allowed. Every expert's tokens are an operand with its own amax, padded with zeros along tokens.
     """
     call = _Call(formats, site, keys, step, Rows(tuple(tokens_per_expert)))
-    return _Linear.apply(x, weight, weight, call, x.dtype)
+    return _Linear.apply(x.contiguous(), weight, weight, call, x.dtype)

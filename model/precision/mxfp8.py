@@ -9,11 +9,13 @@ Source: Transformer Engine 2.20.2; torchao's RCEIL mode computes the same scales
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 BLOCK = 32
+Along = Literal["rows", "columns"]
 BIAS = 127
 
 
@@ -24,16 +26,20 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Quantized:
-    """elements: float8_e4m3fn [M, N]; exponents: uint8 [M, ceil(N/32)], E8M0 (biased by 127)."""
+    """along rows: elements float8_e4m3fn [M, N], exponents uint8 [M, ceil(N/32)], E8M0 (biased by 127). along columns: blocks run down
+    the columns, [M, N] and [ceil(M/32), N]."""
 
     elements: Tensor
     exponents: Tensor
+    along: Along = "rows"
 
     def dequantize(self) -> Tensor:
         """fp32 [M, N]."""
-        n = self.elements.shape[-1]
-        blocks = torch.nn.functional.pad(self.elements.float(), (0, -n % BLOCK)).unflatten(-1, (-1, BLOCK))
-        return _scale_blocks(blocks, self.exponents.int() - BIAS).flatten(-2)[..., :n]
+        if self.along == "columns":
+            return Quantized(self.elements.T, self.exponents.T).dequantize().T
+        n = self.elements.shape[1]
+        blocks = torch.nn.functional.pad(self.elements.float(), (0, -n % BLOCK)).unflatten(1, (-1, BLOCK))
+        return _scale_blocks(blocks, self.exponents.int() - BIAS).flatten(1)[:, :n]
 
 
 def _scale_blocks(blocks: Tensor, exponent: Tensor) -> Tensor:
@@ -52,16 +58,14 @@ def biased_exponent(block_amax: Tensor) -> Tensor:
     return (exponent + up.int()).clamp(max=254)
 
 
-def quantize(x: Tensor) -> Quantized:
-    """Quantises x [M, N] (fp32, bf16 or fp16) along its last dimension; a ragged last block is padded with zeros for its scale."""
-    n = x.shape[-1]
-    blocks = torch.nn.functional.pad(x.float(), (0, -n % BLOCK)).unflatten(-1, (-1, BLOCK))
+def quantize(x: Tensor, along: Along = "rows") -> Quantized:
+    """Quantises x [M, N] (fp32, bf16 or fp16) with blocks along rows or columns; a ragged last block is padded with zeros for its scale."""
+    if along == "columns":
+        columns = quantize(x.T)
+        return Quantized(columns.elements.T, columns.exponents.T, "columns")
+    n = x.shape[1]
+    blocks = torch.nn.functional.pad(x.float(), (0, -n % BLOCK)).unflatten(1, (-1, BLOCK))
     exponent = biased_exponent(blocks.abs().amax(-1))
     scaled = _scale_blocks(blocks, BIAS - exponent)
-    elements = scaled.clamp(-448, 448).to(torch.float8_e4m3fn).flatten(-2)[..., :n]
+    elements = scaled.clamp(-448, 448).to(torch.float8_e4m3fn).flatten(1)[:, :n]
     return Quantized(elements, exponent.to(torch.uint8))
-
-
-def fake_quantize(x: Tensor) -> Tensor:
-    """The values MXFP8 keeps of x [M, N]: fp32."""
-    return quantize(x).dequantize()

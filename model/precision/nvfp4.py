@@ -38,6 +38,13 @@ def _constant(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=like.device)
 
 
+def _fold(x: Tensor) -> Tensor:
+    """Sum of the 16 elements of the last dimension, halves added to halves: an order every backend can follow."""
+    for half in (8, 4, 2, 1):
+        x = x[..., :half] + x[..., half:]
+    return x.squeeze(-1)
+
+
 def _binade(magnitude: Tensor) -> Tensor:
     """1, 2 or 4: the power of two at or below a magnitude in [1, 8), and 1 below that; a grid step is half of it."""
     return (magnitude.clamp(min=1.0).view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -117,10 +124,10 @@ def encode(
         value = encoded.code * (encoded.scale * amax * _constant(1 / (MAX_CODE * bound), amax)).unsqueeze(-1)
         difference = value - blocks
         each = difference.abs() if clipping == "4over6_mae" else difference * difference
-        total = each.sum(-1)
+        total = _fold(each)
         if tile:  # rows of one tile decide together
             rows = total.unflatten(-2, (-1, BLOCK))
-            total = rows.sum(-2, keepdim=True).expand(rows.shape).flatten(-3, -2)
+            total = _fold(rows.transpose(-1, -2)).unsqueeze(-2).expand(rows.shape).flatten(-3, -2)
         return total
 
     to_six = at(round_e4m3(block_amax * mult))
@@ -136,6 +143,25 @@ def tile_amax(x: Tensor) -> Tensor:
     """Largest magnitude of every 16 x 16 tile of x [..., M, N], repeated for each row of the tile: fp32 [..., M, N / 16]."""
     tiles = x.abs().unflatten(-1, (-1, BLOCK)).amax(-1).unflatten(-2, (-1, BLOCK)).amax(-2)
     return tiles.repeat_interleave(BLOCK, dim=-2)
+
+
+def pack(code: Tensor, negative: Tensor) -> Tensor:
+    """E2M1 values fp32 [..., M, N] to uint8 [..., M, N / 2], the even column in the low nibble. negative: bool, the sign bit."""
+    magnitude = code.abs()
+    index = torch.where(magnitude <= 2, magnitude * 2, torch.where(magnitude <= 4, magnitude + 2, 7.0))
+    index = index.to(torch.uint8) | (negative.to(torch.uint8) << 3)
+    return index[..., ::2] | (index[..., 1::2] << 4)
+
+
+def decode(codes: Tensor) -> Tensor:
+    """The inverse of `pack`: uint8 [M, N / 2] to E2M1 values, fp32 [M, N]."""
+    index = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2).long()
+    return torch.tensor(GRID + tuple(-value for value in GRID), device=codes.device)[index]
+
+
+def scale_bytes(scale: Tensor) -> Tensor:
+    """Raw E4M3 bytes, uint8, of E4M3 values in fp32."""
+    return scale.to(torch.float8_e4m3fn).contiguous().view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -154,9 +180,7 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """fp32 [M, N]."""
-        index = torch.stack((self.codes & 0xF, self.codes >> 4), dim=-1).flatten(-2).long()
-        table = torch.tensor(GRID + tuple(-value for value in GRID), device=self.codes.device)
-        code = table[index]
+        code = decode(self.codes)
         scale = self.scales.view(torch.float8_e4m3fn).float()
         scale = scale * self.amax * _constant(1 / (MAX_CODE * self.bound), self.amax)
         return code * scale.repeat_interleave(BLOCK, dim=-1)[:, : code.shape[-1]]
@@ -201,9 +225,5 @@ def quantize(
     block_amax = tile_amax(padded) if scaling == "2d" else blocks.abs().amax(-1)
     encoded = encode(blocks, block_amax, amax, random_bits=random_bits, clipping=clipping, bound=bound, tile=scaling == "2d")
     code = encoded.code.flatten(1)[:, : x.shape[1]]
-    magnitude = code.abs()
-    index = torch.where(magnitude <= 2, magnitude * 2, torch.where(magnitude <= 4, magnitude + 2, 7.0))
     # The sign is that of the input: kept when the magnitude rounds to zero, but an input of -0.0 is code 0.
-    index = index.to(torch.uint8) | ((x < 0).to(torch.uint8) << 3)
-    scales = encoded.scale.to(torch.float8_e4m3fn).contiguous().view(torch.uint8)
-    return Quantized(index[:, ::2] | (index[:, 1::2] << 4), scales, amax, bound)
+    return Quantized(pack(code, x < 0), scale_bytes(encoded.scale), amax, bound)

@@ -14,6 +14,7 @@ yields 16 bytes, one for each of 16 consecutive features: byte b of word w (litt
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,3 +70,35 @@ def random_bytes(
     as_bytes = torch.where(stacked > 0x7FFFFFFF, stacked - (1 << 32), stacked).int().view(torch.uint8)
     skip = first_feature - first * FEATURES_PER_CALL
     return as_bytes.reshape(len(sample), -1)[:, skip : skip + features]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The random bytes of one operand, given by where they are used.
+
+    key: see `stream_key`. sample, position, expert: int64 [rows] (expert None: not routed). runs: (first global index, count) of each run of
+    the operand's features where those are sharded; empty: all, from 0.
+    """
+
+    key: tuple[int, int]
+    sample: Tensor
+    position: Tensor
+    step: int
+    runs: tuple[tuple[int, int], ...] = ()
+    expert: Tensor | None = None
+
+    def bytes(self, features: int) -> Tensor:
+        """uint8 [rows, features]."""
+        parts = [
+            random_bytes(
+                self.key,
+                sample=self.sample,
+                position=self.position,
+                step=self.step,
+                features=count,
+                first_feature=first,
+                expert=self.expert,
+            )
+            for first, count in self.runs or ((0, features),)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

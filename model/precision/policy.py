@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
+from model.precision.backend import BACKENDS
 from model.precision.formats import FORMATS, GEMMS, Format, FormatName, Gemm, NVFP4Options
 
 LAYER = re.compile(r"layers\.(\d+)\.")
@@ -45,7 +46,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """The recipe's `precision` group. compute: dtype of activations and of the weights in memory."""
+    """The recipe's `precision` group. compute: dtype of activations and of the weights in memory. backend: of NVFP4; auto: by device."""
 
     compute: str = "fp32"
     default: FormatName = "nvfp4"
@@ -53,7 +54,7 @@ class PrecisionConfig:
     schedule: tuple[Rule, ...] = ()
     nvfp4: NVFP4Options = field(default_factory=NVFP4Options)
     amax_scope: str = "local"
-    backend: str = "reference"
+    backend: str = "auto"
 
     def validate(self) -> None:
         """Raises ValueError, in one sentence, for values that cannot be honoured."""
@@ -61,8 +62,8 @@ class PrecisionConfig:
             raise ValueError(f"precision.compute={self.compute!r} is unknown: use fp32 or bf16")
         if self.default not in FORMATS:
             raise ValueError(f"precision.default={self.default!r} is unknown: use one of {', '.join(FORMATS)}")
-        if self.backend != "reference":
-            raise ValueError(f"precision.backend={self.backend!r} is not available: use precision.backend=reference")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"precision.backend={self.backend!r} is unknown: use one of {', '.join(BACKENDS)}")
         if self.amax_scope not in ("local", "tensor_parallel"):
             raise ValueError(f"precision.amax_scope={self.amax_scope!r} is unknown: use local or tensor_parallel")
         options = self.nvfp4

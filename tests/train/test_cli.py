@@ -66,7 +66,7 @@ WRONG = [
     (["precision.rules=[{format:bf16,last_layers:2.0}]"], ["precision.rules[0].last_layers=2.0", "0.15"]),
     (["precision.rules=[{format:bf16,start:0.9,end:0.1}]"], ["start=0.9", "end=0.1"]),
     (["precision.rules=[]"], ["layers.1.mixer.gate", "format=fp32"]),
-    (["precision.backend=triton"], ["precision.backend='triton'", "reference"]),
+    (["precision.backend=cuda"], ["precision.backend='cuda'", "reference"]),
     (["precision.compute=fp16"], ["precision.compute='fp16'", "bf16"]),
     (["precision.nvfp4.weight_scaling=3d"], ["precision.nvfp4.weight_scaling='3d'", "1d or 2d"]),
     (["data.validation_fraction=1.5"], ["data.validation_fraction=1.5", "[0, 1)"]),

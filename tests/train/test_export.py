@@ -114,7 +114,7 @@ def test_steps_below_the_clamp_of_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_import_is_the_inverse_bit_for_bit(name: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    trained(run_dir, *MODELS[name])
+    values = trained(run_dir, *MODELS[name])
     export(open_checkpoint(run_dir), tmp_path / "hf", shard_bytes=20_000)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     import_hf(tmp_path / "hf", tmp_path / "imported")
