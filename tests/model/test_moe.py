@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
 
@@ -103,7 +104,8 @@ def test_the_auxiliary_loss_is_the_formula_and_reaches_the_gate(layer: MoE) -> N
         mean = (score / score.sum(1, keepdim=True)).mean(0)
         expected = expected + CONFIG.router_aux_loss * (share * mean).sum() / BATCH
     assert router.loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    # The scaler hands the loss its gradient of one, whatever the rest of the model does.
+    # The scaler hands the loss its gradient of one (Megatron's schedules say so before each backward pass), whatever the weights get.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     (weights * 0).sum().backward()
     expected.backward()
     assert router.gate.weight.grad is not None and gate.grad is not None
