@@ -128,8 +128,8 @@ class HybridModel(nn.Module):
     def end_step(self, *, update: bool = True) -> dict[str, float]:
         """Moves every expert bias by the load of the step just taken, and forgets it, and the quantised weights of before the step.
 
-        Collective; the same result on every rank. update: False when the step was not taken. Returns moe/aux_loss (as added to the loss) and moe/max_violation (largest load over mean
-        load, of the worst layer); nothing without MoE layers.
+        Collective; the same result on every rank. update: False when the step was not taken. Returns moe/aux_loss (as added to the loss)
+        and moe/max_violation (largest load over mean load, of the worst layer); nothing without MoE layers.
         """
         self.context.weights.clear()
         if "E" not in self.context.config.pattern:
