@@ -68,7 +68,8 @@ class Packed:
 
 
 class Backend(Protocol):
-    """NVFP4 on some kind of device. x: fp32, bf16 or fp16 [rows, features], contiguous; amax: fp32 [groups] of x, or [rows, 1]
+    """NVFP4 on some kind of device. x: fp32 or bf16 [rows, features], contiguous
+    (`quantize`: fp16 too); amax: fp32 [groups] of x, or [rows, 1]
     (row-scaled). Values are those of `model.precision.nvfp4`; products come in `gemm_dtype(x)`."""
 
     name: str
@@ -172,7 +173,7 @@ def missing(name: str, device: torch.device) -> str | None:
 def choose(name: str, device: torch.device) -> Any:
     """The backend `precision.backend` asks for on a device; "auto": cpu or triton. Raises ValueError saying what it lacks."""
     if name == "auto":
-        name = "triton" if device.type == "cuda" else "reference"
+        name = "triton" if device.type == "cuda" else "cpu"
     lacking = missing(name, device)
     if lacking is not None:
         raise ValueError(f"precision.backend={name} cannot run: {lacking}")

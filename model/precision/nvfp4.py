@@ -186,6 +186,20 @@ class Quantized:
         return code * scale.repeat_interleave(BLOCK, dim=-1)[:, : code.shape[-1]]
 
 
+def check(x: Tensor, *, scaling: Scaling, hadamard: bool, random_bits: Tensor | None, clipping: Clipping, row_scaled: bool) -> None:
+    """Raises ValueError for what `quantize` does not define."""
+    if x.dim() != 2 or x.shape[1] % 2:
+        raise ValueError(f"NVFP4 quantises matrices with an even number of columns, not a tensor of shape {list(x.shape)}")
+    if scaling == "2d" and (x.shape[0] % BLOCK or x.shape[1] % BLOCK):
+        raise ValueError(f"2D scaling needs both dimensions to be multiples of 16, not {list(x.shape)}: use 1d scaling")
+    if clipping != "saturate" and (hadamard or random_bits is not None):
+        raise ValueError(f"clipping={clipping} is for forward operands only: not with the Hadamard transform or random bits")
+    if row_scaled and (hadamard or random_bits is not None or scaling == "2d"):
+        raise ValueError("row_scaled is for forward activations only: not with 2d scaling, the Hadamard transform or random bits")
+    if hadamard and x.shape[1] % BLOCK:
+        raise ValueError(f"the Hadamard transform works on groups of {BLOCK} columns, but there are {x.shape[1]}: pad them")
+
+
 def quantize(
     x: Tensor,
     *,
@@ -204,14 +218,7 @@ def quantize(
     stochastically with them. amax: fp32, the largest magnitude of the *whole* operand where x (after the rotation) is only a part of it.
     Raises ValueError for combinations and shapes the format does not define.
     """
-    if x.dim() != 2 or x.shape[1] % 2:
-        raise ValueError(f"NVFP4 quantises matrices with an even number of columns, not a tensor of shape {list(x.shape)}")
-    if scaling == "2d" and (x.shape[0] % BLOCK or x.shape[1] % BLOCK):
-        raise ValueError(f"2D scaling needs both dimensions to be multiples of 16, not {list(x.shape)}: use 1d scaling")
-    if clipping != "saturate" and (hadamard or random_bits is not None):
-        raise ValueError(f"clipping={clipping} is for forward operands only: not with the Hadamard transform or random bits")
-    if row_scaled and (hadamard or random_bits is not None or scaling == "2d"):
-        raise ValueError("row_scaled is for forward activations only: not with 2d scaling, the Hadamard transform or random bits")
+    check(x, scaling=scaling, hadamard=hadamard, random_bits=random_bits, clipping=clipping, row_scaled=row_scaled)
     bound = float(e4m3_bound) if clipping != "saturate" else 448.0
     if hadamard:
         x = rht.rotate(x, signs=hadamard_signs)

@@ -54,7 +54,7 @@ class Reference:
         encoded = nvfp4.encode(blocks, block_amax, amax, random_bits=bits, clipping=clipping, bound=bound, tile=tiles)
         if not packed:
             return encoded.products()[:, :features].to(gemm_dtype(x))
-        codes, scales = _packed(encoded)
+        codes, scales = _packed(encoded, blocks)
         return Packed("tiles" if tiles else "rows", codes, scales[::BLOCK].contiguous() if tiles else scales, features)
 
     def quantize_columns(
@@ -78,7 +78,7 @@ class Reference:
         encoded = nvfp4.encode(blocks, blocks.abs().amax(-1), of_block, random_bits=bits, clipping=clipping, bound=bound)
         if not packed:
             return encoded.products().T.contiguous().to(gemm_dtype(x))
-        codes, scales = _packed(encoded)
+        codes, scales = _packed(encoded, blocks)
         return Packed("columns", codes.T.contiguous(), scales.T.contiguous(), x.shape[1])
 
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -91,6 +91,5 @@ class Reference:
         return products.T.contiguous() if columns else products[:, : packed.features]
 
 
-def _packed(encoded: Encoded) -> tuple[Tensor, Tensor]:
-    code = encoded.code.flatten(1)
-    return nvfp4.pack(code, code < 0), nvfp4.scale_bytes(encoded.scale)
+def _packed(encoded: Encoded, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    return nvfp4.pack(encoded.code.flatten(1), (blocks < 0).flatten(1)), nvfp4.scale_bytes(encoded.scale)

@@ -1,0 +1,283 @@
+"""The CPU backend: NVFP4 by the kernels of `model.precision.cpu_kernels`, over the threads PyTorch is allowed.
+
+    python -m model.precision.cpu        compiles every kernel once and keeps it on disk
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.precision import hadamard as rht
+from model.precision import nvfp4
+from model.precision.backend import Packed, Rows
+from model.precision.nvfp4 import BLOCK, Clipping, Quantized
+from model.precision.philox import EXPERT_SHIFT, FEATURES_PER_CALL, WORD, Stream
+
+Array = np.ndarray[Any, Any]
+SMALLEST_SHARE = 1 << 16  # elements: below that a second thread costs more than it brings
+CLIPPING: dict[str, int] = {"saturate": 0, "4over6_mae": 1, "4over6_mse": 2}
+NO_FLOATS, NO_BYTES = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint8)
+NO_SIGNS = np.empty(0, np.float32)
+
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_pool_lock = threading.Lock()
+
+
+def _kernels() -> Any:
+    # Numba takes most of a second to import: only who quantises pays it.
+    from model.precision import cpu_kernels
+
+    return cpu_kernels
+
+
+def _spread(work: Callable[[int, int], Any], units: int, elements: int) -> None:
+    """work(first, last) over `units`, on as many threads as PyTorch may use; the kernels release the interpreter's lock."""
+    global _pool, _pool_size
+    threads = max(1, min(torch.get_num_threads(), units, elements // SMALLEST_SHARE))
+    if threads == 1:
+        work(0, units)
+        return
+    with _pool_lock:
+        if _pool is None or _pool_size < threads - 1:
+            _pool, _pool_size = ThreadPoolExecutor(threads - 1, thread_name_prefix="nvfp4"), threads - 1
+        pool = _pool
+    cuts = [units * i // threads for i in range(threads + 1)]
+    others = [pool.submit(work, cuts[i], cuts[i + 1]) for i in range(1, threads)]
+    work(0, cuts[1])
+    for other in others:
+        other.result()
+
+
+def _array(x: Tensor) -> Array:
+    """x [rows, features] as the kernels read it: fp32, or the bits of bf16; fp16 is widened."""
+    x = x.detach()
+    if x.dtype == torch.float16:
+        x = x.float()
+    x = x.contiguous()
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _pad_features(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)) if x.shape[1] % BLOCK else x
+
+
+def _largest(bits: Array) -> Tensor:
+    return torch.from_numpy(bits).view(torch.float32)
+
+
+def _groups(rows: Rows) -> Array:
+    """The group of each row, int32."""
+    if len(rows.sizes) == 1:
+        return np.zeros(rows.sizes[0], np.int32)
+    return np.repeat(np.arange(len(rows.sizes), dtype=np.int32), rows.sizes)
+
+
+def _row_blocks(rows: Rows) -> tuple[Array, Array, Array]:
+    """First row, number of rows and group of every block of 16 rows; int32."""
+    starts = [np.arange(first, last, BLOCK, dtype=np.int32) for first, last in rows.bounds]
+    counts = [np.minimum(last - start, BLOCK).astype(np.int32) for start, (_, last) in zip(starts, rows.bounds, strict=True)]
+    groups = [np.full(len(start), group, np.int32) for group, start in enumerate(starts)]
+    if len(starts) == 1:
+        return starts[0], counts[0], groups[0]
+    return np.concatenate(starts), np.concatenate(counts), np.concatenate(groups)
+
+
+def _noise(stream: Stream | None, bits: Tensor | None, rows: int, features: int) -> tuple[Any, ...]:
+    """The kernels' arguments noise ... k1: see `cpu_kernels.quantize_columns`."""
+    nothing = np.zeros(0, np.uint64)
+    blocks = np.zeros(0, np.uint32)
+    zero = np.uint64(0)
+    if stream is not None:
+        runs = stream.runs or ((0, features),)
+        if any(first % FEATURES_PER_CALL or count % FEATURES_PER_CALL for first, count in runs[:-1]) or runs[-1][0] % FEATURES_PER_CALL:
+            bits = stream.bytes(features)  # runs that share a call's 16 bytes: drawn apart
+        else:
+            first_blocks = [
+                np.arange(first // FEATURES_PER_CALL, -(-(first + count) // FEATURES_PER_CALL), dtype=np.uint32) for first, count in runs
+            ]
+            expert = np.zeros(rows, np.uint64)
+            if stream.expert is not None:
+                expert = (stream.expert.numpy().astype(np.uint64) + np.uint64(1)) << np.uint64(EXPERT_SHIFT)
+            where = [values.numpy().astype(np.uint64) & np.uint64(WORD) for values in (stream.position, stream.sample)]
+            key = [np.uint64(word) for word in stream.key]
+            return 2, NO_BYTES, np.concatenate(first_blocks), expert, *where, np.uint64(stream.step & WORD), *key
+    if bits is not None:
+        return 1, _pad_features(bits).contiguous().numpy(), blocks, nothing, nothing, nothing, zero, zero, zero
+    return 0, NO_BYTES, blocks, nothing, nothing, nothing, zero, zero, zero
+
+
+def _signs(hadamard: bool, signs: bool = True) -> Array:
+    if not hadamard:
+        return NO_SIGNS
+    return np.array(rht.SIGNS if signs else (1,) * rht.GROUP, np.float32)
+
+
+class FusedCPU:
+    """See `model.precision.backend.Backend`."""
+
+    name = "cpu"
+
+    def amax(self, x: Tensor, rows: Rows, *, hadamard: bool = False) -> Tensor:
+        k, a, groups = _kernels(), _array(x), len(rows.sizes)
+        if hadamard:
+            starts, counts, of_block = _row_blocks(rows)
+            parts: list[Array] = []
+
+            def rotated(first: int, last: int) -> None:
+                largest = np.zeros(groups, np.int32)
+                k.columns_amax(a, first, last, starts, counts, of_block, _signs(True), x.dtype == torch.bfloat16, largest)
+                parts.append(largest)
+
+            _spread(rotated, len(starts), x.numel())
+            return _largest(np.max(parts, axis=0))
+        of_row = np.empty(len(a), np.int32)
+        _spread(lambda first, last: k.row_amax(a, first, last, of_row), len(a), x.numel())
+        return _largest(np.array([of_row[i:j].max(initial=0) for i, j in rows.bounds], np.int32))
+
+    def quantize_rows(
+        self,
+        x: Tensor,
+        amax: Tensor,
+        rows: Rows,
+        *,
+        stream: Stream | None = None,
+        clipping: Clipping = "saturate",
+        bound: float = 448.0,
+        tiles: bool = False,
+        packed: bool = False,
+        random_bits: Tensor | None = None,
+    ) -> Tensor | Packed:
+        k, features = _kernels(), x.shape[1]
+        a = _array(_pad_features(x))
+        wide, blocks = a.shape[1], a.shape[1] // BLOCK
+        products = NO_FLOATS if packed else np.empty((len(a), wide), np.float32)
+        codes = np.empty((len(a), wide // 2), np.uint8) if packed else NO_BYTES
+        scales = np.empty((len(a) // BLOCK if tiles else len(a), blocks), np.uint8) if packed else NO_BYTES
+        how, b = CLIPPING[clipping], np.float32(bound)
+        flat = amax.detach().numpy().reshape(-1)
+        if tiles:
+            groups = _groups(Rows(tuple(size // BLOCK for size in rows.sizes)))
+            _spread(lambda i, j: k.quantize_tiles(a, i, j, groups, flat, b, how, packed, products, codes, scales), len(groups), x.numel())
+        else:
+            groups = np.arange(len(a), dtype=np.int32) if amax.dim() == 2 else _groups(rows)
+            noise = _noise(stream, random_bits, len(a), features)
+            _spread(lambda i, j: k.quantize_rows(a, i, j, groups, flat, b, how, *noise, packed, products, codes, scales), len(a), x.numel())
+        if packed:
+            return Packed("tiles" if tiles else "rows", torch.from_numpy(codes), torch.from_numpy(scales), features)
+        result = torch.from_numpy(products)
+        return result if wide == features else result[:, :features]
+
+    def quantize_columns(
+        self,
+        x: Tensor,
+        amax: Tensor,
+        rows: Rows,
+        *,
+        hadamard: bool = False,
+        stream: Stream | None = None,
+        clipping: Clipping = "saturate",
+        bound: float = 448.0,
+        packed: bool = False,
+    ) -> Tensor | Packed:
+        k, a, features = _kernels(), _array(x), x.shape[1]
+        starts, counts, groups = _row_blocks(rows)
+        n = len(starts)
+        products = NO_FLOATS if packed else np.empty((BLOCK * n, features), np.float32)
+        codes = np.empty((BLOCK // 2 * n, features), np.uint8) if packed else NO_BYTES
+        scales = np.empty((n, features), np.uint8) if packed else NO_BYTES
+        noise = _noise(stream, None, len(a), features)
+        flat, signs, to_bf16 = amax.detach().numpy(), _signs(hadamard), x.dtype == torch.bfloat16
+        how, b = CLIPPING[clipping], np.float32(bound)
+        _spread(
+            lambda i, j: k.quantize_columns(
+                a, i, j, starts, counts, groups, flat, b, signs, to_bf16, how, *noise, packed, products, codes, scales
+            ),
+            n,
+            x.numel(),
+        )
+        if packed:
+            return Packed("columns", torch.from_numpy(codes), torch.from_numpy(scales), features)
+        return torch.from_numpy(products)
+
+    def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        k, codes, scales = _kernels(), packed.codes.numpy(), packed.scales.numpy()
+        if packed.along == "columns":
+            products = np.empty((2 * len(codes), codes.shape[1]), np.float32)
+            _spread(lambda i, j: k.unpack_columns(codes, scales, i, j, products), len(scales), products.size)
+        else:
+            products = np.empty((len(codes), 2 * codes.shape[1]), np.float32)
+            per_scale = BLOCK if packed.along == "tiles" else 1
+            _spread(lambda i, j: k.unpack_rows(codes, scales, per_scale, i, j, products), len(codes), products.size)
+        return torch.from_numpy(products)[:, : packed.features].to(dtype)
+
+    def quantize(
+        self,
+        x: Tensor,
+        *,
+        scaling: Literal["1d", "2d"] = "1d",
+        hadamard: bool = False,
+        random_bits: Tensor | None = None,
+        clipping: Clipping = "saturate",
+        e4m3_bound: int = 448,
+        row_scaled: bool = False,
+        amax: Tensor | None = None,
+        hadamard_signs: bool = True,
+    ) -> Quantized:
+        nvfp4.check(x, scaling=scaling, hadamard=hadamard, random_bits=random_bits, clipping=clipping, row_scaled=row_scaled)
+        bound = float(e4m3_bound) if clipping != "saturate" else 448.0
+        if hadamard:
+            x = self._rotate(x, hadamard_signs)
+        if amax is None:
+            amax = x.abs().amax(1, keepdim=True).float() if row_scaled else self.amax(x, Rows((len(x),)))[0]
+        packed = self.quantize_rows(
+            x,
+            amax if row_scaled else amax.reshape(1),
+            Rows((len(x),)),
+            clipping=clipping,
+            bound=bound,
+            tiles=scaling == "2d",
+            packed=True,
+            random_bits=random_bits,
+        )
+        assert isinstance(packed, Packed)
+        scales = packed.scales.repeat_interleave(BLOCK, dim=0) if scaling == "2d" else packed.scales
+        return Quantized(packed.codes[:, : x.shape[1] // 2], scales, amax, bound)
+
+    def _rotate(self, x: Tensor, signs: bool) -> Tensor:
+        k, a = _kernels(), _array(x)
+        out = np.empty(a.shape, np.float32)
+        _spread(lambda i, j: k.rotate_rows(a, i, j, _signs(True, signs), out), len(a), x.numel())
+        return torch.from_numpy(out).to(x.dtype)
+
+
+def compile_all() -> None:
+    """Runs every kernel once on every dtype, so that the compiled code lies on disk."""
+    backend = FusedCPU()
+    rows = Rows((BLOCK,))
+    tokens = torch.arange(BLOCK)
+    stream = Stream((1, 2), tokens, tokens, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(BLOCK, 2 * BLOCK).to(dtype)
+        amax = backend.amax(x, rows)
+        backend.amax(x, rows, hadamard=True)
+        for packed in (False, True):
+            tiles = backend.quantize_rows(x, amax, rows, tiles=True, packed=packed)
+            along_rows = backend.quantize_rows(x, amax, rows, stream=stream, packed=packed)
+            columns = backend.quantize_columns(x, amax, rows, hadamard=True, stream=stream, packed=packed)
+        for operand in (tiles, along_rows, columns):
+            assert isinstance(operand, Packed)
+            backend.unpack(operand, torch.float32)
+        backend.quantize(x, hadamard=True)
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    compile_all()
+    print(f"NVFP4 kernels for this CPU are ready ({time.perf_counter() - start:.1f} s)")

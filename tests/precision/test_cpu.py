@@ -1,0 +1,129 @@
+"""The fused CPU backend equals the reference bit for bit, and starts quickly."""
+
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.precision.backend import Packed, Rows
+from model.precision.cpu import FusedCPU
+from model.precision.nvfp4 import quantize
+from tests.precision.operands import assert_equals_reference, tensor
+from tests.precision.test_vectors import QUANTIZED, RECORDS, assert_equal, field, options
+
+CPU = FusedCPU()
+KINDS = ["normal", "heavy", "outlier", "zeros", "ties", "denormal", "tiny_block"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCALES = [1.0, 1e-30, 1e-6, 1e30]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("record", [name for name in QUANTIZED if not RECORDS[name].get("error")])
+def test_the_vectors_of_transformer_engine(record: str, transposed: bool) -> None:
+    x = field(record, "input")
+    x = x.T.contiguous() if transposed else x
+    assert_equal(CPU.quantize(x, **options(record, transposed=transposed)), record, "_t" if transposed else "")
+
+
+@pytest.mark.parametrize(("kind", "dtype", "scale"), product(KINDS, DTYPES[:2], SCALES), ids=str)
+def test_awkward_tensors(kind: str, dtype: torch.dtype, scale: float) -> None:
+    seed = KINDS.index(kind)
+    for shape, sizes in (((64, 144), (64,)), ((96, 80), (5, 0, 75, 16)), ((48, 16), (16, 32)), ((16, 40), (16,))):
+        assert_equals_reference(CPU, tensor(kind, shape, scale, dtype, seed), Rows(sizes))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-30, 30),
+    rows=st.integers(1, 40),
+    features=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+    option=st.sampled_from(["plain", "stochastic", "2d", "hadamard", "4over6_mae", "4over6_mse", "row_scaled", "amax"]),
+)
+def test_quantize_is_the_reference(
+    kind: str, dtype: torch.dtype, exponent: int, rows: int, features: int, seed: int, option: str
+) -> None:
+    shape = (rows, 2 * features)
+    how: dict[str, object] = {}
+    if option in ("2d", "hadamard"):
+        # Small operands of a GEMM may be summed in another order where products are denormal.
+        shape = (16 * rows, 16 * features)
+        how = {"scaling": "2d"} if option == "2d" else {"hadamard": True}
+        kind = "normal" if kind == "denormal" and option == "hadamard" else kind
+    x = tensor(kind, shape, 10.0**exponent, dtype, seed)
+    if option == "stochastic":
+        how = {"random_bits": torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))}
+    elif option.startswith("4over6"):
+        how = {"clipping": option, "e4m3_bound": 256 if seed % 2 else 448}
+    elif option == "row_scaled":
+        how = {"row_scaled": True}
+    elif option == "amax":
+        how = {"amax": x.abs().max().float() * 3}
+    ours, reference = CPU.quantize(x, **how), quantize(x, **how)  # type: ignore[arg-type]
+    assert torch.equal(ours.scales, reference.scales)
+    assert torch.equal(ours.codes, reference.codes)
+    assert torch.equal(ours.amax, reference.amax)
+
+
+def test_a_nan_is_never_lost() -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = tensor("normal", (32, 64), 1.0, torch.float32, 0)
+        x[17, 5] = bad
+        rows = Rows((32,))
+        for hadamard in (False, True):
+            amax = CPU.amax(x, rows, hadamard=hadamard)
+            assert not amax.isfinite().all()
+            products = CPU.quantize_columns(x, amax, rows, hadamard=hadamard)
+            assert isinstance(products, torch.Tensor)
+            assert not (products * amax).isfinite().all()
+
+
+def test_threads_change_nothing() -> None:
+    before = torch.get_num_threads()
+    x, rows = tensor("heavy", (512, 1024), 1.0, torch.bfloat16, 1), Rows((100, 412))
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            amax = CPU.amax(x, rows, hadamard=True)
+            packed = CPU.quantize_columns(x, amax, rows, hadamard=True, packed=True)
+            assert isinstance(packed, Packed)
+            results.append((amax, packed.codes, packed.scales))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+
+
+def test_packed_operands_take_four_and_a_half_bits_an_element() -> None:
+    x, rows = tensor("normal", (256, 128), 1.0, torch.float32, 1), Rows((256,))
+    for packed in (CPU.quantize_rows(x, CPU.amax(x, rows), rows, packed=True), CPU.quantize_columns(x, CPU.amax(x, rows), rows, packed=True)):
+        assert isinstance(packed, Packed)
+        assert 8 * (packed.codes.nbytes + packed.scales.nbytes) == 4.5 * x.numel()
+
+
+def test_the_kernels_import_late_and_start_within_three_seconds() -> None:
+    CPU.quantize(torch.randn(32, 32))  # compiled and on disk from here on
+    program = (
+        "import sys, time, torch; import model.precision.linear, model.precision.cpu; assert 'numba' not in sys.modules; "
+        "t = time.perf_counter(); model.precision.cpu.FusedCPU().quantize(torch.randn(32, 32)); print(time.perf_counter() - t)"
+    )
+    seconds = [float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout) for _ in range(2)]
+    assert min(seconds) < 3, seconds
+
+
+def test_kernels_see_bf16_as_it_is() -> None:
+    x = torch.tensor([[1.0, -2.5, 3.4e38, 1e-40] * 8])
+    as_bits = x.bfloat16().view(torch.uint16).numpy()
+    from model.precision import cpu_kernels
+
+    largest = np.zeros(1, np.int32)
+    cpu_kernels.row_amax(as_bits, 0, 1, largest)
+    assert torch.from_numpy(largest).view(torch.float32).item() == x.bfloat16().abs().max().item()
