@@ -1,6 +1,6 @@
 """The CPU backend: NVFP4 by the kernels of `model.precision.cpu_kernels`, over the threads PyTorch is allowed.
 
-    python -m model.precision.cpu        compiles every kernel once and keeps it on disk
+python -m model.precision.cpu        compiles every kernel once and keeps it on disk
 """
 
 import threading
@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 SMALLEST_SHARE = 1 << 16  # elements: below that a second thread costs more than it brings
 CLIPPING: dict[str, int] = {"saturate": 0, "4over6_mae": 1, "4over6_mse": 2}
 NO_FLOATS, NO_BYTES = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint8)
-NO_SIGNS = np.empty(0, np.float32)
+NO_BLOCKS, NO_CODES = np.empty((0, 0, 0), np.float32), np.empty((0, 0, 0), np.uint8)
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -68,6 +68,11 @@ def _pad_features(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)) if x.shape[1] % BLOCK else x
 
 
+def _in_blocks(a: Array) -> Array:
+    """[rows, blocks, 16]"""
+    return a.reshape(len(a), -1, BLOCK)
+
+
 def _largest(bits: Array) -> Tensor:
     return torch.from_numpy(bits).view(torch.float32)
 
@@ -89,9 +94,9 @@ def _row_blocks(rows: Rows) -> tuple[Array, Array, Array]:
     return np.concatenate(starts), np.concatenate(counts), np.concatenate(groups)
 
 
-def _noise(stream: Stream | None, bits: Tensor | None, rows: int, features: int) -> tuple[Any, ...]:
+def _noise(stream: Stream | None, bits: Tensor | None, rows: int, features: int, *, in_blocks: bool = False) -> tuple[Any, ...]:
     """The kernels' arguments noise ... k1: see `cpu_kernels.quantize_columns`."""
-    nothing = np.zeros(0, np.uint64)
+    nothing, none = np.zeros(0, np.uint64), NO_CODES if in_blocks else NO_BYTES
     blocks = np.zeros(0, np.uint32)
     zero = np.uint64(0)
     if stream is not None:
@@ -107,16 +112,15 @@ def _noise(stream: Stream | None, bits: Tensor | None, rows: int, features: int)
                 expert = (stream.expert.numpy().astype(np.uint64) + np.uint64(1)) << np.uint64(EXPERT_SHIFT)
             where = [values.numpy().astype(np.uint64) & np.uint64(WORD) for values in (stream.position, stream.sample)]
             key = [np.uint64(word) for word in stream.key]
-            return 2, NO_BYTES, np.concatenate(first_blocks), expert, *where, np.uint64(stream.step & WORD), *key
+            return 2, none, np.concatenate(first_blocks), expert, *where, np.uint64(stream.step & WORD), *key
     if bits is not None:
-        return 1, _pad_features(bits).contiguous().numpy(), blocks, nothing, nothing, nothing, zero, zero, zero
-    return 0, NO_BYTES, blocks, nothing, nothing, nothing, zero, zero, zero
+        drawn = _pad_features(bits).contiguous().numpy() if in_blocks else bits.contiguous().numpy()
+        return 1, _in_blocks(drawn) if in_blocks else drawn, blocks, nothing, nothing, nothing, zero, zero, zero
+    return 0, none, blocks, nothing, nothing, nothing, zero, zero, zero
 
 
-def _signs(hadamard: bool, signs: bool = True) -> Array:
-    if not hadamard:
-        return NO_SIGNS
-    return np.array(rht.SIGNS if signs else (1,) * rht.GROUP, np.float32)
+def _factors(hadamard: bool, signs: bool = True) -> Array:
+    return rht.rotation(signs=signs).numpy() if hadamard else NO_FLOATS
 
 
 class FusedCPU:
@@ -132,13 +136,17 @@ class FusedCPU:
 
             def rotated(first: int, last: int) -> None:
                 largest = np.zeros(groups, np.int32)
-                k.columns_amax(a, first, last, starts, counts, of_block, _signs(True), x.dtype == torch.bfloat16, largest)
+                k.columns_amax(a, first, last, starts, counts, of_block, _factors(True).T.copy(), x.dtype == torch.bfloat16, largest)
                 parts.append(largest)
 
             _spread(rotated, len(starts), x.numel())
             return _largest(np.max(parts, axis=0))
+        return self._row_amax(x, rows, NO_FLOATS)
+
+    def _row_amax(self, x: Tensor, rows: Rows, factors: Array) -> Tensor:
+        k, a, to_bf16 = _kernels(), _in_blocks(_array(_pad_features(x))), x.dtype == torch.bfloat16
         of_row = np.empty(len(a), np.int32)
-        _spread(lambda first, last: k.row_amax(a, first, last, of_row), len(a), x.numel())
+        _spread(lambda first, last: k.row_amax(a, first, last, factors, to_bf16, of_row), len(a), x.numel())
         return _largest(np.array([of_row[i:j].max(initial=0) for i, j in rows.bounds], np.int32))
 
     def quantize_rows(
@@ -153,12 +161,14 @@ class FusedCPU:
         tiles: bool = False,
         packed: bool = False,
         random_bits: Tensor | None = None,
+        factors: Array = NO_FLOATS,
     ) -> Tensor | Packed:
+        """As the interface says; factors: rotate every block first (see `cpu_kernels.load_row`), random_bits: instead of a stream."""
         k, features = _kernels(), x.shape[1]
-        a = _array(_pad_features(x))
-        wide, blocks = a.shape[1], a.shape[1] // BLOCK
-        products = NO_FLOATS if packed else np.empty((len(a), wide), np.float32)
-        codes = np.empty((len(a), wide // 2), np.uint8) if packed else NO_BYTES
+        a = _in_blocks(_array(_pad_features(x)))
+        blocks = a.shape[1]
+        products = NO_BLOCKS if packed else np.empty(a.shape, np.float32)
+        codes = np.empty((len(a), blocks * BLOCK // 2), np.uint8) if packed else NO_BYTES
         scales = np.empty((len(a) // BLOCK if tiles else len(a), blocks), np.uint8) if packed else NO_BYTES
         how, b = CLIPPING[clipping], np.float32(bound)
         flat = amax.detach().numpy().reshape(-1)
@@ -167,12 +177,17 @@ class FusedCPU:
             _spread(lambda i, j: k.quantize_tiles(a, i, j, groups, flat, b, how, packed, products, codes, scales), len(groups), x.numel())
         else:
             groups = np.arange(len(a), dtype=np.int32) if amax.dim() == 2 else _groups(rows)
-            noise = _noise(stream, random_bits, len(a), features)
-            _spread(lambda i, j: k.quantize_rows(a, i, j, groups, flat, b, how, *noise, packed, products, codes, scales), len(a), x.numel())
+            noise = _noise(stream, random_bits, len(a), features, in_blocks=True)
+            _spread(
+                lambda i, j: k.quantize_rows(
+                    a, i, j, groups, flat, b, factors, x.dtype == torch.bfloat16, how, *noise, packed, products, codes, scales
+                ),
+                len(a),
+                x.numel(),
+            )
         if packed:
             return Packed("tiles" if tiles else "rows", torch.from_numpy(codes), torch.from_numpy(scales), features)
-        result = torch.from_numpy(products)
-        return result if wide == features else result[:, :features]
+        return torch.from_numpy(products.reshape(len(a), -1))[:, :features]
 
     def quantize_columns(
         self,
@@ -193,11 +208,11 @@ class FusedCPU:
         codes = np.empty((BLOCK // 2 * n, features), np.uint8) if packed else NO_BYTES
         scales = np.empty((n, features), np.uint8) if packed else NO_BYTES
         noise = _noise(stream, None, len(a), features)
-        flat, signs, to_bf16 = amax.detach().numpy(), _signs(hadamard), x.dtype == torch.bfloat16
+        flat, factors, to_bf16 = amax.detach().numpy(), _factors(hadamard).T.copy(), x.dtype == torch.bfloat16
         how, b = CLIPPING[clipping], np.float32(bound)
         _spread(
             lambda i, j: k.quantize_columns(
-                a, i, j, starts, counts, groups, flat, b, signs, to_bf16, how, *noise, packed, products, codes, scales
+                a, i, j, starts, counts, groups, flat, b, factors, to_bf16, how, *noise, packed, products, codes, scales
             ),
             n,
             x.numel(),
@@ -214,7 +229,8 @@ class FusedCPU:
         else:
             products = np.empty((len(codes), 2 * codes.shape[1]), np.float32)
             per_scale = BLOCK if packed.along == "tiles" else 1
-            _spread(lambda i, j: k.unpack_rows(codes, scales, per_scale, i, j, products), len(codes), products.size)
+            blocks = _in_blocks(products)
+            _spread(lambda i, j: k.unpack_rows(codes, scales, per_scale, i, j, blocks), len(codes), products.size)
         return torch.from_numpy(products)[:, : packed.features].to(dtype)
 
     def quantize(
@@ -232,10 +248,11 @@ class FusedCPU:
     ) -> Quantized:
         nvfp4.check(x, scaling=scaling, hadamard=hadamard, random_bits=random_bits, clipping=clipping, row_scaled=row_scaled)
         bound = float(e4m3_bound) if clipping != "saturate" else 448.0
-        if hadamard:
-            x = self._rotate(x, hadamard_signs)
+        if hadamard and x.dtype == torch.float16:  # no model computes in fp16: its rounding is not worth a kernel
+            x, hadamard = rht.rotate(x, signs=hadamard_signs), False
+        factors = _factors(hadamard, hadamard_signs)
         if amax is None:
-            amax = x.abs().amax(1, keepdim=True).float() if row_scaled else self.amax(x, Rows((len(x),)))[0]
+            amax = x.abs().amax(1, keepdim=True).float() if row_scaled else self._row_amax(x, Rows((len(x),)), factors)[0]
         packed = self.quantize_rows(
             x,
             amax if row_scaled else amax.reshape(1),
@@ -245,16 +262,11 @@ class FusedCPU:
             tiles=scaling == "2d",
             packed=True,
             random_bits=random_bits,
+            factors=factors,
         )
         assert isinstance(packed, Packed)
         scales = packed.scales.repeat_interleave(BLOCK, dim=0) if scaling == "2d" else packed.scales
         return Quantized(packed.codes[:, : x.shape[1] // 2], scales, amax, bound)
-
-    def _rotate(self, x: Tensor, signs: bool) -> Tensor:
-        k, a = _kernels(), _array(x)
-        out = np.empty(a.shape, np.float32)
-        _spread(lambda i, j: k.rotate_rows(a, i, j, _signs(True, signs), out), len(a), x.numel())
-        return torch.from_numpy(out).to(x.dtype)
 
 
 def compile_all() -> None:

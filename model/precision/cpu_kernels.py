@@ -12,6 +12,8 @@ alone uses fused multiply-adds in the order of k, as an fp32 GEMM does.
 
 bf16 comes as uint16 (NumPy has no bf16); `widen` reads both.
 """
+# mypy: ignore-errors
+# What Numba compiles is its own dialect: a kernel's types are those it is called with.
 
 import numpy as np
 from llvmlite import ir
@@ -20,26 +22,25 @@ from numba.extending import intrinsic, overload
 
 LANES = 128
 FLT_MAX = np.float32(3.4028234663852886e38)
-f32, i32, u8, u32, u64 = np.float32, np.int32, np.uint8, np.uint32, np.uint64
-SIGNS = np.array([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1], dtype=np.float32)
+f32, i32, u8, u16, u32, u64 = np.float32, np.int32, np.uint8, np.uint16, np.uint32, np.uint64
 
 # Numba widens int32 arithmetic to 64 bits, which halves the lanes of a vector; these stay in 32.
 
 
 @intrinsic
-def bits_of(typing, x):  # type: ignore[no-untyped-def]
+def bits_of(typing, x):
     """The bits of an fp32 number, int32."""
     return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 @intrinsic
-def float_of(typing, bits):  # type: ignore[no-untyped-def]
+def float_of(typing, bits):
     """The fp32 number of these bits."""
     return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
 
 
-def _integer(operation):  # type: ignore[no-untyped-def]
-    def binary(typing, a, b):  # type: ignore[no-untyped-def]
+def _integer(operation):
+    def binary(typing, a, b):
         return types.int32(types.int32, types.int32), lambda context, builder, sig, args: getattr(builder, operation)(*args)
 
     return intrinsic(binary)
@@ -49,23 +50,23 @@ add, both, either, shift_left, shift_right = (_integer(name) for name in ("add",
 
 
 @intrinsic
-def fused(typing, a, b, c):  # type: ignore[no-untyped-def]
+def fused(typing, a, b, c):
     """a * b + c, rounded once."""
     number = types.float32
     return number(number, number, number), lambda context, builder, sig, args: builder.fma(*args)
 
 
-def kernel(function):  # type: ignore[no-untyped-def]
+def kernel(function):
     return njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
 
 
-def widen(value):  # type: ignore[no-untyped-def]
+def widen(value):
     """An element as fp32: fp32 itself, or the uint16 of a bf16."""
     raise AssertionError(value)
 
 
 @overload(widen)
-def _widen(value):  # type: ignore[no-untyped-def]
+def _widen(value):
     if isinstance(value, types.Float):
         return lambda value: value
     return lambda value: float_of(shift_left(i32(value), i32(16)))
@@ -78,14 +79,14 @@ ONE, BINADE = i32(0x3F800000), i32(0x7F800000)
 
 
 @kernel
-def clamped(v):  # type: ignore[no-untyped-def]
+def clamped(v):
     # Written so that NaN stays NaN.
     v = f32(6) if v > f32(6) else v
     return f32(-6) if v < f32(-6) else v
 
 
 @kernel
-def nearest(v):  # type: ignore[no-untyped-def]
+def nearest(v):
     """E2M1, ties to even, of |v| <= 6: the addition of 1.5 * 2^23 grid steps rounds."""
     a = both(bits_of(v), ABS)
     a = ONE if a < ONE else a
@@ -94,7 +95,7 @@ def nearest(v):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def stochastic(v, byte):  # type: ignore[no-untyped-def]
+def stochastic(v, byte):
     """E2M1: |v| moved up by byte/256 of a grid step, then floored to the grid."""
     sign, a = both(bits_of(v), SIGN), both(bits_of(v), ABS)
     at_least_one = ONE if a < ONE else a
@@ -107,7 +108,14 @@ def stochastic(v, byte):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def e4m3(v):  # type: ignore[no-untyped-def]
+def to_nearest_bf16(v):
+    b = bits_of(v)
+    rounded = both(add(add(b, i32(0x7FFF)), both(shift_right(b, i32(16)), i32(1))), i32(-0x10000))
+    return v if both(b, ABS) > BINADE else float_of(rounded)
+
+
+@kernel
+def e4m3(v):
     """E4M3, ties to even, saturating at 448, of v >= 0."""
     v = f32(448) if v > f32(448) else v
     b = bits_of(v)
@@ -118,7 +126,7 @@ def e4m3(v):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def e4m3_byte(v):  # type: ignore[no-untyped-def]
+def e4m3_byte(v):
     """The byte of an E4M3 value v >= 0; NaN is 0x7f."""
     b = add(shift_right(bits_of(v), i32(20)), i32(-960))
     b = i32(127) if b > i32(127) else b
@@ -126,7 +134,7 @@ def e4m3_byte(v):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def from_e4m3_byte(byte):  # type: ignore[no-untyped-def]
+def from_e4m3_byte(byte):
     b = i32(byte)
     value = float_of(shift_left(add(b, i32(960)), i32(20)))
     value = float_of(i32(0x7FC00000)) if b == i32(127) else value
@@ -134,7 +142,7 @@ def from_e4m3_byte(byte):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def index_of(v):  # type: ignore[no-untyped-def]
+def index_of(v):
     """The index of a magnitude on the grid, 0 ... 7."""
     a = both(bits_of(v), ABS)
     small = i32(1) if a > i32(0) else i32(0)
@@ -142,12 +150,12 @@ def index_of(v):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def nibble(v, negative):  # type: ignore[no-untyped-def]
+def nibble(v, negative):
     return either(index_of(v), i32(8) if negative else i32(0))
 
 
 @kernel
-def from_nibble(code):  # type: ignore[no-untyped-def]
+def from_nibble(code):
     index = both(code, i32(7))
     large = shift_left(add(index, i32(252)), i32(22))
     small = i32(0x3F000000) if index == i32(1) else i32(0)
@@ -159,21 +167,21 @@ def from_nibble(code):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def global_scale(amax, bound):  # type: ignore[no-untyped-def]
+def global_scale(amax, bound):
     s = (f32(6) * bound) / amax
     s = FLT_MAX if s > FLT_MAX else s
     return f32(1) if amax == f32(0) or s == f32(0) else s
 
 
 @kernel
-def inverse(scale, decode):  # type: ignore[no-untyped-def]
+def inverse(scale, decode):
     """enc: what an element of a block with this scale is multiplied with."""
     e = f32(1) / (scale * decode)
     return FLT_MAX if e > FLT_MAX else e
 
 
 @kernel
-def error_of(code, scale, amax, unit, x, squared):  # type: ignore[no-untyped-def]
+def error_of(code, scale, amax, unit, x, squared):
     """Of one element, for 4over6."""
     d = code * ((scale * amax) * unit) - x
     return d * d if squared else abs(d)
@@ -183,55 +191,94 @@ def error_of(code, scale, amax, unit, x, squared):  # type: ignore[no-untyped-de
 
 
 @kernel
-def random_words(words, n, blocks, expert, position, sample, step, k0, k1):  # type: ignore[no-untyped-def]
-    """Philox 4x32-10 for n groups of 16 features of one token: words uint32 [>= n, 4]; see `model.precision.philox`."""
+def philox_round(c, q):
+    """Counter and key after one round; 32-bit words in 64-bit numbers."""
     mask = u64(0xFFFFFFFF)
+    p0, p1 = c[0] * u64(0xD2511F53), c[2] * u64(0xCD9E8D57)
+    counter = ((p1 >> u64(32)) ^ c[1] ^ q[0], p1 & mask, (p0 >> u64(32)) ^ c[3] ^ q[1], p0 & mask)
+    return counter, ((q[0] + u64(0x9E3779B9)) & mask, (q[1] + u64(0xBB67AE85)) & mask)
+
+
+@kernel
+def random_words(words, n, blocks, expert, position, sample, step, k0, k1):
+    """Philox 4x32-10 for n groups of 16 features of one token: words uint32 [>= n, 4]; see `model.precision.philox`."""
     for b in range(n):
-        c0, c1, c2, c3 = u64(blocks[b]) | expert, position, sample, step
-        q0, q1 = k0, k1
-        for _ in range(10):
-            p0, p1 = c0 * u64(0xD2511F53), c2 * u64(0xCD9E8D57)
-            c0, c1, c2, c3 = (p1 >> u64(32)) ^ c1 ^ q0, p1 & mask, (p0 >> u64(32)) ^ c3 ^ q1, p0 & mask
-            q0, q1 = (q0 + u64(0x9E3779B9)) & mask, (q1 + u64(0xBB67AE85)) & mask
-        words[b, 0], words[b, 1], words[b, 2], words[b, 3] = u32(c0), u32(c1), u32(c2), u32(c3)
+        c, q = (u64(blocks[b]) | expert, position, sample, step), (k0, k1)
+        # Ten rounds in a straight line: a loop here would keep LLVM from taking several b at once.
+        c, q = philox_round(c, q)
+        c, q = philox_round(c, q)
+        c, q = philox_round(c, q)
+        c, q = philox_round(c, q)
+        c, q = philox_round(c, q)
+        c, q = philox_round(c, q)
+        c, q = philox_round(c, q)
+        c, q = philox_round(c, q)
+        c, q = philox_round(c, q)
+        c, q = philox_round(c, q)
+        words[b, 0], words[b, 1], words[b, 2], words[b, 3] = u32(c[0]), u32(c[1]), u32(c[2]), u32(c[3])
 
 
 # -- tiles of 16 rows: blocks run down the columns --------------------------------------------------------------------------------------------
 
 
 @kernel
-def load_tile(t, x, row, count, column, n):  # type: ignore[no-untyped-def]
+def load_tile(t, x, row, count, column, n):
     for j in range(count):
+        source = x[row + j, column : column + n]  # a sum as an index would be checked for its sign, lane by lane
         for lane in range(n):
-            t[j, lane] = widen(x[row + j, column + lane])
+            t[j, lane] = widen(source[lane])
     for j in range(count, 16):
         for lane in range(n):
             t[j, lane] = f32(0)
 
 
 @kernel
-def rotate_tile(t, r, n, signs, to_bf16):  # type: ignore[no-untyped-def]
-    """r = the rotation of t's columns: sums over k in order, fused, as an fp32 GEMM takes them. signs: fp32 [16]."""
+def rotate_tile(t, r, n, factors, to_bf16):
+    """r = the rotation of t's columns by the transpose of factors, fp32 [16, 16]: sums over k in order, fused, as an fp32 GEMM takes them."""
     for j in range(16):
+        # Sixteen names and no loop: what is loaded here stays in registers.
+        f0 = factors[j, 0]
+        f1 = factors[j, 1]
+        f2 = factors[j, 2]
+        f3 = factors[j, 3]
+        f4 = factors[j, 4]
+        f5 = factors[j, 5]
+        f6 = factors[j, 6]
+        f7 = factors[j, 7]
+        f8 = factors[j, 8]
+        f9 = factors[j, 9]
+        f10 = factors[j, 10]
+        f11 = factors[j, 11]
+        f12 = factors[j, 12]
+        f13 = factors[j, 13]
+        f14 = factors[j, 14]
+        f15 = factors[j, 15]
         for lane in range(n):
-            r[j, lane] = f32(0)
-        for k in range(16):
-            ones = j & k
-            ones ^= ones >> 2
-            ones ^= ones >> 1
-            factor = f32(-0.25) * signs[k] if ones & 1 else f32(0.25) * signs[k]
-            for lane in range(n):
-                r[j, lane] = fused(t[k, lane], factor, r[j, lane])
+            y = t[0, lane] * f0
+            y = fused(t[1, lane], f1, y)
+            y = fused(t[2, lane], f2, y)
+            y = fused(t[3, lane], f3, y)
+            y = fused(t[4, lane], f4, y)
+            y = fused(t[5, lane], f5, y)
+            y = fused(t[6, lane], f6, y)
+            y = fused(t[7, lane], f7, y)
+            y = fused(t[8, lane], f8, y)
+            y = fused(t[9, lane], f9, y)
+            y = fused(t[10, lane], f10, y)
+            y = fused(t[11, lane], f11, y)
+            y = fused(t[12, lane], f12, y)
+            y = fused(t[13, lane], f13, y)
+            y = fused(t[14, lane], f14, y)
+            y = fused(t[15, lane], f15, y)
+            r[j, lane] = y
     if to_bf16:
         for j in range(16):
             for lane in range(n):
-                b = bits_of(r[j, lane])
-                rounded = both(add(add(b, i32(0x7FFF)), both(shift_right(b, i32(16)), i32(1))), i32(-0x10000))
-                r[j, lane] = r[j, lane] if both(b, ABS) > BINADE else float_of(rounded)
+                r[j, lane] = to_nearest_bf16(r[j, lane])
 
 
 @kernel
-def tile_block_amax(t, n, m):  # type: ignore[no-untyped-def]
+def tile_block_amax(t, n, m):
     """m[lane] = the bits of the largest magnitude of column `lane`; NaN is the largest."""
     for lane in range(n):
         m[lane] = i32(0)
@@ -242,21 +289,21 @@ def tile_block_amax(t, n, m):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def encode_tile(t, q, n, enc):  # type: ignore[no-untyped-def]
+def encode_tile(t, q, n, enc):
     for j in range(16):
         for lane in range(n):
             q[j, lane] = nearest(clamped(t[j, lane] * enc[lane]))
 
 
 @kernel
-def encode_tile_stochastic(t, q, n, enc, bits):  # type: ignore[no-untyped-def]
+def encode_tile_stochastic(t, q, n, enc, bits):
     for j in range(16):
         for lane in range(n):
             q[j, lane] = stochastic(clamped(t[j, lane] * enc[lane]), bits[j, lane])
 
 
 @kernel
-def tile_errors(t, q, n, scale, amax, unit, squared, total):  # type: ignore[no-untyped-def]
+def tile_errors(t, q, n, scale, amax, unit, squared, total):
     """total[lane]: the error of every block, halves added to halves."""
     e = np.empty(16, np.float32)
     for lane in range(n):
@@ -269,14 +316,15 @@ def tile_errors(t, q, n, scale, amax, unit, squared, total):  # type: ignore[no-
 
 
 @kernel
-def quantize_columns(  # type: ignore[no-untyped-def]
-    x, first, last, starts, counts, groups, amax, bound, signs, to_bf16, clipping,
+def quantize_columns(
+    x, first, last, starts, counts, groups, amax, bound, factors, to_bf16, clipping,
     noise, bits, feature_blocks, experts, positions, samples, step, k0, k1,
     packed, products, codes, scales,
 ):  # fmt: skip
     """Row blocks first ... last - 1: block i is rows starts[i] ... + counts[i] of x, of group groups[i].
 
-    signs: fp32 [16] of the rotation, empty: none. clipping: 0 saturate, 1 MAE, 2 MSE. noise: 0 none, 1 `bits` uint8 like x, 2 Philox.
+    factors: fp32 [16, 16], transposed, of the rotation; empty: none. clipping: 0 saturate, 1 MAE, 2 MSE.
+    noise: 0 none, 1 `bits` uint8 like x, 2 Philox.
     products fp32 [16 * blocks, features], or, packed, codes [8 * blocks, features] and scales [blocks, features].
     """
     features = x.shape[1]
@@ -295,9 +343,11 @@ def quantize_columns(  # type: ignore[no-untyped-def]
         for column in range(0, features, LANES):
             n = min(LANES, features - column)
             load_tile(t, x, starts[i], counts[i], column, n)
-            if len(signs):
-                rotate_tile(t, r, n, signs, to_bf16)
-                t, r = r, t
+            if len(factors):
+                rotate_tile(t, r, n, factors, to_bf16)
+                for j in range(16):
+                    for lane in range(n):
+                        t[j, lane] = r[j, lane]
             tile_block_amax(t, n, m)
             for lane in range(n):
                 sf[lane] = e4m3(float_of(m[lane]) * mult)
@@ -308,8 +358,9 @@ def quantize_columns(  # type: ignore[no-untyped-def]
                 for j in range(counts[i]):
                     row = starts[i] + j
                     if noise == 1:
+                        drawn = bits[row, column : column + n]
                         for lane in range(n):
-                            noise_tile[j, lane] = bits[row, column + lane]
+                            noise_tile[j, lane] = drawn[lane]
                     else:
                         random_words(
                             words[j], (n + 15) // 16, feature_blocks[column // 16 :], experts[row], positions[row], samples[row], step, k0, k1
@@ -332,20 +383,22 @@ def quantize_columns(  # type: ignore[no-untyped-def]
                             q[j, lane] = q4[j, lane]
             if packed:
                 for p in range(8):
+                    pair, low, high = codes[8 * i + p, column : column + n], 2 * p, 2 * p + 1
                     for lane in range(n):
-                        low = nibble(q[2 * p, lane], t[2 * p, lane] < f32(0))
-                        high = nibble(q[2 * p + 1, lane], t[2 * p + 1, lane] < f32(0))
-                        codes[8 * i + p, column + lane] = u8(either(low, shift_left(high, i32(4))))
+                        even, odd = nibble(q[low, lane], t[low, lane] < f32(0)), nibble(q[high, lane], t[high, lane] < f32(0))
+                        pair[lane] = u8(either(even, shift_left(odd, i32(4))))
+                of_block = scales[i, column : column + n]
                 for lane in range(n):
-                    scales[i, column + lane] = e4m3_byte(sf[lane])
+                    of_block[lane] = e4m3_byte(sf[lane])
             else:
                 for j in range(16):
+                    target = products[16 * i + j, column : column + n]
                     for lane in range(n):
-                        products[16 * i + j, column + lane] = q[j, lane] * sf[lane]
+                        target[lane] = q[j, lane] * sf[lane]
 
 
 @kernel
-def columns_amax(x, first, last, starts, counts, groups, signs, to_bf16, largest):  # type: ignore[no-untyped-def]
+def columns_amax(x, first, last, starts, counts, groups, factors, to_bf16, largest):
     """largest[g] = bits of the largest magnitude of group g over these row blocks, after the rotation."""
     t, r = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.float32)
     m = np.empty(LANES, np.int32)
@@ -354,46 +407,86 @@ def columns_amax(x, first, last, starts, counts, groups, signs, to_bf16, largest
         for column in range(0, x.shape[1], LANES):
             n = min(LANES, x.shape[1] - column)
             load_tile(t, x, starts[i], counts[i], column, n)
-            rotate_tile(t, r, n, signs, to_bf16)
+            rotate_tile(t, r, n, factors, to_bf16)
             tile_block_amax(r, n, m)
             for lane in range(n):
                 top = m[lane] if m[lane] > top else top
         largest[groups[i]] = top
 
 
-@kernel
-def rotate_rows(x, first, last, signs, out):  # type: ignore[no-untyped-def]
-    """out fp32 = every 16 neighbours of a row rotated; features a multiple of 16."""
-    t, r = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.float32)
-    blocks = x.shape[1] // 16
-    for row in range(first, last):
-        for start in range(0, blocks, LANES):
-            n = min(LANES, blocks - start)
-            for lane in range(n):
-                for j in range(16):
-                    t[j, lane] = widen(x[row, 16 * (start + lane) + j])
-            rotate_tile(t, r, n, signs, False)
-            for lane in range(n):
-                for j in range(16):
-                    out[row, 16 * (start + lane) + j] = r[j, lane]
-
-
 # -- rows: blocks run along a row, or are tiles --------------------------------------------------------------------------------------------------
 
 
 @kernel
-def row_amax(x, first, last, largest):  # type: ignore[no-untyped-def]
-    """largest[row] = bits of the largest magnitude of a row."""
+def load_row(row, x, factors, to_bf16):
+    """row fp32 [blocks, 16] = x, rotated by factors fp32 [16, 16] unless those are empty."""
+    flat, source = row.reshape(-1), x.reshape(-1)
+    for i in range(len(flat)):
+        flat[i] = widen(source[i])
+    if len(factors) == 0:
+        return
+    for block in range(len(x)):
+        x0 = row[block, 0]
+        x1 = row[block, 1]
+        x2 = row[block, 2]
+        x3 = row[block, 3]
+        x4 = row[block, 4]
+        x5 = row[block, 5]
+        x6 = row[block, 6]
+        x7 = row[block, 7]
+        x8 = row[block, 8]
+        x9 = row[block, 9]
+        x10 = row[block, 10]
+        x11 = row[block, 11]
+        x12 = row[block, 12]
+        x13 = row[block, 13]
+        x14 = row[block, 14]
+        x15 = row[block, 15]
+        for j in range(16):
+            y = x0 * factors[0, j]
+            y = fused(x1, factors[1, j], y)
+            y = fused(x2, factors[2, j], y)
+            y = fused(x3, factors[3, j], y)
+            y = fused(x4, factors[4, j], y)
+            y = fused(x5, factors[5, j], y)
+            y = fused(x6, factors[6, j], y)
+            y = fused(x7, factors[7, j], y)
+            y = fused(x8, factors[8, j], y)
+            y = fused(x9, factors[9, j], y)
+            y = fused(x10, factors[10, j], y)
+            y = fused(x11, factors[11, j], y)
+            y = fused(x12, factors[12, j], y)
+            y = fused(x13, factors[13, j], y)
+            y = fused(x14, factors[14, j], y)
+            y = fused(x15, factors[15, j], y)
+            row[block, j] = y
+    if to_bf16:
+        for i in range(len(flat)):
+            flat[i] = to_nearest_bf16(flat[i])
+
+
+@kernel
+def row_amax(x, first, last, factors, to_bf16, largest):
+    """largest[row] = bits of the largest magnitude of a row of x [rows, blocks, 16], rotated as by `load_row`."""
+    loaded = np.empty((x.shape[1], 16), np.float32)
     for row in range(first, last):
         top = i32(0)
-        for column in range(x.shape[1]):
-            b = both(bits_of(widen(x[row, column])), ABS)
-            top = b if b > top else top
+        if len(factors) == 0:
+            source = x[row].reshape(-1)
+            for column in range(len(source)):
+                b = both(bits_of(widen(source[column])), ABS)
+                top = b if b > top else top
+        else:
+            load_row(loaded, x[row], factors, to_bf16)
+            for block in range(len(loaded)):
+                for j in range(16):
+                    b = both(bits_of(loaded[block, j]), ABS)
+                    top = b if b > top else top
         largest[row] = top
 
 
 @kernel
-def block_error(block, code, scale, amax, unit, squared):  # type: ignore[no-untyped-def]
+def block_error(block, code, scale, amax, unit, squared):
     e = np.empty(16, np.float32)
     for j in range(16):
         e[j] = error_of(code[j], scale, amax, unit, block[j], squared)
@@ -404,161 +497,177 @@ def block_error(block, code, scale, amax, unit, squared):  # type: ignore[no-unt
 
 
 @kernel
-def store_codes(codes, row, block, x, q):  # type: ignore[no-untyped-def]
-    for p in range(8):
-        low, high = nibble(q[2 * p], x[2 * p] < f32(0)), nibble(q[2 * p + 1], x[2 * p + 1] < f32(0))
-        codes[row, 8 * block + p] = u8(either(low, shift_left(high, i32(4))))
+def join_nibbles(pairs, codes):
+    """codes uint8 [n]: two codes a byte, of pairs uint16 [n]: two codes a byte each, the even one first."""
+    for p in range(len(codes)):
+        codes[p] = u8((pairs[p] & 0xF) | (pairs[p] >> 4))
 
 
 @kernel
-def quantize_rows(  # type: ignore[no-untyped-def]
-    x, first, last, groups, amax, bound, clipping,
+def split_nibbles(codes, pairs):
+    for p in range(len(codes)):
+        pairs[p] = (u16(codes[p]) & 0xF) | ((u16(codes[p]) & 0xF0) << 4)
+
+
+@kernel
+def quantize_rows(
+    x, first, last, groups, amax, bound, factors, to_bf16, clipping,
     noise, bits, feature_blocks, experts, positions, samples, step, k0, k1,
     packed, products, codes, scales,
 ):  # fmt: skip
-    """Rows first ... last - 1 of x, whose features are a multiple of 16; row i is of group groups[i]. Else as `quantize_columns`."""
-    blocks = x.shape[1] // 16
+    """Rows first ... last - 1 of x [rows, blocks, 16]; row i is of group groups[i]. factors: as `load_row`. bits, products like x;
+    codes [rows, 8 * blocks], scales [rows, blocks]. Else as `quantize_columns`."""
+    blocks = x.shape[1]
     m, sf, enc = np.empty(blocks, np.int32), np.empty(blocks, np.float32), np.empty(blocks, np.float32)
     v, q, q4 = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
     words = np.empty((blocks, 4), np.uint32)
-    noise_row = words.view(np.uint8).reshape(16 * blocks)
+    noise_row = words.view(np.uint8)
+    pairs = np.empty(8 * blocks, np.uint16)
+    nibbles = pairs.view(np.uint8).reshape(blocks, 16)
+    loaded = np.empty((blocks, 16), np.float32)
     unit = f32(1.0 / (6.0 * bound))
     for row in range(first, last):
+        load_row(loaded, x[row], factors, to_bf16)
         group_amax = amax[groups[row]]
         s = global_scale(group_amax, bound)
         mult, decode = s * f32(1 / 6), f32(1) / s
         for block in range(blocks):
             top = i32(0)
             for j in range(16):
-                b = both(bits_of(widen(x[row, 16 * block + j])), ABS)
+                b = both(bits_of(loaded[block, j]), ABS)
                 top = b if b > top else top
             m[block] = top
         for block in range(blocks):
             sf[block] = e4m3(float_of(m[block]) * mult)
             enc[block] = inverse(sf[block], decode)
-        if noise == 1:
-            for column in range(16 * blocks):
-                noise_row[column] = bits[row, column]
-        elif noise == 2:
-            random_words(words, blocks, feature_blocks, experts[row], positions[row], samples[row], step, k0, k1)
-        if noise == 0 and clipping == 0 and not packed:
+        if clipping:
             for block in range(blocks):
-                e, scale = enc[block], sf[block]
-                for j in range(16):
-                    products[row, 16 * block + j] = nearest(clamped(widen(x[row, 16 * block + j]) * e)) * scale
-            continue
-        if noise > 0 and not packed:
-            for block in range(blocks):
-                e, scale = enc[block], sf[block]
-                for j in range(16):
-                    at = 16 * block + j
-                    products[row, at] = stochastic(clamped(widen(x[row, at]) * e), noise_row[at]) * scale
-            continue
-        for block in range(blocks):
-            e, scale = enc[block], sf[block]
-            for j in range(16):
-                v[j] = widen(x[row, 16 * block + j])
-            if noise == 0:
-                for j in range(16):
-                    q[j] = nearest(clamped(v[j] * e))
-            else:
-                for j in range(16):
-                    q[j] = stochastic(clamped(v[j] * e), noise_row[16 * block + j])
-            if clipping:
                 scale4 = e4m3((float_of(m[block]) * mult) * f32(1.5))
                 e4 = inverse(scale4, decode)
                 for j in range(16):
+                    v[j] = loaded[block, j]
+                    q[j] = nearest(clamped(v[j] * enc[block]))
                     q4[j] = nearest(clamped(v[j] * e4))
                 squared = clipping == 2
-                if block_error(v, q4, scale4, group_amax, unit, squared) < block_error(v, q, scale, group_amax, unit, squared):
-                    scale = scale4
-                    q[:] = q4
-            if packed:
-                store_codes(codes, row, block, v, q)
-                scales[row, block] = e4m3_byte(scale)
-            else:
+                if block_error(v, q4, scale4, group_amax, unit, squared) < block_error(v, q, sf[block], group_amax, unit, squared):
+                    sf[block] = scale4
+                    enc[block] = e4
+        if noise == 1:
+            noise_row[:] = bits[row]
+        elif noise == 2:
+            random_words(words, blocks, feature_blocks, experts[row], positions[row], samples[row], step, k0, k1)
+        if packed:
+            for block in range(blocks):
+                e = enc[block]
+                if noise == 0:
+                    for j in range(16):
+                        value = loaded[block, j]
+                        nibbles[block, j] = u8(nibble(nearest(clamped(value * e)), value < f32(0)))
+                else:
+                    for j in range(16):
+                        value = loaded[block, j]
+                        nibbles[block, j] = u8(nibble(stochastic(clamped(value * e), noise_row[block, j]), value < f32(0)))
+            join_nibbles(pairs, codes[row])
+            for block in range(blocks):
+                scales[row, block] = e4m3_byte(sf[block])
+        elif noise == 0:
+            for block in range(blocks):
+                e, scale = enc[block], sf[block]
                 for j in range(16):
-                    products[row, 16 * block + j] = q[j] * scale
+                    products[row, block, j] = nearest(clamped(loaded[block, j] * e)) * scale
+        else:
+            for block in range(blocks):
+                e, scale = enc[block], sf[block]
+                for j in range(16):
+                    products[row, block, j] = stochastic(clamped(loaded[block, j] * e), noise_row[block, j]) * scale
 
 
 @kernel
-def quantize_tiles(x, first, last, groups, amax, bound, clipping, packed, products, codes, scales):  # type: ignore[no-untyped-def]
-    """Bands first ... last - 1 of 16 rows, in tiles of 16 x 16; scales [bands, features / 16]. groups: of each band."""
-    blocks = x.shape[1] // 16
-    v, q, q4 = np.empty((16, 16), np.float32), np.empty((16, 16), np.float32), np.empty((16, 16), np.float32)
+def quantize_tiles(x, first, last, groups, amax, bound, clipping, packed, products, codes, scales):
+    """Bands first ... last - 1 of 16 rows of x [rows, blocks, 16], in tiles of 16 x 16; scales [bands, blocks]. groups: of each band."""
+    blocks = x.shape[1]
+    top = np.empty((blocks, 16), np.int32)
+    v, q, q4 = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
     e6, e4 = np.empty(16, np.float32), np.empty(16, np.float32)
     m, sf, enc = np.empty(blocks, np.int32), np.empty(blocks, np.float32), np.empty(blocks, np.float32)
-    sf4 = np.empty(blocks, np.float32)
+    pairs = np.empty(8 * blocks, np.uint16)
+    nibbles = pairs.view(np.uint8).reshape(blocks, 16)
     unit = f32(1.0 / (6.0 * bound))
     for band in range(first, last):
         group_amax = amax[groups[band]]
         s = global_scale(group_amax, bound)
         mult, decode = s * f32(1 / 6), f32(1) / s
-        for block in range(blocks):
-            m[block] = i32(0)
+        top[:] = 0
         for row in range(16 * band, 16 * band + 16):
             for block in range(blocks):
-                top = m[block]
                 for j in range(16):
-                    b = both(bits_of(widen(x[row, 16 * block + j])), ABS)
-                    top = b if b > top else top
-                m[block] = top
+                    b = both(bits_of(widen(x[row, block, j])), ABS)
+                    top[block, j] = b if b > top[block, j] else top[block, j]
+        for block in range(blocks):
+            largest = i32(0)
+            for j in range(16):
+                largest = top[block, j] if top[block, j] > largest else largest
+            m[block] = largest
         for block in range(blocks):
             sf[block] = e4m3(float_of(m[block]) * mult)
-            sf4[block] = e4m3((float_of(m[block]) * mult) * f32(1.5))
+            enc[block] = inverse(sf[block], decode)
         if clipping:
+            squared = clipping == 2
             for block in range(blocks):
-                squared = clipping == 2
-                enc6, enc4 = inverse(sf[block], decode), inverse(sf4[block], decode)
+                scale4 = e4m3((float_of(m[block]) * mult) * f32(1.5))
+                enc4 = inverse(scale4, decode)
                 for i in range(16):
                     for j in range(16):
-                        v[i, j] = widen(x[16 * band + i, 16 * block + j])
-                        q[i, j] = nearest(clamped(v[i, j] * enc6))
-                        q4[i, j] = nearest(clamped(v[i, j] * enc4))
-                    e6[i] = block_error(v[i], q[i], sf[block], group_amax, unit, squared)
-                    e4[i] = block_error(v[i], q4[i], sf4[block], group_amax, unit, squared)
+                        v[j] = widen(x[16 * band + i, block, j])
+                        q[j] = nearest(clamped(v[j] * enc[block]))
+                        q4[j] = nearest(clamped(v[j] * enc4))
+                    e6[i] = block_error(v, q, sf[block], group_amax, unit, squared)
+                    e4[i] = block_error(v, q4, scale4, group_amax, unit, squared)
                 for half in (8, 4, 2, 1):
                     for j in range(half):
                         e6[j] = e6[j] + e6[j + half]
                         e4[j] = e4[j] + e4[j + half]
                 if e4[0] < e6[0]:
-                    sf[block] = sf4[block]
-        for block in range(blocks):
-            enc[block] = inverse(sf[block], decode)
-            if packed:
+                    sf[block] = scale4
+                    enc[block] = enc4
+        if packed:
+            for block in range(blocks):
                 scales[band, block] = e4m3_byte(sf[block])
         for row in range(16 * band, 16 * band + 16):
             if packed:
                 for block in range(blocks):
-                    for p in range(8):
-                        low_x, high_x = widen(x[row, 16 * block + 2 * p]), widen(x[row, 16 * block + 2 * p + 1])
-                        low = nibble(nearest(clamped(low_x * enc[block])), low_x < f32(0))
-                        high = nibble(nearest(clamped(high_x * enc[block])), high_x < f32(0))
-                        codes[row, 8 * block + p] = u8(either(low, shift_left(high, i32(4))))
+                    e = enc[block]
+                    for j in range(16):
+                        value = widen(x[row, block, j])
+                        nibbles[block, j] = u8(nibble(nearest(clamped(value * e)), value < f32(0)))
+                join_nibbles(pairs, codes[row])
             else:
                 for block in range(blocks):
                     e, scale = enc[block], sf[block]
                     for j in range(16):
-                        products[row, 16 * block + j] = nearest(clamped(widen(x[row, 16 * block + j]) * e)) * scale
+                        products[row, block, j] = nearest(clamped(widen(x[row, block, j]) * e)) * scale
 
 
 # -- back to products ----------------------------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def unpack_rows(codes, scales, rows_per_scale, first, last, products):  # type: ignore[no-untyped-def]
+def unpack_rows(codes, scales, rows_per_scale, first, last, products):
+    """products [rows, blocks, 16] of codes [rows, 8 * blocks]."""
     blocks = scales.shape[1]
+    pairs = np.empty(8 * blocks, np.uint16)
+    nibbles = pairs.view(np.uint8).reshape(blocks, 16)
     for row in range(first, last):
+        split_nibbles(codes[row], pairs)
+        of_row = scales[row // rows_per_scale]
         for block in range(blocks):
-            scale = from_e4m3_byte(scales[row // rows_per_scale, block])
-            for p in range(8):
-                byte = i32(codes[row, 8 * block + p])
-                products[row, 16 * block + 2 * p] = from_nibble(byte) * scale
-                products[row, 16 * block + 2 * p + 1] = from_nibble(shift_right(byte, i32(4))) * scale
+            scale = from_e4m3_byte(of_row[block])
+            for j in range(16):
+                products[row, block, j] = from_nibble(i32(nibbles[block, j])) * scale
 
 
 @kernel
-def unpack_columns(codes, scales, first, last, products):  # type: ignore[no-untyped-def]
+def unpack_columns(codes, scales, first, last, products):
     """Row blocks first ... last - 1."""
     features = codes.shape[1]
     scale = np.empty(features, np.float32)
@@ -566,7 +675,8 @@ def unpack_columns(codes, scales, first, last, products):  # type: ignore[no-unt
         for column in range(features):
             scale[column] = from_e4m3_byte(scales[i, column])
         for p in range(8):
+            pair, even, odd = codes[8 * i + p], products[16 * i + 2 * p], products[16 * i + 2 * p + 1]
             for column in range(features):
-                byte = i32(codes[8 * i + p, column])
-                products[16 * i + 2 * p, column] = from_nibble(byte) * scale[column]
-                products[16 * i + 2 * p + 1, column] = from_nibble(shift_right(byte, i32(4))) * scale[column]
+                byte = i32(pair[column])
+                even[column] = from_nibble(byte) * scale[column]
+                odd[column] = from_nibble(shift_right(byte, i32(4))) * scale[column]

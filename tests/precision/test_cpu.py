@@ -4,7 +4,6 @@ import subprocess
 import sys
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,9 +46,7 @@ def test_awkward_tensors(kind: str, dtype: torch.dtype, scale: float) -> None:
     seed=st.integers(0, 2**16),
     option=st.sampled_from(["plain", "stochastic", "2d", "hadamard", "4over6_mae", "4over6_mse", "row_scaled", "amax"]),
 )
-def test_quantize_is_the_reference(
-    kind: str, dtype: torch.dtype, exponent: int, rows: int, features: int, seed: int, option: str
-) -> None:
+def test_quantize_is_the_reference(kind: str, dtype: torch.dtype, exponent: int, rows: int, features: int, seed: int, option: str) -> None:
     shape = (rows, 2 * features)
     how: dict[str, object] = {}
     if option in ("2d", "hadamard"):
@@ -104,7 +101,10 @@ def test_threads_change_nothing() -> None:
 
 def test_packed_operands_take_four_and_a_half_bits_an_element() -> None:
     x, rows = tensor("normal", (256, 128), 1.0, torch.float32, 1), Rows((256,))
-    for packed in (CPU.quantize_rows(x, CPU.amax(x, rows), rows, packed=True), CPU.quantize_columns(x, CPU.amax(x, rows), rows, packed=True)):
+    for packed in (
+        CPU.quantize_rows(x, CPU.amax(x, rows), rows, packed=True),
+        CPU.quantize_columns(x, CPU.amax(x, rows), rows, packed=True),
+    ):
         assert isinstance(packed, Packed)
         assert 8 * (packed.codes.nbytes + packed.scales.nbytes) == 4.5 * x.numel()
 
@@ -117,13 +117,3 @@ def test_the_kernels_import_late_and_start_within_three_seconds() -> None:
     )
     seconds = [float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout) for _ in range(2)]
     assert min(seconds) < 3, seconds
-
-
-def test_kernels_see_bf16_as_it_is() -> None:
-    x = torch.tensor([[1.0, -2.5, 3.4e38, 1e-40] * 8])
-    as_bits = x.bfloat16().view(torch.uint16).numpy()
-    from model.precision import cpu_kernels
-
-    largest = np.zeros(1, np.int32)
-    cpu_kernels.row_amax(as_bits, 0, 1, largest)
-    assert torch.from_numpy(largest).view(torch.float32).item() == x.bfloat16().abs().max().item()
