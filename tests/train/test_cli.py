@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ WRONG = [
     (["precision.rules=[{format:bf16,start:0.9,end:0.1}]"], ["start=0.9", "end=0.1"]),
     (["precision.rules=[]"], ["layers.1.mixer.gate", "format=fp32"]),
     (["precision.backend=cuda"], ["precision.backend='cuda'", "reference"]),
+    (
+        ["precision.backend=triton"],
+        ["precision.backend=triton cannot run: ", "triton package" if find_spec("triton") is None else "CUDA GPU"],
+    ),
+    (
+        ["precision.backend=transformer_engine"],
+        ["precision.backend=transformer_engine cannot run: ", "Blackwell" if find_spec("transformer_engine") else "not installed"],
+    ),
     (["precision.compute=fp16"], ["precision.compute='fp16'", "bf16"]),
     (["precision.nvfp4.weight_scaling=3d"], ["precision.nvfp4.weight_scaling='3d'", "1d or 2d"]),
     (["data.validation_fraction=1.5"], ["data.validation_fraction=1.5", "[0, 1)"]),

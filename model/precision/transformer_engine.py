@@ -1,0 +1,408 @@
+"""NVIDIA's Transformer Engine (TE 2.20.2): FP4 quantisation kernels and FP4 tensor cores, on Blackwell GPUs.
+
+TE can be used at two levels, and this module speaks to both:
+
+    recipe       one object for a whole module; TE's own layers derive all quantizers from it        `translate`, `recipe`
+    quantizer    one object for one operand                                                        `TransformerEngine`
+
+A recipe is coarser than ours: one quantizer serves both uses of x (fprop along features, wgrad along tokens), so formats that differ between
+fprop, dgrad and wgrad, or options meant for fprop alone, cannot be written down. One quantizer per operand can do all of that, which is what
+`TransformerEngine` uses. `recipe` refuses what would come out different; nothing is approximated in silence.
+
+What TE computes elsewhere in other bits than the definition in `model.precision.nvfp4`:
+
+    random draws   stochastic rounding draws from PyTorch's CUDA generator, not from our Philox stream: a `Stream` only says that it rounds
+                   stochastically. Another layout, or a resume without the generator's state, draws other bits.
+    rotation       summed by tensor cores in another order, and in bf16 only
+    zeros          the sign of a zero code; denormal inputs may be flushed
+
+Trade-off: FP4 tensor cores multiply up to four times as fast as bf16 ones, for code that runs on one generation of GPUs.
+`python -m model.precision.certify backend=transformer_engine` compares it with the definition on such a machine.
+Source: TE 2.20.2, its recipe, tensor and GEMM modules and its PyTorch extension.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model.precision import hadamard as rht
+from model.precision import nvfp4
+from model.precision.backend import Packed, Rows, gemm_dtype, pad_rows
+from model.precision.formats import Format
+from model.precision.nvfp4 import BLOCK, Clipping, Quantized
+from model.precision.philox import Stream
+from model.precision.reference import Reference
+
+CAPABILITIES = ((10, 0), (10, 3))  # TE's NVFP4 training kernels: B200, B300
+ALIGNED_INNER = 32  # FP4 GEMMs load 16 bytes
+SCALE_ROWS, SCALE_COLUMNS = 128, 4  # TE pads arrays of scales to these
+# Each replaces a division or an error measure by an approximation, and with it codes.
+FAST_MATH = ("NVTE_USE_FAST_MATH", "NVTE_NVFP4_4OVER6_ERR_USE_FAST_MATH")
+
+
+def missing(device: torch.device) -> str | None:
+    """What keeps TE from running on this device, as the end of a sentence; None when nothing does."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "the transformer-engine package is not installed: pip install 'nibble[te]' on a machine with CUDA"
+    if device.type != "cuda":
+        return f"it needs a Blackwell GPU, and this run is on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in CAPABILITIES:
+        return (
+            f"it needs a GPU of compute capability 10.0 or 10.3 (Blackwell), and this one has {capability[0]}.{capability[1]}: "
+            "use precision.backend=triton"
+        )
+    for name in FAST_MATH:
+        if os.environ.get(name, "0") not in ("", "0"):
+            return f"the environment variable {name} changes the values of NVFP4: unset it"
+    try:
+        _, extension = _modules()
+    except Exception as error:  # TE raises many kinds when its parts do not fit each other or the driver
+        return f"the transformer-engine package does not import ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
+    if not hasattr(extension, "nvfp4_quantize_with_amax"):
+        return "this version of transformer-engine cannot quantise with a given amax: pip install 'nibble[te]' installs 2.20.2"
+    return None
+
+
+def _modules() -> tuple[Any, Any]:
+    """transformer_engine.pytorch and its compiled extension."""
+    # In this order: the package loads the libraries the extension needs.
+    return importlib.import_module("transformer_engine.pytorch"), importlib.import_module("transformer_engine_torch")
+
+
+# -- recipes -------------------------------------------------------------------------------------------------------------------------------
+
+
+def translate(form: Format) -> dict[str, Any]:
+    """Keyword arguments of TE's recipe class for a format: of NVFP4BlockScaling, or of MXFP8BlockScaling.
+
+    Every option is written down, for TE takes the defaults of most from environment variables. Raises ValueError for formats that need no
+    recipe.
+    """
+    unquantised = {"fp8_dpa": False, "fp8_mha": False, "backward_override": None}  # attention; None: backward in the same format
+    if form.name == "mxfp8":
+        return {"margin": 0, "enable_2d_quantization": False, **unquantised}
+    if form.name == "nvfp4":
+        options = form.nvfp4
+        return {
+            "disable_rht": not options.hadamard,
+            "disable_stochastic_rounding": not options.stochastic_rounding,
+            "disable_2d_quantization": options.weight_scaling == "1d",
+            "row_scaled_activation": options.row_scaled,
+            "nvfp4_4over6": "none" if options.clipping == "saturate" else "all",
+            "nvfp4_4over6_e4m3_use_256": "all" if options.e4m3_bound == 256 else "none",
+            "nvfp4_4over6_err_mode": "MSE" if options.clipping == "4over6_mse" else "MAE",
+            **unquantised,
+        }
+    raise ValueError(f"{form} is no quantised format: Transformer Engine runs it without a recipe")
+
+
+def arguments(formats: tuple[Format, Format, Format], module: str) -> tuple[str, dict[str, Any]] | None:
+    """TE's recipe class and its arguments for the fprop, dgrad and wgrad of a module; None: no recipe, nothing is quantised.
+
+    Raises ValueError, naming the module and the option, for what one recipe cannot express. bf16 in the backward pass means operands as
+    they come, that is with precision.compute=bf16.
+    """
+    fprop, dgrad, wgrad = formats
+    if all(form.name in ("fp32", "bf16") for form in formats):
+        return None
+    names = f"{fprop} in fprop, {dgrad} in dgrad and {wgrad} in wgrad"
+    whole = fprop == dgrad == wgrad
+    # TE's only other choice: a forward pass in the format, and a backward pass from unquantised operands.
+    forward_only = fprop.name in ("mxfp8", "nvfp4") and dgrad.name == wgrad.name == "bf16"
+    if not whole and not forward_only:
+        raise ValueError(
+            f"{module}: precision.rules gives {names}, but a Transformer Engine recipe holds for a whole module: "
+            "use one format, bf16 for both backward GEMMs, or precision.backend=triton"
+        )
+    if whole and fprop.name == "nvfp4":
+        for option, value, off in (
+            ("clipping", fprop.nvfp4.clipping, "saturate"),
+            ("row_scaled", fprop.nvfp4.row_scaled, False),
+        ):
+            if value != off:
+                raise ValueError(
+                    f"{module}: precision.nvfp4.{option}={value} is meant for fprop alone, but a Transformer Engine recipe would apply it to "
+                    f"wgrad's operand too: use {option}={str(off).lower()}, bf16 for both backward GEMMs, or precision.backend=triton"
+                )
+    given = translate(fprop)
+    if forward_only:
+        given["backward_override"] = "high_precision"
+        if fprop.name == "nvfp4":
+            given["disable_rht"] = True  # of wgrad operands; and TE refuses it beside 4over6, used or not
+    return {"nvfp4": "NVFP4BlockScaling", "mxfp8": "MXFP8BlockScaling"}[fprop.name], given
+
+
+def recipe(formats: tuple[Format, Format, Format], module: str) -> Any:
+    """The TE recipe object of `arguments`, or None; for `transformer_engine.pytorch.autocast(recipe=...)`."""
+    wanted = arguments(formats, module)
+    if wanted is None:
+        return None
+    return getattr(importlib.import_module("transformer_engine.common.recipe"), wanted[0])(**wanted[1])
+
+
+# -- operands ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _up(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x with zero rows and columns after its own, up to multiples."""
+    right, below = -x.shape[1] % columns, -x.shape[0] % rows
+    return torch.nn.functional.pad(x, (0, right, 0, below)) if right or below else x
+
+
+def _transpose_codes(codes: Tensor) -> Tensor:
+    """uint8 [M, N / 2] of a matrix to [N, M / 2] of its transpose."""
+    index = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2).T
+    return index[:, ::2] | (index[:, 1::2] << 4)
+
+
+class TransformerEngine:
+    """See `model.precision.backend.Backend`; raises ValueError for what TE cannot do.
+
+    Every group of rows is quantised by a call of its own with the amax given. Products come from packed operands by plain PyTorch; `multiply`
+    takes packed operands to the FP4 tensor cores without that detour.
+    """
+
+    name = "transformer_engine"
+    own_draws = True
+    own_rotation = True
+
+    def __init__(self) -> None:
+        self._te, self._tex = _modules()
+        self._quantizers: dict[tuple[Any, ...], Any] = {}
+        self._plain = Reference()
+
+    def _quantizer(self, device: torch.device, **options: Any) -> Any:
+        key = (device, *sorted(options.items()))
+        if key not in self._quantizers:
+            quantizer = self._te.NVFP4Quantizer(**options)
+            quantizer.internal = True  # plain storage, no tensor subclass that takes part in autograd
+            self._quantizers[key] = quantizer
+        return self._quantizers[key]
+
+    def _encode(
+        self,
+        x: Tensor,
+        amax: Tensor | None,
+        *,
+        columns: bool = False,
+        hadamard: bool = False,
+        signs: bool = True,
+        tiles: bool = False,
+        stochastic: bool = False,
+        clipping: Clipping = "saturate",
+        bound: float = 448.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [M, N], multiples of 16, as codes uint8 [M, N / 2], scales uint8 [M, N / 16] and amax; of its transpose with `columns`.
+
+        amax: fp32 of one element; None: one for each row, TE's own.
+        """
+        if hadamard and x.dtype != torch.bfloat16:
+            raise ValueError(
+                f"Transformer Engine rotates bf16 operands only, not {str(x.dtype).removeprefix('torch.')}: "
+                "use precision.compute=bf16, precision.nvfp4.hadamard=false or precision.backend=triton"
+            )
+        if clipping != "saturate" and (hadamard or stochastic):
+            raise ValueError(f"Transformer Engine has no clipping={clipping} with the Hadamard transform or stochastic rounding")
+        with torch.cuda.device_of(x):  # quantizers are made, and kernels launched, on the current device
+            quantizer = self._quantizer(
+                x.device,
+                rowwise=not columns,
+                columnwise=columns,
+                with_rht=hadamard,
+                with_post_rht_amax=hadamard,
+                with_random_sign_mask=signs,
+                with_2d_quantization=tiles,
+                stochastic_rounding=stochastic,
+                row_scaled_nvfp4=amax is None,
+                nvfp4_use_4over6=clipping != "saturate",
+                nvfp4_e4m3_max=int(bound),
+                nvfp4_4over6_err_mode="MSE" if clipping == "4over6_mse" else "MAE",
+            )
+            if amax is None:
+                result = self._tex.quantize(x.detach(), quantizer)
+            else:
+                one = amax.detach().reshape(1)
+                result = self._tex.nvfp4_quantize_with_amax(x.detach(), quantizer, one, one)
+        along = "columnwise" if columns else "rowwise"
+        codes, scales = getattr(result, f"_{along}_data"), getattr(result, f"_{along}_scale_inv")
+        inner, outer = x.shape if columns else x.shape[::-1]
+        codes, scales = codes.view(torch.uint8).reshape(outer, inner // 2), scales.view(torch.uint8)[:outer, : inner // BLOCK]
+        return codes, scales, getattr(result, f"_amax_{along}")
+
+    def _row_scaled(self, x: Tensor, amax: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        codes, scales, own = self._encode(_pad(x, BLOCK, BLOCK), None, **options)
+        if not torch.equal(own.reshape(-1)[: len(x)], amax.reshape(-1)):
+            raise ValueError(
+                "Transformer Engine takes the amax of every row itself, but other ones were given: "
+                "use precision.amax_scope=local, precision.nvfp4.row_scaled=false or precision.backend=triton"
+            )
+        return codes[: len(x)], scales[: len(x)]
+
+    def _each(self, x: Tensor, amax: Tensor, rows: Rows) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Of every group that has rows: those, padded with zeros to whole blocks both ways, its amax, and how many rows are its own."""
+        padded = _pad(pad_rows(x, rows), 1, BLOCK)
+        for (start, stop), size, largest in zip(rows.padded(BLOCK).bounds, rows.sizes, amax, strict=True):
+            if size:
+                yield padded[start:stop], largest, size
+
+    def amax(self, x: Tensor, rows: Rows, *, hadamard: bool = False) -> Tensor:
+        return self._plain.amax(x, rows, hadamard=hadamard)
+
+    def quantize_rows(
+        self,
+        x: Tensor,
+        amax: Tensor,
+        rows: Rows,
+        *,
+        stream: Stream | None = None,
+        clipping: Clipping = "saturate",
+        bound: float = 448.0,
+        tiles: bool = False,
+        packed: bool = False,
+    ) -> Tensor | Packed:
+        how: dict[str, Any] = {"stochastic": stream is not None, "clipping": clipping, "bound": bound}
+        if amax.dim() == 2:
+            if tiles or stream is not None:
+                raise ValueError("Transformer Engine scales rows one by one with 1d scaling and rounding to nearest only")
+            encoded = [self._row_scaled(x, amax, **how)] if len(x) else []
+        else:
+            encoded = []
+            for part, largest, size in self._each(x, amax, rows):
+                codes, scales, _ = self._encode(part, largest, tiles=tiles, **how)
+                # TE repeats the scale of a tile for each of its rows.
+                encoded.append((codes[:size], scales[:size:BLOCK] if tiles else scales[:size]))
+        blocks = _up(x.shape[1], BLOCK) // BLOCK
+        result = Packed("tiles" if tiles else "rows", *_joined(encoded, blocks * BLOCK // 2, blocks, x.device), x.shape[1])
+        return result if packed else self.unpack(result, gemm_dtype(x))
+
+    def quantize_columns(
+        self,
+        x: Tensor,
+        amax: Tensor,
+        rows: Rows,
+        *,
+        hadamard: bool = False,
+        stream: Stream | None = None,
+        clipping: Clipping = "saturate",
+        bound: float = 448.0,
+        packed: bool = False,
+    ) -> Tensor | Packed:
+        features, encoded = x.shape[1], []
+        for part, largest, _ in self._each(x, amax, rows):
+            codes, scales, _ = self._encode(
+                part, largest, columns=True, hadamard=hadamard, stochastic=stream is not None, clipping=clipping, bound=bound
+            )
+            encoded.append((codes[:features].T, scales[:features].T))
+        result = Packed("columns", *_joined(encoded, features, features, x.device), features)
+        return result if packed else self.unpack(result, gemm_dtype(x))
+
+    def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        return self._plain.unpack(packed, dtype)
+
+    def quantize(
+        self,
+        x: Tensor,
+        *,
+        scaling: Literal["1d", "2d"] = "1d",
+        hadamard: bool = False,
+        random_bits: Tensor | None = None,
+        clipping: Clipping = "saturate",
+        e4m3_bound: int = 448,
+        row_scaled: bool = False,
+        amax: Tensor | None = None,
+        hadamard_signs: bool = True,
+    ) -> Quantized:
+        nvfp4.check(x, scaling=scaling, hadamard=hadamard, random_bits=random_bits, clipping=clipping, row_scaled=row_scaled)
+        if random_bits is not None:
+            raise ValueError("Transformer Engine draws its random bits itself: use the reference or precision.backend=triton to give them")
+        bound = float(e4m3_bound) if clipping != "saturate" else 448.0
+        how: dict[str, Any] = {"clipping": clipping, "bound": bound}
+        if amax is None:
+            seen = rht.rotate(x, signs=hadamard_signs) if hadamard else x
+            amax = seen.abs().amax(1, keepdim=True).float() if row_scaled else seen.abs().amax().float()
+        if row_scaled:
+            codes, scales = self._row_scaled(x, amax, **how)
+        elif hadamard:  # TE rotates along columns only: its columns are our rows
+            codes, scales, _ = self._encode(_pad(x, BLOCK, BLOCK).T.contiguous(), amax, columns=True, hadamard=True, signs=hadamard_signs)
+        else:
+            codes, scales, _ = self._encode(_pad(x, BLOCK, BLOCK), amax, tiles=scaling == "2d", **how)
+        return Quantized(codes[: len(x), : x.shape[1] // 2].contiguous(), scales[: len(x)].contiguous(), amax, bound)
+
+    # -- FP4 tensor cores ------------------------------------------------------------------------------------------------------------------
+
+    def multiply(
+        self,
+        left: Packed,
+        left_amax: Tensor,
+        right: Packed,
+        right_amax: Tensor,
+        *,
+        left_bound: float = 448.0,
+        right_bound: float = 448.0,
+        across: bool = False,
+    ) -> Tensor:
+        """The NVFP4 GEMM of two operands of one group each, on FP4 tensor cores: fp32 [M, N], times alpha.
+
+            fprop   left: rows of x      right: rows or tiles of W      x W^T
+            dgrad   left: rows of dy     right: tiles of W, across      dy W
+            wgrad   left: columns of dy  right: columns of x            dy^T x
+
+        Blocks of both run along the inner dimension. amax: fp32 of one element. across: use the tiles of `right` along their other side.
+        """
+        a, rows = self._side(left, left_amax, left_bound, False)
+        b, columns = self._side(right, right_amax, right_bound, across)
+        # In TE's notation, column-major, the second operand comes first.
+        gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_gemm
+        product = gemm(b, a, out_dtype=torch.float32, layout="TN")[0]
+        return product[:rows, :columns]
+
+    def _side(self, packed: Packed, amax: Tensor, bound: float, across: bool) -> tuple[Any, int]:
+        """A packed operand as TE's GEMM takes it, blocks along its last dimension, and how many of its rows count."""
+        if across and packed.along != "tiles":
+            raise ValueError(f"only tiles can be multiplied along either side, not {packed.along}")
+        codes, scales = packed.codes, packed.scales
+        count = packed.features if packed.along == "columns" or across else len(codes)
+        if packed.along == "columns":
+            codes, scales = codes.T, scales.T  # two rows a byte become two columns a byte
+        elif packed.along == "tiles":
+            if across:
+                codes, scales = _transpose_codes(codes), scales.T
+            scales = scales.repeat_interleave(BLOCK, dim=0)
+        storage = importlib.import_module("transformer_engine.pytorch.tensor.storage.nvfp4_tensor_storage").NVFP4TensorStorage
+        with torch.cuda.device_of(codes):
+            quantizer = self._quantizer(
+                codes.device, rowwise=True, columnwise=False, nvfp4_use_4over6=bound != 448.0, nvfp4_e4m3_max=int(bound)
+            )
+        return (
+            storage(
+                rowwise_data=_pad(codes, BLOCK, ALIGNED_INNER // 2).contiguous(),
+                rowwise_scale_inv=_pad(scales, SCALE_ROWS, SCALE_COLUMNS).contiguous(),
+                columnwise_data=None,
+                columnwise_scale_inv=None,
+                amax_rowwise=amax.detach().reshape(1),
+                amax_columnwise=None,
+                fp4_dtype=quantizer.dtype,
+                quantizer=quantizer,
+                with_gemm_swizzled_scales=False,
+                nvfp4_use_4over6=bound != 448.0,
+                nvfp4_e4m3_max=int(bound),
+            ),
+            count,
+        )
+
+
+def _joined(encoded: list[tuple[Tensor, Tensor]], codes: int, scales: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes and scales of all groups, below each other; `codes` and `scales` are their columns, where there is no group."""
+    if not encoded:
+        return tuple(torch.empty(0, n, dtype=torch.uint8, device=device) for n in (codes, scales))  # type: ignore[return-value]
+    return torch.cat([c for c, _ in encoded]).contiguous(), torch.cat([s for _, s in encoded]).contiguous()

@@ -1,0 +1,398 @@
+"""Transformer Engine: what we ask of it, compared with its own classes where it is installed, and the layouts of its operands.
+
+FP4 kernels run on Blackwell only. Here a stand-in plays their part: it returns what the definition gives, laid out as TE documents it (codes
+of the transpose for columns, scales padded to 128 x 4 with whatever was in memory).
+"""
+
+import dataclasses
+import inspect
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from model.precision import nvfp4
+from model.precision.backend import Packed, Rows, choose
+from model.precision.formats import BF16, FP32, GEMMS, MXFP8, Format, NVFP4Options
+from model.precision.hadamard import rotate
+from model.precision.philox import Stream
+from model.precision.reference import Reference
+from model.precision.transformer_engine import TransformerEngine, arguments, missing, recipe, translate
+
+NVFP4 = Format("nvfp4")
+REFERENCE = Reference()
+
+
+def form(**options: Any) -> Format:
+    return Format("nvfp4", NVFP4Options(**options))
+
+
+# -- recipes -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_recipe_is_transformer_engines_default() -> None:
+    assert translate(NVFP4) == {
+        "disable_rht": False,
+        "disable_stochastic_rounding": False,
+        "disable_2d_quantization": False,
+        "row_scaled_activation": False,
+        "nvfp4_4over6": "none",
+        "nvfp4_4over6_e4m3_use_256": "none",  # without effect: nvfp4_4over6 is off
+        "nvfp4_4over6_err_mode": "MAE",
+        "fp8_dpa": False,
+        "fp8_mha": False,
+        "backward_override": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"hadamard": False}, {"disable_rht": True}),
+        ({"stochastic_rounding": False}, {"disable_stochastic_rounding": True}),
+        ({"weight_scaling": "1d"}, {"disable_2d_quantization": True}),
+        ({"row_scaled": True}, {"row_scaled_activation": True}),
+        ({"clipping": "4over6_mae"}, {"nvfp4_4over6": "all"}),
+        ({"clipping": "4over6_mse", "e4m3_bound": 256}, {"nvfp4_4over6": "all", "nvfp4_4over6_err_mode": "MSE"}),
+        ({"clipping": "4over6_mae", "e4m3_bound": 256}, {"nvfp4_4over6": "all", "nvfp4_4over6_e4m3_use_256": "all"}),
+    ],
+)
+def test_every_option_has_its_field(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    given, default = translate(form(**options)), translate(NVFP4)
+    bound = {"nvfp4_4over6_e4m3_use_256": "all"} if options.get("e4m3_bound") == 256 else {}
+    assert {key: value for key, value in given.items() if value != default[key]} == expected | bound
+
+
+def test_mxfp8_and_unquantised_formats() -> None:
+    assert translate(MXFP8) == {
+        "margin": 0,
+        "enable_2d_quantization": False,
+        "fp8_dpa": False,
+        "fp8_mha": False,
+        "backward_override": None,
+    }
+    for plain in (BF16, FP32):
+        with pytest.raises(ValueError, match="without a recipe"):
+            translate(plain)
+
+
+def test_one_recipe_for_a_module_or_none() -> None:
+    assert arguments((NVFP4, NVFP4, NVFP4), "m") == ("NVFP4BlockScaling", translate(NVFP4))
+    assert arguments((MXFP8, MXFP8, MXFP8), "m") == ("MXFP8BlockScaling", translate(MXFP8))
+    assert arguments((BF16, BF16, BF16), "m") is None
+    assert arguments((FP32, BF16, BF16), "m") is None
+    assert recipe((BF16, BF16, BF16), "m") is None
+
+
+def test_a_quantised_forward_pass_alone_can_be_expressed() -> None:
+    kind, given = arguments((form(clipping="4over6_mae"), BF16, BF16), "m") or ("", {})
+    assert kind == "NVFP4BlockScaling"
+    assert given["backward_override"] == "high_precision" and given["nvfp4_4over6"] == "all"
+    assert given["disable_rht"], "Transformer Engine refuses the transform beside 4over6, even where no wgrad is quantised"
+    assert (arguments((MXFP8, BF16, BF16), "m") or ("", {}))[1]["backward_override"] == "high_precision"
+
+
+@pytest.mark.parametrize(
+    ("formats", "words"),
+    [
+        ((NVFP4, NVFP4, BF16), ["precision.rules", "nvfp4 in fprop, nvfp4 in dgrad and bf16 in wgrad"]),
+        ((BF16, NVFP4, NVFP4), ["precision.rules", "bf16 in fprop"]),
+        ((NVFP4, MXFP8, NVFP4), ["precision.rules", "mxfp8 in dgrad"]),
+        ((NVFP4, FP32, FP32), ["precision.rules", "fp32 in dgrad"]),
+        ((form(clipping="4over6_mse"),) * 3, ["precision.nvfp4.clipping=4over6_mse", "wgrad"]),
+        ((form(row_scaled=True),) * 3, ["precision.nvfp4.row_scaled=True", "row_scaled=false"]),
+    ],
+)
+def test_what_a_recipe_cannot_express_is_refused(formats: tuple[Format, Format, Format], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        recipe(formats, "layers.3.mixer.in_proj")
+    message = str(refusal.value)
+    assert message.startswith("layers.3.mixer.in_proj: ") and "\n" not in message
+    for word in [*words, "precision.backend=triton"]:
+        assert word in message
+
+
+def recipes_of_transformer_engine() -> Any:
+    try:
+        import transformer_engine.common.recipe as module
+    except Exception as error:
+        # TE raises RuntimeError and OSError too, when its parts do not fit.
+        pytest.skip(f"transformer_engine.common.recipe does not import: {error!r}")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("NVFP4BlockScaling", form()), ("NVFP4BlockScaling", form(hadamard=False)), ("MXFP8BlockScaling", MXFP8)]
+)
+def test_every_field_exists_in_transformer_engine(kind: str, wanted: Format) -> None:
+    module = recipes_of_transformer_engine()
+    cls = getattr(module, kind)
+    fields = {item.name for item in dataclasses.fields(cls)}
+    given = translate(wanted)
+    assert not given.keys() - fields
+    # What is left are the number formats, of which each recipe has one.
+    assert fields - given.keys() <= {"fp4_format", "fp8_format"}
+    built = recipe((wanted, wanted, wanted), "m")
+    assert isinstance(built, cls)
+    for name, value in given.items():
+        assert getattr(built, name) == value, name
+
+
+def test_transformer_engine_accepts_every_option() -> None:
+    recipes_of_transformer_engine()
+    for clipping in ("saturate", "4over6_mae", "4over6_mse"):
+        for bound in (448, 256):
+            built = recipe((form(clipping=clipping, e4m3_bound=bound), BF16, BF16), "m")
+            assert not built.fp4_quant_fwd_inp.random_hadamard_transform
+    operands = recipe((NVFP4,) * 3, "m")
+    assert operands.fp4_quant_fwd_weight.fp4_2d_quantization and not operands.fp4_quant_fwd_inp.stochastic_rounding
+    assert operands.fp4_quant_bwd_grad.stochastic_rounding and operands.fp4_quant_bwd_grad.random_hadamard_transform
+
+
+# -- availability --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    wanted = "the transformer-engine package is not installed: pip install 'nibble[te]' on a machine with CUDA"
+    assert missing(torch.device("cpu")) == wanted
+    with pytest.raises(ValueError, match=r"precision\.backend=transformer_engine cannot run: the transformer-engine package"):
+        choose("transformer_engine", torch.device("cpu"))
+
+
+def test_missing_with_the_package(monkeypatch: pytest.MonkeyPatch, stand_in: SimpleNamespace) -> None:
+    cuda = torch.device("cuda")
+    assert missing(torch.device("cpu")) == "it needs a Blackwell GPU, and this run is on cpu"
+    for capability, complaint in (((9, 0), "this one has 9.0"), ((12, 0), "this one has 12.0"), ((10, 0), None), ((10, 3), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        found = missing(cuda)
+        assert found is None if complaint is None else complaint in (found or "")
+    monkeypatch.setenv("NVTE_USE_FAST_MATH", "1")
+    assert "NVTE_USE_FAST_MATH" in (missing(cuda) or "")
+    monkeypatch.setenv("NVTE_USE_FAST_MATH", "0")
+    del stand_in.extension.nvfp4_quantize_with_amax
+    assert "2.20.2" in (missing(cuda) or "")
+    monkeypatch.setitem(sys.modules, "transformer_engine_torch", None)
+    assert "does not import" in (missing(cuda) or "")
+
+
+# -- operands ------------------------------------------------------------------------------------------------------------------------------
+
+
+class Quantizer:
+    """What TE's NVFP4Quantizer is told, by TE's names."""
+
+    def __init__(
+        self,
+        fp4_dtype: Any = "e2m1",
+        rowwise: bool = True,
+        columnwise: bool = True,
+        with_amax_reduction: bool = False,
+        amax_reduction_group: Any = None,
+        with_rht: bool = False,
+        with_post_rht_amax: bool = False,
+        with_2d_quantization: bool = False,
+        stochastic_rounding: bool = False,
+        row_scaled_nvfp4: bool = False,
+        nvfp4_use_4over6: bool = False,
+        nvfp4_e4m3_max: int = 448,
+        nvfp4_4over6_err_mode: str = "MAE",
+        with_random_sign_mask: bool = True,
+    ) -> None:
+        given = locals()
+        self.dtype = fp4_dtype
+        for name in inspect.signature(Quantizer).parameters:
+            setattr(self, name, given[name])
+        self.internal = False
+
+
+def padded_scales(scales: torch.Tensor) -> torch.Tensor:
+    rows, columns = -(-scales.shape[0] // 128) * 128, -(-scales.shape[1] // 4) * 4
+    memory = torch.full((rows, columns), 0x5A, dtype=torch.uint8)
+    memory[: scales.shape[0], : scales.shape[1]] = scales
+    return memory
+
+
+def kernel(x: torch.Tensor, q: Any, amax: torch.Tensor | None) -> SimpleNamespace:
+    """The definition's values in TE's layout."""
+    assert q.internal and q.rowwise != q.columnwise
+    assert x.is_contiguous() and not x.requires_grad and x.shape[0] % 16 == 0 and x.shape[1] % 16 == 0
+    assert q.columnwise or not q.with_rht, "TE rotates along columns only"
+    assert not (q.with_2d_quantization and q.columnwise), "TE's kernel does nothing for tiles without rows"
+    assert not q.nvfp4_use_4over6 or not (q.with_rht or q.stochastic_rounding)
+    assert q.with_post_rht_amax == q.with_rht and q.row_scaled_nvfp4 == (amax is None)
+    along = "columnwise" if q.columnwise else "rowwise"
+    operand = x.T.contiguous() if q.columnwise else x
+    if q.with_rht:
+        assert x.dtype == torch.bfloat16
+        operand = rotate(operand, signs=q.with_random_sign_mask)
+    result = nvfp4.quantize(
+        operand,
+        scaling="2d" if q.with_2d_quantization else "1d",
+        random_bits=torch.randint(256, operand.shape, dtype=torch.uint8) if q.stochastic_rounding else None,
+        clipping=f"4over6_{q.nvfp4_4over6_err_mode.lower()}" if q.nvfp4_use_4over6 else "saturate",  # type: ignore[arg-type]
+        e4m3_bound=q.nvfp4_e4m3_max,
+        row_scaled=q.row_scaled_nvfp4,
+        amax=None if amax is None else amax[0],
+    )
+    stored = {"rowwise_data": None, "columnwise_data": None, "rowwise_scale_inv": None, "columnwise_scale_inv": None}
+    stored |= {f"{along}_data": result.codes, f"{along}_scale_inv": padded_scales(result.scales), f"amax_{along}": result.amax.reshape(-1)}
+    return SimpleNamespace(**{f"_{name}": value for name, value in stored.items()})
+
+
+def gemm(b: Any, a: Any, *, out_dtype: torch.dtype, layout: str) -> tuple[torch.Tensor]:
+    """B A^T in TE's order of operands, from the bytes."""
+    assert layout == "TN" and out_dtype == torch.float32
+
+    def value(t: Any) -> torch.Tensor:
+        codes = nvfp4.decode(t.rowwise_data)
+        assert codes.shape[0] % 16 == 0 and codes.shape[1] % 32 == 0 and t.rowwise_scale_inv.shape[0] % 128 == 0
+        scales = t.rowwise_scale_inv[: len(codes), : codes.shape[1] // 16].contiguous().view(torch.float8_e4m3fn).float()
+        return (codes * scales.repeat_interleave(16, dim=1)).double() * t.amax_rowwise.double() / (6 * t.nvfp4_e4m3_max)
+
+    return ((value(a) @ value(b).T).float(),)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Takes the place of the installed package, or of none."""
+    names = ["", ".pytorch", ".pytorch.cpp_extensions", ".pytorch.tensor.storage.nvfp4_tensor_storage"]
+    package, torch_part, extensions, storage = (ModuleType(f"transformer_engine{name}") for name in names)
+    extension = ModuleType("transformer_engine_torch")
+    torch_part.NVFP4Quantizer = Quantizer  # type: ignore[attr-defined]
+    extensions.general_gemm = gemm  # type: ignore[attr-defined]
+    storage.NVFP4TensorStorage = SimpleNamespace  # type: ignore[attr-defined]
+    extension.quantize = lambda x, quantizer: kernel(x, quantizer, None)  # type: ignore[attr-defined]
+
+    def with_amax(x: torch.Tensor, quantizer: Any, rowwise: torch.Tensor, columnwise: torch.Tensor) -> SimpleNamespace:
+        assert rowwise.shape == columnwise.shape == (1,) and rowwise.dtype == torch.float32
+        return kernel(x, quantizer, rowwise)
+
+    extension.nvfp4_quantize_with_amax = with_amax  # type: ignore[attr-defined]
+    for module in (package, torch_part, extensions, storage, extension):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    return SimpleNamespace(extension=extension)
+
+
+def operand(rows: int, features: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(rows, features, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, Packed):
+        assert isinstance(ours, Packed) and (ours.along, ours.features) == (theirs.along, theirs.features)
+        assert torch.equal(ours.scales, theirs.scales) and torch.equal(ours.codes, theirs.codes)
+        assert ours.codes.is_contiguous() and ours.scales.is_contiguous()
+    else:
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["products", "packed"])
+@pytest.mark.parametrize("sizes", [(64,), (48, 16), (5, 0, 43), (0,)], ids=str)
+@pytest.mark.parametrize("features", [64, 144, 40])
+def test_operands_have_the_layout_of_the_interface(stand_in: SimpleNamespace, features: int, sizes: tuple[int, ...], packed: bool) -> None:
+    te, rows, x = TransformerEngine(), Rows(sizes), operand(sum(sizes), features)
+    for hadamard in (False, True):
+        amax = te.amax(x, rows, hadamard=hadamard)
+        assert_same(amax, REFERENCE.amax(x, rows, hadamard=hadamard))
+        if sum(sizes):
+            how: dict[str, Any] = {"hadamard": hadamard, "packed": packed}
+            assert_same(te.quantize_columns(x, amax, rows, **how), REFERENCE.quantize_columns(x, amax, rows, **how))
+    amax = te.amax(x, rows) * 1.25  # as the maximum over a group of ranks may be
+    if not sum(sizes):
+        assert te.quantize_rows(x, amax, rows).shape == (0, features)  # type: ignore[union-attr]
+        assert te.quantize_columns(x, amax, rows).shape == (0, features)  # type: ignore[union-attr]
+        return
+    for clipping, bound in (("saturate", 448.0), ("4over6_mae", 256.0), ("4over6_mse", 448.0)):
+        how = {"clipping": clipping, "bound": bound, "packed": packed}
+        assert_same(te.quantize_rows(x, amax, rows, **how), REFERENCE.quantize_rows(x, amax, rows, **how))
+        assert_same(te.quantize_columns(x, amax, rows, **how), REFERENCE.quantize_columns(x, amax, rows, **how))
+        if rows == rows.padded(16) and features % 16 == 0:
+            how["tiles"] = True
+            assert_same(te.quantize_rows(x, amax, rows, **how), REFERENCE.quantize_rows(x, amax, rows, **how))
+    per_row = x.abs().amax(1, keepdim=True).float()
+    assert_same(te.quantize_rows(x, per_row, rows, packed=packed), REFERENCE.quantize_rows(x, per_row, rows, packed=packed))
+
+
+def test_quantize_is_the_definition(stand_in: SimpleNamespace) -> None:
+    te, x = TransformerEngine(), operand(48, 96, dtype=torch.float32)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"scaling": "2d"},
+        {"row_scaled": True},
+        {"amax": torch.tensor(9.0)},
+        {"clipping": "4over6_mae", "e4m3_bound": 256},
+        {"clipping": "4over6_mse", "scaling": "2d"},
+    ]
+    turned: list[dict[str, Any]] = [{"hadamard": True}, {"hadamard": True, "hadamard_signs": False}]
+    for values, how in (
+        [(x, way) for way in ways] + [(x.bfloat16(), way) for way in turned] + [(x[:41, :72], {}), (x[:41].bfloat16(), turned[0])]
+    ):
+        ours, theirs = te.quantize(values.contiguous(), **how), nvfp4.quantize(values.contiguous(), **how)
+        assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scales, theirs.scales)
+        assert torch.equal(ours.amax, theirs.amax) and ours.bound == theirs.bound
+
+
+def test_stochastic_rounding_is_asked_for_where_a_stream_is_given(stand_in: SimpleNamespace) -> None:
+    te, rows, x = TransformerEngine(), Rows((32,)), operand(32, 64)
+    token = torch.arange(32)
+    stream = Stream((1, 2), token, token, 0)
+    for quantise in (te.quantize_rows, te.quantize_columns):
+        first, second = (quantise(x, te.amax(x, rows), rows, stream=stream) for _ in range(2))
+        assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+        assert 0.05 < (first != second).float().mean() < 0.6
+        nearest = quantise(x, te.amax(x, rows), rows)
+        assert torch.equal(nearest, quantise(x, te.amax(x, rows), rows))  # type: ignore[arg-type]
+
+
+def test_what_transformer_engine_cannot_do_is_refused(stand_in: SimpleNamespace) -> None:
+    te, rows = TransformerEngine(), Rows((32,))
+    x = operand(32, 64, dtype=torch.float32)
+    amax, token = te.amax(x, rows), torch.arange(32)
+    stream = Stream((1, 2), token, token, 0)
+    for attempt, words in (
+        (lambda: te.quantize_columns(x, amax, rows, hadamard=True), "bf16 operands only, not float32"),
+        (lambda: te.quantize(x, random_bits=torch.zeros(32, 64, dtype=torch.uint8)), "draws its random bits itself"),
+        (lambda: te.quantize_rows(x, amax, rows, stream=stream, clipping="4over6_mae"), "clipping=4over6_mae"),
+        (lambda: te.quantize_rows(x, torch.full((32, 1), 9.0), rows), "amax of every row itself"),
+        (lambda: te.quantize_rows(x, x.abs().amax(1, keepdim=True), rows, stream=stream), "rounding to nearest only"),
+        (lambda: te.quantize(x, scaling="2d", row_scaled=True), "row_scaled"),
+        (lambda: te.multiply(packed(te, x), amax, packed(te, x), amax, across=True), "only tiles"),
+    ):
+        with pytest.raises(ValueError, match=words) as refusal:
+            attempt()
+        assert "\n" not in str(refusal.value)
+
+
+def packed(te: TransformerEngine, x: torch.Tensor, *, columns: bool = False, **how: Any) -> Packed:
+    rows = Rows((len(x),))
+    quantise = te.quantize_columns if columns else te.quantize_rows
+    result = quantise(x, te.amax(x, rows), rows, packed=True, **how)
+    assert isinstance(result, Packed)
+    return result
+
+
+@pytest.mark.parametrize("bound", [448.0, 256.0])
+def test_the_three_gemms_on_tensor_cores(stand_in: SimpleNamespace, bound: float) -> None:
+    te = TransformerEngine()
+    x, w, dy = operand(40, 80, 1), operand(48, 80, 2), operand(40, 48, 3)
+    of = {"x": te.amax(x, Rows((40,))), "w": te.amax(w, Rows((48,))), "dy": te.amax(dy, Rows((40,)))}
+    how: dict[str, Any] = {"clipping": "saturate" if bound == 448 else "4over6_mae", "bound": bound}
+    tiles = packed(te, w, tiles=True, **how)
+    sides = {
+        "fprop": ((packed(te, x), "x", False), (tiles, "w", False)),
+        "dgrad": ((packed(te, dy), "dy", False), (tiles, "w", True)),
+        "wgrad": ((packed(te, dy, columns=True), "dy", False), (packed(te, x, columns=True), "x", False)),
+    }
+    for name in GEMMS:
+        (a, of_a, _), (b, of_b, across) = sides[name]
+        right = bound if of_b == "w" else 448.0
+        ours = te.multiply(a, of[of_a], b, of[of_b], right_bound=right, across=across)
+        left, other = (te.unpack(side, torch.float32).double() for side in (a, b))
+        product = (left.T if name == "wgrad" else left) @ (other.T if name == "fprop" else other)
+        expected = product * of[of_a].double() * of[of_b].double() / (36 * 448 * right)
+        assert ours.shape == expected.shape
+        assert (ours - expected).abs().max() <= 1e-6 * expected.abs().max(), name

@@ -1,0 +1,353 @@
+"""The Triton kernels equal the reference bit for bit: in Triton's interpreter on any machine, and compiled on a GPU (-m gpu).
+
+Triton decides when it is first imported whether to interpret, so interpreted checks run in a process of their own.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.precision import nvfp4, philox, triton_backend
+from model.precision.backend import Packed, Rows
+from model.precision.nvfp4 import Quantized, quantize
+from tests.precision.operands import REFERENCE, assert_same, operations, stream, tensor
+from tests.precision.test_vectors import QUANTIZED, RECORDS, assert_equal, field, options
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
+compiles = pytest.mark.skipif(not INSTALLED or INTERPRETING, reason="needs Triton's compiler")
+
+KINDS = ["normal", "heavy", "outlier", "zeros", "ties", "denormal", "tiny_block"]
+WITHOUT_ERROR = [name for name in QUANTIZED if not RECORDS[name].get("error")]
+Run = Callable[..., None]
+
+
+# -- what is checked, on a device ----------------------------------------------------------------------------------------------------------
+
+
+def to(value: Any, device: str) -> Any:
+    if isinstance(value, Packed):
+        return Packed(value.along, value.codes.to(device), value.scales.to(device), value.features)
+    if isinstance(value, Quantized):
+        return Quantized(value.codes.to(device), value.scales.to(device), value.amax.to(device), value.bound)
+    # A GPU's products are bf16: the same values.
+    return value.to(device).float()
+
+
+def check_record(device: str, record: str, transposed: bool) -> None:
+    x = field(record, "input")
+    x = x.T.contiguous() if transposed else x
+    ours = triton_backend.Triton().quantize(x.to(device), **options(record, transposed=transposed))
+    assert_equal(to(ours, "cpu"), record, "_t" if transposed else "")
+
+
+def check_operand(device: str, x: torch.Tensor, sizes: tuple[int, ...]) -> None:
+    """Against the reference on the CPU: what its GEMM does there is the definition of the rotation."""
+    backend, rows = triton_backend.Triton(), Rows(sizes)
+    for (what, ours), (_, theirs) in zip(operations(backend, x.to(device), rows), operations(REFERENCE, x, rows), strict=True):
+        assert_same(to(ours, "cpu"), theirs, what)
+        if isinstance(theirs, Packed):
+            for dtype in (torch.float32, torch.bfloat16):
+                unpacked = backend.unpack(to(theirs, device), dtype)
+                assert_same(unpacked, REFERENCE.unpack(theirs, dtype), f"{what}, unpacked")
+
+
+def check_wide(device: str) -> None:
+    """More than one tile of columns, and of what one program of amax goes through."""
+    backend, x, rows = triton_backend.Triton(), tensor("heavy", (20, 1100), 1.0, torch.bfloat16, 0), Rows((3, 17))
+    x[18, 1099] = 1e6
+    on_device = x.to(device)
+    for hadamard in (False, True):
+        amax = REFERENCE.amax(x, rows, hadamard=hadamard)
+        assert_same(to(backend.amax(on_device, rows, hadamard=hadamard), "cpu"), amax, "amax")
+        ours = backend.quantize_columns(on_device, amax.to(device), rows, hadamard=hadamard, stream=stream(20, device=device))
+        assert_same(to(ours, "cpu"), REFERENCE.quantize_columns(x, amax, rows, hadamard=hadamard, stream=stream(20)), "columns")
+        packed = REFERENCE.quantize_columns(x, amax, rows, hadamard=hadamard, packed=True)
+        assert isinstance(packed, Packed)
+        assert_same(to(backend.unpack(to(packed, device), torch.float32), "cpu"), REFERENCE.unpack(packed, torch.float32), "unpacked")
+    amax = REFERENCE.amax(x, rows)
+    for how in ({"packed": True}, {"packed": False}):
+        ours = backend.quantize_rows(on_device, amax.to(device), rows, stream=stream(20, device=device), **how)
+        assert_same(to(ours, "cpu"), REFERENCE.quantize_rows(x, amax, rows, stream=stream(20), **how), "rows")
+
+
+def check_quantize(device: str, dtype: torch.dtype) -> None:
+    backend = triton_backend.Triton()
+    for seed, (shape, how) in enumerate(
+        (
+            ((5, 38), {}),
+            ((1, 2), {}),
+            ((7, 34), {"row_scaled": True}),
+            ((9, 46), {"random": True}),
+            ((32, 48), {"scaling": "2d"}),
+            ((32, 16), {"scaling": "2d", "random": True}),
+            ((32, 48), {"scaling": "2d", "clipping": "4over6_mse", "e4m3_bound": 256}),
+            ((5, 22), {"clipping": "4over6_mae", "e4m3_bound": 256}),
+            ((5, 22), {"clipping": "4over6_mse", "row_scaled": True}),
+            ((5, 48), {"hadamard": True}),
+            ((6, 32), {"hadamard": True, "hadamard_signs": False, "random": True}),
+            ((4, 32), {"amax": torch.tensor(9.0)}),
+            ((4, 32), {"hadamard": True, "amax": torch.tensor(9.0)}),
+        )
+    ):
+        given: dict[str, Any] = dict(how)
+        x = tensor("heavy", shape, 1.0, dtype, seed)
+        if given.pop("random", False):
+            given["random_bits"] = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+        # Not contiguous: quantise takes any matrix.
+        ours, theirs = to(backend.quantize(x.T.contiguous().T.to(device), **moved), "cpu"), quantize(x, **given)
+        assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scales, theirs.scales), how
+        assert torch.equal(ours.amax, theirs.amax) and ours.amax.shape == theirs.amax.shape and ours.bound == theirs.bound, how
+
+
+def check_every_random_byte(device: str) -> None:
+    magnitude = torch.linspace(0, 6, 41).repeat(8)
+    x = torch.cat((magnitude, -magnitude))[:, None].expand(-1, 256).contiguous()
+    bits = torch.arange(256, dtype=torch.uint8).expand(len(x), 256).contiguous()
+    ours = to(triton_backend.Triton().quantize(x.to(device), random_bits=bits.to(device)), "cpu")
+    assert torch.equal(ours.codes, quantize(x, random_bits=bits).codes)
+
+
+def check_nothing_finite_hides(device: str) -> None:
+    backend, rows = triton_backend.Triton(), Rows((32,))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = tensor("normal", (32, 64), 1.0, dtype, 0).to(device)
+            x[17, 5] = bad
+            for hadamard in (False, True):
+                amax = backend.amax(x, rows, hadamard=hadamard)
+                assert not amax.isfinite().all()
+                products = backend.quantize_columns(x, amax, rows, hadamard=hadamard)
+                assert isinstance(products, torch.Tensor) and not (products * amax).isfinite().all()
+            amax = backend.amax(x, rows)
+            for how in ({}, {"tiles": True}, {"stream": stream(32, device=device)}, {"clipping": "4over6_mse"}):
+                products = backend.quantize_rows(x, amax, rows, **how)  # type: ignore[arg-type]
+                assert isinstance(products, torch.Tensor) and not (products * amax).isfinite().all(), how
+                packed = backend.quantize_rows(x, amax, rows, **how, packed=True)  # type: ignore[arg-type]
+                assert isinstance(packed, Packed)
+                assert not (backend.unpack(packed, torch.float32) * amax).isfinite().all(), how
+    # A NaN stays one where the amax is that of other rows.
+    x = tensor("normal", (32, 64), 1.0, torch.float32, 0).to(device)
+    amax = backend.amax(x, rows)
+    x[17, 5] = torch.nan
+    for products in (backend.quantize_rows(x, amax, rows), backend.quantize_columns(x, amax, rows)):
+        assert isinstance(products, torch.Tensor) and products[17, 5].isnan() and products[:16].isfinite().all()
+
+
+def check_empty(device: str) -> None:
+    backend = triton_backend.Triton()
+    for rows in (Rows((0,)), Rows((0, 0))):
+        x = torch.zeros(0, 32, device=device)
+        amax = backend.amax(x, rows)
+        assert amax.tolist() == [0.0] * len(rows.sizes)
+        for products in (backend.quantize_rows(x, amax, rows), backend.quantize_columns(x, amax, rows, hadamard=True)):
+            assert isinstance(products, torch.Tensor) and products.shape == (0, 32)
+
+
+def check_bytes_are_drawn_in_the_kernel(device: str) -> None:
+    backend, x, rows = triton_backend.Triton(), tensor("normal", (16, 64), 1.0, torch.float32, 0), Rows((16,))
+    runs = ((96, 16), (32, 48))
+    expected = REFERENCE.quantize_rows(x, x.abs().max()[None], rows, stream=stream(16, runs=runs))
+
+    def none(*_: Any, **__: Any) -> torch.Tensor:
+        raise AssertionError("random bytes were stored")
+
+    original, philox.random_bytes = philox.random_bytes, none
+    try:
+        x = x.to(device)
+        ours = backend.quantize_rows(x, x.abs().max()[None], rows, stream=stream(16, runs=runs, device=device))
+    finally:
+        philox.random_bytes = original
+    assert_same(to(ours, "cpu"), expected, "rows")
+
+
+# -- interpreted ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    from triton.runtime import interpreter
+
+    def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+        total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+    # A GPU rounds tl.fma once; up to 3.7 the interpreter rounds the product too, which loses bits of denormals.
+    interpreter.InterpreterBuilder.create_fma = fused
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Run]:
+    """`interpreted(check, *args)` calls `check("cpu", *args)` where Triton interprets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare)
+        pool.submit(os.getpid).result()  # started, with this environment
+    with pool:
+        yield lambda check, *arguments: pool.submit(check, "cpu", *arguments).result()
+
+
+@needs_triton
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("record", WITHOUT_ERROR)
+def test_the_vectors_of_transformer_engine(interpreted: Run, record: str, transposed: bool) -> None:
+    interpreted(check_record, record, transposed)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_awkward_tensors(interpreted: Run, kind: str, dtype: torch.dtype) -> None:
+    scale = 1e-6 if kind in ("heavy", "zeros") else 1.0
+    interpreted(check_operand, tensor(kind, (16, 40), scale, dtype, KINDS.index(kind)), (16,))
+
+
+@needs_triton
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.bfloat16, (5, 0, 22)), (torch.float16, (16, 0, 16))], ids=str)
+def test_groups(interpreted: Run, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    interpreted(check_operand, tensor("normal", (sum(sizes), 64), 1.0, dtype, 0), sizes)
+
+
+@needs_triton
+def test_several_tiles_of_columns(interpreted: Run) -> None:
+    interpreted(check_wide)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantize(interpreted: Run, dtype: torch.dtype) -> None:
+    interpreted(check_quantize, dtype)
+
+
+@needs_triton
+def test_every_random_byte(interpreted: Run) -> None:
+    interpreted(check_every_random_byte)
+
+
+@needs_triton
+def test_nan_and_infinity_are_never_lost(interpreted: Run) -> None:
+    interpreted(check_nothing_finite_hides)
+
+
+@needs_triton
+def test_no_rows(interpreted: Run) -> None:
+    interpreted(check_empty)
+
+
+@needs_triton
+def test_random_bytes_are_not_stored(interpreted: Run) -> None:
+    interpreted(check_bytes_are_drawn_in_the_kernel)
+
+
+# -- without running a kernel --------------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_undefined_combinations_are_refused() -> None:
+    backend = triton_backend.Triton()
+    for shape, how, what in (
+        ((4, 5), {}, "even number"),
+        ((8, 32), {"scaling": "2d"}, "multiples of 16"),
+        ((8, 32), {"clipping": "4over6_mae", "hadamard": True}, "forward operands"),
+        ((8, 32), {"row_scaled": True, "hadamard": True}, "forward activations"),
+        ((8, 24), {"hadamard": True}, "groups of 16"),
+    ):
+        for function in (backend.quantize, nvfp4.quantize):
+            with pytest.raises(ValueError, match=what):
+                function(torch.zeros(shape), **how)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="whole tiles"):
+        backend.quantize_rows(torch.zeros(32, 16), torch.zeros(2), Rows((8, 24)), tiles=True)
+
+
+def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert triton_backend.missing(cuda) == "the triton package is not installed: pip install triton"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert triton_backend.missing(cpu) == "it needs a CUDA GPU and this run is on cpu"
+    for capability, lacking in (((7, 5), True), ((8, 0), False), ((9, 0), False), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        said = triton_backend.missing(cuda)
+        assert (said is not None and "8.0" in said and "7.5" in said) if lacking else said is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_backend.missing(cpu) is None
+
+
+TYPES = {"x": "*bf16", "amax": "*fp32", "result": "*bf16", "feature_blocks": "*i32", "sample": "*i64", "position": "*i64"} | dict.fromkeys(
+    ("key0", "key1", "step", "rows", "features"), "i32"
+)
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", ["rows_kernel", "columns_kernel"])
+def test_compiled_kernels_round_as_written(name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler, which needs no GPU, neither fuses nor approximates; the rotation's fused multiply-adds are those of the source."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from model.precision import triton_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(triton_kernels, name)
+    flags: dict[str, Any] = {"GROUPED": False, "ROW_SCALED": False, "RANDOM": 2, "EXPERT": False, "CLIPPING": 0, "TOP": 2688.0}
+    flags |= {"TILES": False, "PACKED": False, "HADAMARD": True, "SIGNED": True, "WIDTH": 32}
+    constants = {(i,): flags.get(argument) for i, argument in enumerate(kernel.arg_names) if argument not in TYPES}
+    signature = {argument: TYPES.get(argument, "constexpr") for argument in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1, "enable_fp_fusion": False})
+    ptx = compiled.asm["ptx"]
+    assert "div.rn.f32" in ptx and not re.search(r"div\.(full|approx)|rcp|(add|mul|sub|fma|div)\.\w+\.ftz", ptx)
+    assert bool(re.search(r"\bfma\.rn\.f32", ptx)) == (name == "columns_kernel")
+
+
+# -- compiled, on a GPU --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@compiles
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+class TestOnAGPU:
+    @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+    def test_the_vectors_of_transformer_engine(self, transposed: bool) -> None:
+        for record in WITHOUT_ERROR:
+            check_record("cuda", record, transposed)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_awkward_tensors(self, kind: str, dtype: torch.dtype) -> None:
+        for scale in (1.0, 1e-6) if dtype == torch.float16 else (1.0, 1e-30, 1e-6, 1e30):
+            for shape, sizes in (((64, 144), (64,)), ((96, 80), (5, 0, 75, 16)), ((48, 16), (16, 32)), ((16, 40), (16,))):
+                check_operand("cuda", tensor(kind, shape, scale, dtype, KINDS.index(kind)), sizes)
+
+    @pytest.mark.parametrize("sizes", [(1024,), (256, 0, 512, 256), (3, 700, 0, 321)], ids=str)
+    def test_large_operands(self, sizes: tuple[int, ...]) -> None:
+        check_operand("cuda", tensor("normal", (1024, 1360), 1.0, torch.bfloat16, 0), sizes)
+        check_wide("cuda")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_quantize(self, dtype: torch.dtype) -> None:
+        check_quantize("cuda", dtype)
+
+    def test_every_random_byte(self) -> None:
+        check_every_random_byte("cuda")
+
+    def test_corners(self) -> None:
+        check_nothing_finite_hides("cuda")
+        check_empty("cuda")
+        check_bytes_are_drawn_in_the_kernel("cuda")
