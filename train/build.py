@@ -9,7 +9,6 @@ from data.text_data import TextData, open_data
 from model.context import ModelContext
 from model.hybrid import HybridModel
 from model.precision.backend import missing
-from model.precision.policy import Policy
 from parallel import layout as layouts
 from parallel.engine import AdamW, Engine
 from parallel.layout import Layout
@@ -31,7 +30,7 @@ class Run:
     engine: Engine
     plan: BatchPlan
     run_dir: Path
-    tables: dict[int, PrecisionTable] = field(default_factory=dict)  # of each interval of the precision schedule
+    tables: dict[float, PrecisionTable] = field(default_factory=dict)  # by the time from which each holds
 
 
 def params_dtype(recipe: Recipe) -> torch.dtype:
@@ -58,7 +57,7 @@ def build(recipe: Recipe) -> Run:
     context = ModelContext(
         recipe.model,
         layout,
-        Policy(recipe.precision, len(recipe.model.layers)),
+        recipe.policy,
         recipe.run.seed,
         params_dtype(recipe),
         layout.device,

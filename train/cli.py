@@ -104,7 +104,7 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
         nonlocal status, swept
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             swept += 1
-            if not _sweep_job(module, [a for a in arguments if "=" in a and not a.startswith("-")]):
+            if not _sweep_job(module, overrides):
                 failed.append(" ".join(HydraConfig.get().overrides.task))
             return
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
@@ -114,7 +114,10 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
             status = _fail(str(error))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
-    saved, sys.argv = sys.argv, [f"python -m {module}", *arguments, *QUIET]
+    # argparse takes positional arguments from one place only, and people write options after overrides too.
+    overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
+    options = [a for a in arguments if a not in overrides]
+    saved, sys.argv = sys.argv, [f"python -m {module}", *options, *overrides, *QUIET]
     try:
         hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="tiny")(task)()
     except (HydraException, OmegaConfBaseException) as error:

@@ -119,6 +119,10 @@ def _train(run: Run, changes: list[str]) -> None:
     started, evaluated, skipped = time.perf_counter() - elapsed, None, 0
     saved = step
     while step < last:
+        table = _table(run, step)
+        formats_change = step > 0 and table is not _table(run, step - 1)
+        if formats_change:
+            observers.on_formats(step + 1, table.text)
         begin = time.perf_counter()
         metrics = train_step(run, step)
         step += 1
@@ -131,8 +135,7 @@ def _train(run: Run, changes: list[str]) -> None:
                 f"error: gradients were not finite in {skipped} consecutive steps, the last one step {step}; weights are those of step "
                 f"{step - skipped}: resume with a lower optimizer.learning_rate in a new run.dir"
             )
-        if (log_every and step % log_every == 0) or step in (1, last):
-            table = _table(run, step - 1)
+        if (log_every and step % log_every == 0) or step in (1, last) or formats_change:
             observers.on_step(
                 {
                     "step": step,
@@ -200,21 +203,20 @@ def _restore(run: Run) -> tuple[int, float, dict[str, Any]]:
 
 
 def _table(run: Run, step: int) -> PrecisionTable:
-    """Which module runs which GEMM in which format at this step."""
-    config, policy, progress = run.recipe.model, run.context.policy, step / run.recipe.total_steps
-    interval = sum(edge <= progress for edge in policy.times)
-    if interval not in run.tables:
-        linear = []
-        for module in linear_modules(config):
-            fprop, dgrad, wgrad = (str(form) for form in policy.formats(module.name, progress))
-            linear.append(LinearRow(module.name, module.flops, (fprop, dgrad, wgrad)))
-        length = run.recipe.train.sequence_length
+    """Which module runs which GEMM in which format at this step (from 0)."""
+    config, policy, recipe = run.recipe.model, run.context.policy, run.recipe
+    if not run.tables:
+        modules = linear_modules(config)
+        formats = {time: [tuple(str(f) for f in policy.formats(m.name, time)) for m in modules] for time in policy.times}
+        known = {name for rows in formats.values() for row in rows for name in row}
         other = [
-            OtherRow(what, module, flops, "fp32" if what == "SSD" else run.recipe.precision.compute)
-            for what, module, flops in other_flops(config, length)
+            OtherRow(what, module, flops, "fp32" if what == "SSD" else recipe.precision.compute)
+            for what, module, flops in other_flops(config, recipe.train.sequence_length)
         ]
-        run.tables[interval] = precision_table(linear, other)
-    return run.tables[interval]
+        for time, rows in formats.items():
+            linear = [LinearRow(m.name, m.flops, (row[0], row[1], row[2])) for m, row in zip(modules, rows, strict=True)]
+            run.tables[time] = precision_table(linear, other, known)
+    return run.tables[max(time for time in run.tables if time <= step / recipe.total_steps)]
 
 
 def _pace(run: Run, seconds: float) -> dict[str, float | int]:

@@ -13,7 +13,7 @@ FLOPs. Attention's score and value products and the SSD's products are no linear
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 GEMMS = ("fprop", "dgrad", "wgrad")
@@ -45,7 +45,7 @@ class OtherRow:
 
 @dataclass(frozen=True)
 class PrecisionTable:
-    """`text` is for a person; `shares` maps a format to its share of the GEMM FLOPs (largest first, sum 1)."""
+    """`text` is for a person; `shares` maps a format to its share of the GEMM FLOPs (largest first, sum 1; 0 for formats of other times)."""
 
     text: str
     shares: dict[str, float]
@@ -55,8 +55,10 @@ class PrecisionTable:
         return {f"precision/share/{name}": share for name, share in self.shares.items()}
 
 
-def precision_table(linear: Sequence[LinearRow], other: Sequence[OtherRow] = ()) -> PrecisionTable:
+def precision_table(linear: Sequence[LinearRow], other: Sequence[OtherRow] = (), formats: Iterable[str] = ()) -> PrecisionTable:
     """The table of one moment of a run (a schedule may change formats later: make it again then).
+
+    formats: names that shall have a share even where nothing runs in them now.
 
     Raises ValueError when there is no linear layer, or when the FLOPs of a row are not positive.
     """
@@ -65,7 +67,7 @@ def precision_table(linear: Sequence[LinearRow], other: Sequence[OtherRow] = ())
     for module, flops in [(row.module, row.flops) for row in linear] + [(row.module, row.flops) for row in other]:
         if not flops > 0:
             raise ValueError(f"{module} has {flops} FLOPs per token: give a positive number")
-    totals: dict[str, float] = {}
+    totals: dict[str, float] = dict.fromkeys(sorted(formats), 0.0)
     for linear_row in linear:
         for name in linear_row.formats:
             totals[name] = totals.get(name, 0.0) + linear_row.flops
@@ -96,7 +98,7 @@ def _text(linear: Sequence[LinearRow], other: Sequence[OtherRow], shares: dict[s
     ]
     lines.insert(1, "  " + "-" * (len(lines[0]) - 2))
     lines.append(lines[1])
-    listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share)
     lines.append(f"  GEMM FLOPs by format: {listed}  ({_flops(forward)}/token in each of the three GEMMs)")
     apart: dict[tuple[str, str], float] = {}
     for other_row in other:

@@ -80,6 +80,27 @@ class Recipe:
         return self.train.tokens.steps(self.tokens_per_step)
 
     @property
+    def policy(self) -> Policy:
+        """Which module runs which GEMM in which format, and when. Raises ValueError, in one sentence, for what cannot be honoured."""
+        return Policy(self.precision.timed(self._fraction_of_run), len(self.model.layers))
+
+    def _fraction_of_run(self, key: str, text: str) -> float:
+        """`2000steps`, `20T tokens` or `decay` as the fraction of the run that is behind us when that moment comes."""
+        if text == "decay":
+            steps = self.total_steps - self.optimizer.decay.steps(self.tokens_per_step)
+            if steps == self.total_steps:
+                raise ValueError(f"{key}=decay, but optimizer.decay is 0: give the decay a length, or {key} a fraction of the run")
+        else:
+            try:
+                steps = Duration.read(text).steps(self.tokens_per_step)
+            except ValueError:
+                raise ValueError(
+                    f"{key}={text!r} is no moment of the run: write a fraction (0.82), a duration (2000steps, 20T tokens) or decay"
+                ) from None
+        # Both are divided the same way by whoever asks, so a format changes exactly at its step.
+        return steps / self.total_steps
+
+    @property
     def run_dir(self) -> str:
         return self.run.dir or f"runs/{self.run.name}"
 
@@ -100,7 +121,6 @@ def read_recipe(values: Mapping[str, Any], world_size: int | None) -> Recipe:
 def validate(recipe: Recipe, world_size: int) -> None:
     """Raises ValueError for values that contradict each other or that nothing here can honour."""
     recipe.model.validate()
-    recipe.precision.validate()
     recipe.data.validate()
     recipe.monitor.validate()
     _validate_train(recipe, world_size)
@@ -237,7 +257,7 @@ def _validate_layout(recipe: Recipe) -> None:
 def _validate_precision(recipe: Recipe) -> None:
     """Every module must be able to run every format it will be asked for, at any time of the run."""
     model, precision, parallel = recipe.model, recipe.precision, recipe.parallel
-    policy = Policy(precision, len(model.layers))
+    policy = recipe.policy
     modules = linear_modules(model, parallel.tensor)
     policy.check([module.name for module in modules])
     tokens = recipe.train.micro_batch_size * recipe.train.sequence_length

@@ -1,15 +1,16 @@
 """Which module runs which GEMM in which format, and when: one pure function of a recipe's `precision` group.
 
 Rules are read top to bottom and the *last* one that matches decides, as in a stylesheet: the default first, exceptions after it.
-A `schedule` is a list of rules with a `from` (fraction of the run): it is read after the rules, so it overrides them while it lasts.
+A `schedule` is a list of rules with a `start`: it is read after the rules, so it overrides them while it lasts.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import Any
 
 from model.precision.backend import BACKENDS
 from model.precision.formats import FORMATS, GEMMS, Format, FormatName, Gemm, NVFP4Options
@@ -23,15 +24,16 @@ class Rule:
 
     modules: globs over canonical module names (`layers.*.mixer.out_proj`, `mtp.*`), empty: every module. last_layers: only the last
     ceil(fraction * layers) layers of the main stack (MTP is not counted and not matched). start, end: fractions of the run,
-    start <= progress < end. optional: the rule may match no module of a model (a ready-made group serves many models).
+    start <= progress < end; or texts that `PrecisionConfig.timed` turns into fractions. optional: the rule may match no module of a model
+    (a ready-made group serves many models).
     """
 
     format: FormatName
     modules: tuple[str, ...] = ()
     gemms: tuple[Gemm, ...] = GEMMS
     last_layers: float | None = None
-    start: float = 0.0
-    end: float = 1.0
+    start: float | str = 0.0
+    end: float | str = 1.0
     optional: bool = False
 
     def covers(self, module: str, layers: int) -> bool:
@@ -42,6 +44,13 @@ class Rule:
             return True
         match = LAYER.match(module)
         return match is not None and int(match[1]) >= layers - math.ceil(self.last_layers * layers - 1e-9)
+
+
+def moment(value: float | str) -> float:
+    """A start or end that is a fraction of the run. Raises ValueError for a text, which only a recipe can read."""
+    if isinstance(value, str):
+        raise ValueError(f"{value!r} is a moment of a recipe: use Recipe.policy, which knows how long the run is")
+    return value
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,22 @@ class PrecisionConfig:
     nvfp4: NVFP4Options = field(default_factory=NVFP4Options)
     amax_scope: str = "local"
     backend: str = "auto"
+
+    def timed(self, fraction: Callable[[str, str], float]) -> "PrecisionConfig":
+        """The same with every start and end a fraction of the run; fraction(key, text) gives the one a text stands for."""
+
+        def of(group: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+            timed = []
+            for index, rule in enumerate(rules):
+                times: dict[str, Any] = {
+                    name: fraction(f"precision.{group}[{index}].{name}", value)
+                    for name, value in (("start", rule.start), ("end", rule.end))
+                    if isinstance(value, str)
+                }
+                timed.append(replace(rule, **times))
+            return tuple(timed)
+
+        return replace(self, rules=of("rules", self.rules), schedule=of("schedule", self.schedule))
 
     def validate(self) -> None:
         """Raises ValueError, in one sentence, for values that cannot be honoured."""
@@ -84,9 +109,10 @@ class PrecisionConfig:
                     raise ValueError(f"{key}.gemms={list(rule.gemms)} is unknown: list some of {', '.join(GEMMS)}")
                 if rule.last_layers is not None and not 0 < rule.last_layers <= 1:
                     raise ValueError(f"{key}.last_layers={rule.last_layers} must be a fraction of the layers: use for instance 0.15")
-                if not 0 <= rule.start < rule.end <= 1:
+                if not 0 <= moment(rule.start) < moment(rule.end) <= 1:
                     raise ValueError(
-                        f"{key}: start={rule.start} and end={rule.end} must satisfy 0 <= start < end <= 1: they are fractions of the run"
+                        f"{key}: start={rule.start} and end={rule.end} must satisfy 0 <= start < end <= 1: "
+                        "they are fractions of the run (write 200steps for a step)"
                     )
 
 
@@ -98,7 +124,7 @@ class Policy:
         self.config = config
         self.layers = layers
         self._lookup = lru_cache(maxsize=None)(self._resolve)
-        self._boundaries = sorted({edge for rule in self._all() for edge in (rule.start, rule.end)})
+        self._boundaries = sorted({edge for rule in self._all() for edge in (moment(rule.start), moment(rule.end))})
 
     @property
     def times(self) -> list[float]:
@@ -119,7 +145,7 @@ class Policy:
         name = self.config.default
         for rule in self._all():
             # The last moment of the run belongs to the last interval.
-            during = rule.start <= time < rule.end or (time >= 1.0 and rule.end == 1.0)
+            during = moment(rule.start) <= time < moment(rule.end) or (time >= 1.0 and rule.end == 1.0)
             if during and gemm in rule.gemms and rule.covers(module, self.layers):
                 name = rule.format
         return Format(name, self.config.nvfp4)

@@ -68,6 +68,16 @@ def test_shares_weigh_each_gemm_by_its_flops() -> None:
     assert shares({"a": 3.0, "b": 1.0}, policy, 0.0) == {"nvfp4": 9 / 12, "bf16": 3 / 12}
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_all", "mxfp8", "bf16", "fp32"])
-def test_ready_made_groups_are_valid(name: str) -> None:
-    group(name).validate()
+def test_moments_become_fractions() -> None:
+    config = PrecisionConfig(schedule=(Rule("bf16", start="late", end="later"), Rule("fp32", start=0.5)))
+    asked = []
+
+    def fraction(key: str, text: str) -> float:
+        asked.append(key)
+        return {"late": 0.25, "later": 0.75}[text]
+
+    policy = Policy(config.timed(fraction), 4)
+    assert asked == ["precision.schedule[0].start", "precision.schedule[0].end"]
+    assert policy.times == [0.0, 0.25, 0.5, 0.75] and names(policy, "x", 0.3) == "bf16/bf16/bf16"
+    with pytest.raises(ValueError, match="'late' is a moment of a recipe"):
+        Policy(config, 4)

@@ -66,6 +66,10 @@ WRONG = [
     (["precision.rules=[{format:bf16,gems:[fprop]}]"], ["precision.rules[0].gems", "precision.rules[0].gemms"]),
     (["precision.rules=[{format:bf16,last_layers:2.0}]"], ["precision.rules[0].last_layers=2.0", "0.15"]),
     (["precision.rules=[{format:bf16,start:0.9,end:0.1}]"], ["start=0.9", "end=0.1"]),
+    (["precision.schedule=[{format:bf16,start:soon}]"], ["precision.schedule[0].start='soon'", "0.82", "decay"]),
+    (["precision.schedule=[{format:bf16,start:decay}]", "optimizer.decay=0"], ["precision.schedule[0].start=decay", "optimizer.decay"]),
+    (["precision.schedule=[{format:bf16,start:900steps}]"], ["precision.schedule[0]", "start=3.75"]),
+    (["precision.schedule=[{format:bf16,start:200}]"], ["precision.schedule[0]", "200steps"]),
     (["precision.rules=[]"], ["layers.1.mixer.gate", "format=fp32"]),
     (["precision.backend=cuda"], ["precision.backend='cuda'", "reference"]),
     (
@@ -133,7 +137,8 @@ def test_the_command_itself_ends_with_status_2_and_no_traceback(arguments: list[
 
 
 def test_cfg_job_prints_the_whole_recipe(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(refuse, "train", ["-cn", "tiny", "--cfg", "job", "train.steps=7", "optimizer.decay=1", "optimizer.warmup=1"]) == 0
+    arguments = ["-cn", "tiny", "train.steps=7", "optimizer.decay=1", "--cfg", "job", "optimizer.warmup=1"]
+    assert main(refuse, "train", arguments) == 0
     values = yaml.safe_load(capfd.readouterr().out)
     assert values["train"]["steps"] == 7 and values["model"]["pattern"] == "MEM*EME/*E/*E"
     assert values["parallel"]["tensor"] == 1 and values["precision"]["default"] == "nvfp4"

@@ -61,6 +61,9 @@ class Observer:
 
     def on_start(self, run: RunInfo) -> None: ...
 
+    def on_formats(self, step: int, precision_table: str) -> None:
+        """The precision schedule changes formats with this step (from 1), the next one taken."""
+
     def on_step(self, metrics: Metrics) -> None:
         """A logged step (every `train.log_every` steps)."""
 

@@ -80,6 +80,10 @@ class Console(Observer):
             self.say(line)
         self._waiting.clear()
 
+    def on_formats(self, step: int, precision_table: str) -> None:
+        self.say(f"{_step_column({'step': step}, self._run)}  formats change, by precision.schedule or a rule's start or end:")
+        self.say(precision_table.rstrip("\n"))
+
     def on_step(self, metrics: Metrics) -> None:
         if self._run is None:
             return

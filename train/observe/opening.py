@@ -24,6 +24,10 @@ class Observers(Observer):
         for observer in self.observers:
             observer.on_start(run)
 
+    def on_formats(self, step: int, precision_table: str) -> None:
+        for observer in self.observers:
+            observer.on_formats(step, precision_table)
+
     def on_step(self, metrics: Metrics) -> None:
         for observer in self.observers:
             observer.on_step(metrics)
