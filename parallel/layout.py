@@ -9,6 +9,7 @@ so expert parallelism spends no ranks of its own: it borrows those the dense mod
 """
 
 import datetime
+import gc
 import math
 import os
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+from parallel import cpu
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,6 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
-        from parallel import cpu
-
         cpu.apply()
         device = torch.device("cpu")
     if not dist.is_initialized():
@@ -200,5 +201,13 @@ def shutdown(*, leave_world: bool = True) -> None:
         return
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
+        # Megatron forgets its groups but leaves them open.
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+        cpu.forget_groups()
     if leave_world:
         dist.destroy_process_group()
+    # A group ends its threads with its last reference; models and their hooks hold some in cycles.
+    gc.collect()

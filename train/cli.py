@@ -38,11 +38,11 @@ REQUIRED = {  # keys without a default: null in the base, so that they too can b
     "optimizer": ("learning_rate",),
 }
 MISSING = "???"
-# Hydra neither changes directories nor writes files or log lines of its own.
+# Hydra neither changes directories nor writes files or log lines of its own; of a sweep, it writes multirun.yaml beside the jobs.
 QUIET = (
     "hydra.output_subdir=null",
     "hydra.run.dir=.",
-    "hydra.sweep.dir=.",
+    "hydra.sweep.dir=runs/${hydra.job.config_name}-sweep",
     "hydra.sweep.subdir=.",
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
@@ -153,8 +153,10 @@ def _sweep_job(module: str, swept: Sequence[str]) -> bool:
     recipe = str(hydra_config.job.config_name)
     given = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.startswith("run.dir=")]
     if not given:
+        # A recipe may name a sweep itself.
+        named = [f"{key}={values}" for key, values in (hydra_config.sweeper.get("params") or {}).items()]
         varied = {
-            override.key_or_group for override in OverridesParser.create().parse_overrides(list(swept)) if override.is_sweep_override()
+            override.key_or_group for override in OverridesParser.create().parse_overrides([*named, *swept]) if override.is_sweep_override()
         }
         label = "__".join(_plain_name(o) for o in overrides if o.split("=", 1)[0] in varied)
         given = [f"runs/{recipe}-sweep/{label or 'job'}"]

@@ -330,7 +330,8 @@ def test_wandb_offline_is_complete_continuous_and_holds_no_secret(tmp_path: Path
     monkeypatch.setattr(sys, "argv", ["train", f"hub.password={secret}"])
     recipe = {**RECIPE, "hub": {"password": secret, "url": f"https://u:{secret}@h/"}}
 
-    first = WandbObserver(MonitorConfig())
+    patient = MonitorConfig(wandb_timeout_seconds=120)
+    first = WandbObserver(patient)
     first.on_start(run_info(tmp_path, recipe=recipe))
     for step in range(1, 6):
         first.on_step(metrics_of(step))
@@ -340,7 +341,7 @@ def test_wandb_offline_is_complete_continuous_and_holds_no_secret(tmp_path: Path
     first.on_end({"step": 5})
     time.sleep(1.1)  # W&B names its directories by the second
 
-    second = WandbObserver(MonitorConfig())
+    second = WandbObserver(patient)
     second.load_state(state)
     second.on_start(run_info(tmp_path, step=5, recipe=recipe))
     for step in range(6, 11):
