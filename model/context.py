@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model.config import ModelConfig
 from model.precision.backend import Backend, choose
+from model.precision.health import Health
 from model.precision.linear import Site, WeightCache
 from model.precision.policy import Policy
 from model.precision.reference import Reference
@@ -28,7 +29,7 @@ class ModelContext:
     """config, layout, policy: see there. seed: of the run. device: where parameters live (`meta`: only counted).
 
     global_batch_size: sequences, which normalise the sequence-level auxiliary loss. linears: filled by the layers as
-    they are built. backend, weights: of every linear layer's numerics; `weights` is cleared whenever weights have changed.
+    they are built. backend, weights, health: of every linear layer's numerics; `weights` is cleared whenever weights have changed.
     """
 
     config: ModelConfig
@@ -42,6 +43,7 @@ class ModelContext:
     linears: list[LinearUse] = field(default_factory=list)
     backend: Backend = field(init=False)
     weights: WeightCache = field(default_factory=WeightCache)
+    health: Health = field(default_factory=Health)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -64,4 +66,4 @@ class ModelContext:
 
     def site(self, name: str, **where: Any) -> Site:
         """A linear module of this model, for the numerics; see `Site` for `where`."""
-        return Site(name, self.seed, amax_group=self.amax_group, backend=self.backend, weights=self.weights, **where)
+        return Site(name, self.seed, amax_group=self.amax_group, backend=self.backend, weights=self.weights, health=self.health, **where)

@@ -79,8 +79,11 @@ class HybridModel(nn.Module):
         else:
             assert self.input_tensor is not None
             x = self.input_tensor
-        for layer in self.layers.values():
+        layout = self.context.layout
+        first = layout.tensor_rank * len(x) if layout.sequence_parallel else 0
+        for index, layer in self.layers.items():
             x = layer(x, microbatch)
+            self.context.health.residual(f"layers.{index}", x, first)
         return x
 
     def forward(self, microbatch: Microbatch) -> Tensor:

@@ -9,6 +9,7 @@ from data.text_data import TextData, open_data
 from model.context import ModelContext
 from model.hybrid import HybridModel
 from model.precision.backend import missing
+from model.precision.health import Health
 from parallel import layout as layouts
 from parallel.engine import AdamW, Engine
 from parallel.layout import Layout
@@ -62,6 +63,7 @@ def build(recipe: Recipe) -> Run:
         params_dtype(recipe),
         layout.device,
         train.global_batch_size,
+        health=Health(recipe.monitor.quantization.modules),
     )
     model = HybridModel(context)
     o = recipe.optimizer

@@ -45,6 +45,9 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     counts = sum_over_ranks(torch.stack([m.loss_counts(depths) for m in microbatches]).sum(0), layout, pipeline=False)
     losses = LossStep(layout, counts, recipe.model.mtp_loss_scale)
     rate = learning_rate(recipe.optimizer, step, recipe.total_steps, recipe.tokens_per_step)
+    measured = recipe.monitor.quantization.due(step + 1)
+    if measured:
+        run.context.health.start()
     result = run.engine.train_step(
         losses,
         microbatches,
@@ -60,6 +63,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     if depths:
         total += recipe.model.mtp_loss_scale * sum(means[1:]) / depths
     metrics |= {"loss/total": total, "grad_norm": result.grad_norm, "learning_rate": rate, **moe}
+    if measured:
+        metrics |= run.context.health.finish()
     metrics["taken"] = float(result.taken)
     return metrics
 
@@ -135,7 +140,7 @@ def _train(run: Run, changes: list[str]) -> None:
                 f"error: gradients were not finite in {skipped} consecutive steps, the last one step {step}; weights are those of step "
                 f"{step - skipped}: resume with a lower optimizer.learning_rate in a new run.dir"
             )
-        if (log_every and step % log_every == 0) or step in (1, last) or formats_change:
+        if (log_every and step % log_every == 0) or step in (1, last) or formats_change or recipe.monitor.quantization.due(step):
             observers.on_step(
                 {
                     "step": step,

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from model.precision import mxfp8, nvfp4, philox
 from model.precision.backend import Backend, Packed, Rows, pad_rows
 from model.precision.formats import Format
+from model.precision.health import Health
 from model.precision.reference import Reference
 
 Formats = tuple[Format, Format, Format]  # of fprop, dgrad, wgrad
@@ -90,7 +91,7 @@ class Site:
     name: canonical module name. seed: of the run. outputs: (first global index, count) of each run of local output features, where the
     output is sharded; empty: all, from 0. amax_group: over which amaxes are maximised (precision.amax_scope=tensor_parallel), or None.
     first_expert: global index of group 0 of a grouped layer, or None for a plain one. backend: of NVFP4. weights: where quantised weights
-    are kept for the rest of the step.
+    are kept for the rest of the step. health: what measures operands, when it is active.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Site:
     first_expert: int | None = None
     backend: Backend = field(default_factory=Reference)
     weights: WeightCache = field(default_factory=WeightCache)
+    health: Health = field(default_factory=Health)
 
     def maximum(self, amax: Tensor) -> Tensor:
         if self.amax_group is not None:
@@ -125,34 +127,43 @@ def along_features(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: p
         return Operand(x.float())
     if form.name == "bf16":
         return Operand(x.to(torch.bfloat16))
+    operand = "x" if forward else "dy"
     if form.name == "mxfp8":
-        return Operand(mxfp8.quantize(x).dequantize())
+        quantized = mxfp8.quantize(x)
+        site.health.mxfp8(site.name, operand, x, quantized, rows)
+        return Operand(quantized.dequantize())
     clipping = form.nvfp4.clipping if forward else "saturate"
     bound, backend = _bound(form, clipping), site.backend
     if forward and form.nvfp4.row_scaled:
         amax = site.maximum(x.abs().amax(-1, keepdim=True).float())
     else:
         amax = site.maximum(backend.amax(x, rows))
-    products = backend.quantize_rows(x, amax, rows, stream=stream, clipping=clipping, bound=bound)
-    assert isinstance(products, Tensor)
-    return Operand(products, amax, bound)
+    kept = backend.quantize_rows(x, amax, rows, stream=stream, clipping=clipping, bound=bound, packed=site.health.active)
+    if isinstance(kept, Packed):
+        site.health.nvfp4(site.name, operand, x, kept, amax, bound, rows, backend)
+    return Operand(kept, amax, bound)
 
 
 def along_tokens(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: philox.Stream | None = None, keep: bool) -> Operand:
     """x [rows, features] with blocks along tokens; every group padded to whole blocks.
 
-    keep: as small as the format allows, to be multiplied later; otherwise as values.
+    keep: as small as the format allows, to be multiplied later (x); otherwise as values (dy).
     """
+    operand = "x_t" if keep else "dy_t"
     if form.name == "fp32":
         return Operand(x.float())
     if form.name == "bf16":
         return Operand(x.to(torch.bfloat16))
     if form.name == "mxfp8":
         quantized = mxfp8.quantize(pad_rows(x, rows, mxfp8.BLOCK), "columns")
+        site.health.mxfp8(site.name, operand, x, quantized, rows)
         return Operand(quantized if keep else quantized.dequantize())
     hadamard, backend = form.nvfp4.hadamard, site.backend
     amax = site.maximum(backend.amax(x, rows, hadamard=hadamard))
-    return Operand(backend.quantize_columns(x, amax, rows, hadamard=hadamard, stream=stream, packed=keep), amax)
+    kept = backend.quantize_columns(x, amax, rows, hadamard=hadamard, stream=stream, packed=keep or site.health.active)
+    if isinstance(kept, Packed):
+        site.health.nvfp4(site.name, operand, x, kept, amax, 448.0, rows, backend, hadamard=hadamard)
+    return Operand(kept, amax)
 
 
 def weight_operand(weight: Tensor, form: Format, site: Site, *, dgrad: bool) -> Operand:
@@ -172,8 +183,11 @@ def weight_operand(weight: Tensor, form: Format, site: Site, *, dgrad: bool) -> 
 
 
 def _quantize_weight(w: Tensor, rows: Rows, form: Format, site: Site, *, tiles: bool, columns: bool) -> Operand:
+    operand = "w_t" if columns else "w"
     if form.name == "mxfp8":
-        return Operand(mxfp8.quantize(pad_rows(w, rows, mxfp8.BLOCK), "columns") if columns else mxfp8.quantize(w))
+        quantized = mxfp8.quantize(pad_rows(w, rows, mxfp8.BLOCK), "columns") if columns else mxfp8.quantize(w)
+        site.health.mxfp8(site.name, operand, w, quantized, rows)
+        return Operand(quantized)
     if tiles and (rows.sizes[0] % nvfp4.BLOCK or w.shape[1] % nvfp4.BLOCK):
         raise ValueError(
             f"the weight of {site.name} is {rows.sizes[0]} x {w.shape[1]}, but 2d scaling needs multiples of 16: "
@@ -183,8 +197,12 @@ def _quantize_weight(w: Tensor, rows: Rows, form: Format, site: Site, *, tiles: 
     bound, backend = _bound(form, clipping), site.backend
     amax = site.maximum(backend.amax(w, rows))
     if columns:
-        return Operand(backend.quantize_columns(w, amax, rows, clipping=clipping, bound=bound, packed=True), amax, bound)
-    return Operand(backend.quantize_rows(w, amax, rows, clipping=clipping, bound=bound, tiles=tiles, packed=True), amax, bound)
+        packed = backend.quantize_columns(w, amax, rows, clipping=clipping, bound=bound, packed=True)
+    else:
+        packed = backend.quantize_rows(w, amax, rows, clipping=clipping, bound=bound, tiles=tiles, packed=True)
+    assert isinstance(packed, Packed)
+    site.health.nvfp4(site.name, operand, w, packed, amax, bound, rows, backend)
+    return Operand(packed, amax, bound)
 
 
 # -- the GEMMs -----------------------------------------------------------------------------------------------------------------------------
@@ -286,6 +304,8 @@ class _Call:
         factors = [(a[i:j].T, b[i:j]) for i, j in self.rows.padded(_block(form)).bounds]
         places = [(g * outputs, (g + 1) * outputs) for g in range(groups)]
         _gemms(into.view(groups * outputs, inputs), factors, places, _alpha(left, x), add=True)
+        if form.name in ("nvfp4", "mxfp8"):
+            self.site.health.gradient(self.site.name, into)
 
 
 class _Linear(torch.autograd.Function):

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Metrics = Mapping[str, float | int]
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """When quantisation is measured, see `model.precision.health`."""
+
+    every: int = 50  # steps; 0: never
+    modules: tuple[str, ...] = ()  # globs over canonical module and layer names; empty: all
+
+    def due(self, step: int) -> bool:
+        """Whether step (from 1) is measured."""
+        return self.every > 0 and step % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,7 @@ class MonitorConfig:
     wandb_entity: str | None = None  # None: the account's default
     wandb_timeout_seconds: float = 60.0  # the longest W&B may keep a run waiting at its start and at its end
     picture: bool = True  # draw <run>/report/loss.png when the run ends
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 
     def validate(self) -> None:
         """Raises ValueError, in one sentence, for a value that cannot be used."""
@@ -28,6 +41,8 @@ class MonitorConfig:
             raise ValueError(f"monitor.wandb_project={self.wandb_project!r} is empty: name a project, for instance nibble")
         if not self.wandb_timeout_seconds > 0:
             raise ValueError(f"monitor.wandb_timeout_seconds={self.wandb_timeout_seconds} must be positive: use for instance 60")
+        if self.quantization.every < 0:
+            raise ValueError(f"monitor.quantization.every={self.quantization.every} is negative: use 0 for never, or for instance 50")
 
 
 @dataclass(frozen=True)
