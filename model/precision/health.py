@@ -168,7 +168,7 @@ def _sums(x: Tensor, q: Tensor, at_limit: Tensor, scale: Tensor, blocks: Tensor,
         nonzero.sum(),
         (nonzero & (q == 0)).sum(),
         torch.tensor(x.numel(), device=x.device),
-        (at_limit & (x.abs() > q.abs())).sum(),
+        (at_limit & (q != 0) & (x.abs() > q.abs())).sum(),  # a block of scale 0 underflowed
         (x.sign() * error).sum(dtype=torch.float64),
         x.abs().sum(dtype=torch.float64),
         torch.tensor(scale.numel(), device=x.device),
