@@ -29,7 +29,7 @@ lint: $(TESTED)
 	$(BIN)/ruff format --check .
 
 types: $(TESTED)
-	$(BIN)/mypy model parallel data train launch
+	$(BIN)/mypy model parallel data train launch benchmarks
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || { echo "Nibble needs Python 3.11 or newer; $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 2; }

@@ -121,12 +121,23 @@ def _bound(form: Format, clipping: str) -> float:
     return float(form.nvfp4.e4m3_bound) if clipping != "saturate" else 448.0
 
 
+def _as_bf16(x: Tensor) -> Tensor:
+    """x rounded to bf16: as bf16 on a GPU, as fp32 on a CPU, which would have to widen it for the GEMM."""
+    if x.is_cuda or x.dtype == torch.bfloat16:
+        return x.to(torch.bfloat16)
+    result = torch.empty_like(x)
+    # In pieces that stay in the cache: whole, the bf16 tensor in between would go through memory twice.
+    for source, target in zip(x.view(-1).split(1 << 17), result.view(-1).split(1 << 17), strict=True):
+        target.copy_(source.to(torch.bfloat16))
+    return result
+
+
 def along_features(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: philox.Stream | None, forward: bool) -> Operand:
     """x [rows, features] with blocks along features, as values."""
     if form.name == "fp32":
         return Operand(x.float())
     if form.name == "bf16":
-        return Operand(x.to(torch.bfloat16))
+        return Operand(_as_bf16(x))
     operand = "x" if forward else "dy"
     if form.name == "mxfp8":
         quantized = mxfp8.quantize(x)
@@ -153,7 +164,7 @@ def along_tokens(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: phi
     if form.name == "fp32":
         return Operand(x.float())
     if form.name == "bf16":
-        return Operand(x.to(torch.bfloat16))
+        return Operand(x.to(torch.bfloat16) if keep else _as_bf16(x))
     if form.name == "mxfp8":
         quantized = mxfp8.quantize(pad_rows(x, rows, mxfp8.BLOCK), "columns")
         site.health.mxfp8(site.name, operand, x, quantized, rows)
@@ -172,7 +183,7 @@ def weight_operand(weight: Tensor, form: Format, site: Site, *, dgrad: bool) -> 
     if form.name == "fp32":
         return Operand(w)
     if form.name == "bf16":
-        return Operand(w.to(torch.bfloat16))
+        return Operand(_as_bf16(w))
     tiles = form.name == "nvfp4" and form.nvfp4.weight_scaling == "2d"
     key = (site.name, form, dgrad and not tiles)
     found = site.weights.find(key, weight)
@@ -294,10 +305,12 @@ class _Call:
             )
         return along_tokens(x, rows, form, self.site, keep=True)
 
-    def weight_gradient(self, dy: Tensor, x: Operand, into: Tensor) -> None:
-        """Adds dy^T x of every group to `into`, fp32 [groups, N, K]."""
+    def weight_gradient(self, dy: Tensor, x: Operand, into: Tensor, left: Operand | None) -> None:
+        """Adds dy^T x of every group to `into`, fp32 [groups, N, K]. left: dy as dgrad multiplied it."""
         form, backend = self.formats[2], self.site.backend
-        left = along_tokens(dy, self.rows, form, self.site, stream=self.stream(form, "dy_t"), keep=False)
+        # Without blocks, both GEMMs multiply the same dy.
+        if left is None or form.name != self.formats[1].name or form.name not in ("fp32", "bf16"):
+            left = along_tokens(dy, self.rows, form, self.site, stream=self.stream(form, "dy_t"), keep=False)
         dtype = _multiplied_in(form, dy.device)
         a, b = left.values(backend, dtype), x.values(backend, dtype)
         groups, outputs, inputs = into.shape
@@ -329,7 +342,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         weight, *whole = ctx.saved_tensors
         call: _Call = ctx.call
-        dx = dw = None
+        dx = dw = left = None
         dy = dy.contiguous()
         if ctx.needs_input_grad[0]:
             form = call.formats[1]
@@ -340,10 +353,10 @@ class _Linear(torch.autograd.Function):
             main_grad = getattr(ctx.target, "main_grad", None)
             if main_grad is None:
                 gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-                call.weight_gradient(dy, x, gradient)
+                call.weight_gradient(dy, x, gradient, left)
                 dw = gradient.to(weight.dtype)
             else:
-                call.weight_gradient(dy, x, main_grad.view(weight.shape))
+                call.weight_gradient(dy, x, main_grad.view(weight.shape), left)
                 # Megatron's hook wants a gradient to fire on, and leaves main_grad alone when told it is complete.
                 ctx.target.grad_added_to_main_grad = True
                 dw = weight.new_zeros(1).expand(weight.shape)

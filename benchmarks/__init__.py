@@ -1,0 +1,1 @@
+"""What NVFP4 costs here, against the eager reference, against fp32 and against other packages, alternating in one process."""

@@ -1,0 +1,98 @@
+"""A whole training step of a recipe in NVFP4 against the same in fp32: time, taking turns, and memory, each in a process of its own.
+
+    python -m benchmarks.step                                 # tiny
+    python -m benchmarks.step recipe=small rounds=3 contenders=[fp32,nvfp4,bf16]
+
+memory: the largest resident size after two steps (the second has optimizer states) above what the process had before the first.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import psutil
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from benchmarks.arguments import main
+from benchmarks.timing import machine, save, table
+from parallel import layout
+from train.build import Run
+from train.cli import RECIPES, base
+from train.cli import _without_missing as given
+from train.loop import build, train_step
+from train.recipe import read_recipe
+
+STEPS = 3
+
+
+def made(recipe: str, precision: str, directory: str) -> Run:
+    ConfigStore.instance().store(name="base", node=base())
+    with initialize_config_dir(str(RECIPES), version_base="1.3"):
+        config = compose(recipe, overrides=[f"precision={precision}", f"run.dir={directory}", "monitor.quantization.every=0"])
+    values: Any = given(OmegaConf.to_container(config))
+    return build(read_recipe(values, 1))
+
+
+def memory(recipe: str, precision: str) -> int:
+    """Bytes; to be called in a fresh process."""
+    with tempfile.TemporaryDirectory() as directory:
+        run = made(recipe, precision, directory)
+        before = psutil.Process().memory_info().rss
+        for step in range(2):
+            train_step(run, step)
+        layout.shutdown()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) - before
+
+
+def some_steps(recipe: str, precision: str) -> list[float]:
+    """Seconds of STEPS steps of a new model, after one that is not counted."""
+    with tempfile.TemporaryDirectory() as directory:
+        run = made(recipe, precision, directory)
+        seconds = []
+        for step in range(STEPS + 1):
+            begin = time.perf_counter()
+            train_step(run, step)  # its metrics are numbers: nothing is left in flight
+            seconds.append(time.perf_counter() - begin)
+        layout.shutdown()
+    return seconds[1:]
+
+
+def run(recipe: str, contenders: list[str], rounds: int, to: str) -> None:
+    if contenders[0] != "fp32":
+        contenders = ["fp32", *contenders]
+    peak = {}
+    for precision in contenders:
+        code = f"import json; from benchmarks.step import memory; print(json.dumps(memory({recipe!r}, {precision!r})))"
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"{recipe} in {precision} did not run: {done.stderr.strip().splitlines()[-1]}")
+        peak[precision] = json.loads(done.stdout.strip().splitlines()[-1])
+    times: dict[str, list[float]] = {precision: [] for precision in contenders}
+    for _ in range(rounds):
+        for precision in contenders:
+            times[precision] += some_steps(recipe, precision)
+    seconds = {precision: statistics.median(values) for precision, values in times.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"A training step of {recipe}, {machine(device)}; medians of {rounds} alternating rounds of {STEPS} steps\n")
+    rows = [("precision", "step", "/ fp32", "peak memory of two steps", "/ fp32")]
+    for precision in contenders:
+        ratio, of_memory = seconds[precision] / seconds["fp32"], peak[precision] / peak["fp32"]
+        rows.append((precision, f"{seconds[precision]:.3f} s", f"{ratio:.2f}", f"{peak[precision] / 2**20:,.0f} MiB", f"{of_memory:.2f}"))
+    print(table(rows))
+    save(to, {"machine": machine(device), "recipe": recipe, "seconds": seconds, "peak_bytes": peak})
+
+
+DEFAULTS = {"recipe": "tiny", "contenders": ["fp32", "nvfp4"], "rounds": 4, "to": ""}
+
+if __name__ == "__main__":
+    raise SystemExit(main(run, DEFAULTS, None))

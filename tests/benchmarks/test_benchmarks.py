@@ -1,0 +1,43 @@
+"""The benchmarks run, at sizes that measure nothing, and refuse wrong arguments."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import linear, quantize, step
+from benchmarks.arguments import main
+
+
+def test_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "quantize.json"
+    assert main(quantize.run, quantize.DEFAULTS, ["size=64", "rounds=1", f"to={to}"]) == 0
+    values: dict[str, Any] = json.loads(to.read_text())["operands"]["64 x 64"]
+    assert {"ours/1D", "ours/2D", "ours/RHT+SR", "reference/RHT+SR", "floor"} <= values["seconds"].keys()
+    assert "ours / floor" in capsys.readouterr().out
+
+
+def test_linear(tmp_path: Path) -> None:
+    to = tmp_path / "linear.json"
+    assert main(linear.run, linear.DEFAULTS, ["sizes=[64]", "rounds=1", f"to={to}"]) == 0
+    values = json.loads(to.read_text())["sizes"]["64"]
+    assert values["kept_bits"] == 4.5 and values["ratio"] > 0  # a code and a sixteenth of a scale
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        (quantize, ["size=60"], ["size=60", "16"]),
+        (quantize, ["shapes=round"], ["shapes=round", "layers"]),
+        (linear, ["sizes=[64,0]"], ["sizes=[64, 0]", "[1024, 2048]"]),
+        (linear, ["rounds=soon"], ["rounds=soon", "whole number"]),
+        (step, ["recepi=tiny"], ["recepi", "recipe"]),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(module: Any, arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(module.run, module.DEFAULTS, arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.strip().splitlines()) == 1
+    for word in words:
+        assert word in error
