@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FORMAT_COLOURS = {"nvfp4": "#009E73", "mxfp8": "#E69F00", "bf16": "#0072B2", "fp32": "#8C8C8C"}
 _SHARE = "precision/share/"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
@@ -103,7 +103,7 @@ def draw_losses(runs: Sequence[Series], path: Path) -> Path:
     """
     if not any(len(run.of("loss/lm")[0]) for run in runs):
         raise ValueError(f"{', '.join(run.name for run in runs)}: no finite loss/lm was logged, so there is no curve to draw")
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         return _one_run_losses(runs[0], path) if len(runs) == 1 else _many_run_losses(runs, path)
 
 
@@ -167,7 +167,7 @@ def draw_gap(runs: Sequence[Series], path: Path) -> Path:
             lines.append(_Line(steps, percent, f"{run.name} {final(percent):+.2f}%", RUN_COLOURS[index]))
     if not lines:
         raise ValueError(f"no run shares a logged step with {reference.name}: there is no gap to draw")
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
         axes.axhline(0.0, color=RUN_COLOURS[0], linewidth=1.6)
         _draw_lines(axes, lines, clip=True, both_ends=True, window_share=20, zero=(reference.name, RUN_COLOURS[0]))
@@ -215,7 +215,7 @@ def _draw_metric(
             lines.append(_Line(steps, values, label, RUN_COLOURS[index]))
     if not lines:
         raise ValueError(f"no run logged a usable {key}: there is nothing to draw")
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(10, 4.2), layout="constrained")
         if log:
             axes.set_yscale("log")
@@ -243,7 +243,7 @@ def draw_precision_shares(runs: Sequence[Series], path: Path) -> Path:
         raise ValueError("no run logged precision/share/*: there is nothing to draw")
     formats = _ordered_formats({key.removeprefix(_SHARE) for run in shown for key in run.keys(_SHARE)})
     tables = [_shares(run, formats) for run in shown]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         if all(np.allclose(shares, shares[:, :1], atol=5e-4) for _, shares in tables):
             return _share_bars(shown, formats, [shares[:, 0] for _, shares in tables], path)
         return _share_areas(shown, formats, tables, path)
@@ -344,7 +344,7 @@ def _draw_operands(
         operand: np.array([[worst(values.get((operand, row, step), [math.nan])) for step in steps] for row in rows]) for operand in operands
     }
     known = np.concatenate([table[np.isfinite(table)] for table in tables.values()])
-    with plt.rc_context({**_STYLE, "axes.grid": False}):
+    with plt.rc_context({**STYLE, "axes.grid": False}):
         width = 3.2 + len(operands) * max(1.5, min(2.6, 0.18 * len(steps)))
         figure, axes = plt.subplots(
             1, len(operands), figsize=(width, 1.9 + 0.24 * len(rows)), layout="constrained", sharey=True, squeeze=False
@@ -371,7 +371,7 @@ def draw_residual(runs: Sequence[Series], path: Path) -> Path:
     steps = [entry["step"] for entry in entries]
     kinds = _layer_kinds(run, len(layers))
     last = entries[-1]
-    with plt.rc_context({**_STYLE, "axes.grid": False}):
+    with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(1, 2, figsize=(11, 1.9 + 0.3 * len(layers)), layout="constrained", sharey=True)
         for axis, metric, title, colours in (
             (axes[0], "rms", "root mean square", "viridis"),

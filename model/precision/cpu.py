@@ -20,6 +20,7 @@ from model.precision.nvfp4 import BLOCK, Clipping, Quantized
 from model.precision.philox import EXPERT_SHIFT, FEATURES_PER_CALL, WORD, Stream
 
 Array = np.ndarray[Any, Any]
+ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `cpu_kernels` counts them
 SMALLEST_SHARE = 1 << 16  # elements: below that a second thread costs more than it brings
 CLIPPING: dict[str, int] = {"saturate": 0, "4over6_mae": 1, "4over6_mse": 2}
 NO_FLOATS, NO_BYTES = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint8)
@@ -136,7 +137,7 @@ class FusedCPU:
 
             def rotated(first: int, last: int) -> None:
                 largest = np.zeros(groups, np.int32)
-                k.columns_amax(a, first, last, starts, counts, of_block, _factors(True).T.copy(), x.dtype == torch.bfloat16, largest)
+                k.columns_amax(a, first, last, starts, counts, of_block, _factors(True).T.copy(), ROUNDING[x.dtype], largest)
                 parts.append(largest)
 
             _spread(rotated, len(starts), x.numel())
@@ -144,9 +145,9 @@ class FusedCPU:
         return self._row_amax(x, rows, NO_FLOATS)
 
     def _row_amax(self, x: Tensor, rows: Rows, factors: Array) -> Tensor:
-        k, a, to_bf16 = _kernels(), _in_blocks(_array(_pad_features(x))), x.dtype == torch.bfloat16
+        k, a, rounding = _kernels(), _in_blocks(_array(_pad_features(x))), ROUNDING[x.dtype]
         of_row = np.empty(len(a), np.int32)
-        _spread(lambda first, last: k.row_amax(a, first, last, factors, to_bf16, of_row), len(a), x.numel())
+        _spread(lambda first, last: k.row_amax(a, first, last, factors, rounding, of_row), len(a), x.numel())
         return _largest(np.array([of_row[i:j].max(initial=0) for i, j in rows.bounds], np.int32))
 
     def quantize_rows(
@@ -180,7 +181,7 @@ class FusedCPU:
             noise = _noise(stream, random_bits, len(a), features, in_blocks=True)
             _spread(
                 lambda i, j: k.quantize_rows(
-                    a, i, j, groups, flat, b, factors, x.dtype == torch.bfloat16, how, *noise, packed, products, codes, scales
+                    a, i, j, groups, flat, b, factors, ROUNDING[x.dtype], how, *noise, packed, products, codes, scales
                 ),
                 len(a),
                 x.numel(),
@@ -208,11 +209,11 @@ class FusedCPU:
         codes = np.empty((BLOCK // 2 * n, features), np.uint8) if packed else NO_BYTES
         scales = np.empty((n, features), np.uint8) if packed else NO_BYTES
         noise = _noise(stream, None, len(a), features)
-        flat, factors, to_bf16 = amax.detach().numpy(), _factors(hadamard).T.copy(), x.dtype == torch.bfloat16
+        flat, factors, rounding = amax.detach().numpy(), _factors(hadamard).T.copy(), ROUNDING[x.dtype]
         how, b = CLIPPING[clipping], np.float32(bound)
         _spread(
             lambda i, j: k.quantize_columns(
-                a, i, j, starts, counts, groups, flat, b, factors, to_bf16, how, *noise, packed, products, codes, scales
+                a, i, j, starts, counts, groups, flat, b, factors, rounding, how, *noise, packed, products, codes, scales
             ),
             n,
             x.numel(),
@@ -248,8 +249,6 @@ class FusedCPU:
     ) -> Quantized:
         nvfp4.check(x, scaling=scaling, hadamard=hadamard, random_bits=random_bits, clipping=clipping, row_scaled=row_scaled)
         bound = float(e4m3_bound) if clipping != "saturate" else 448.0
-        if hadamard and x.dtype == torch.float16:  # no model computes in fp16: its rounding is not worth a kernel
-            x, hadamard = rht.rotate(x, signs=hadamard_signs), False
         factors = _factors(hadamard, hadamard_signs)
         if amax is None:
             amax = x.abs().amax(1, keepdim=True).float() if row_scaled else self._row_amax(x, Rows((len(x),)), factors)[0]

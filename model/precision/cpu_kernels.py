@@ -74,6 +74,7 @@ def _widen(value):
 
 ABS, SIGN = i32(0x7FFFFFFF), i32(-0x80000000)
 ONE, BINADE = i32(0x3F800000), i32(0x7F800000)
+BF16, FP16 = 1, 2  # what rotated elements are rounded to; 0: they stay fp32
 
 # -- one element -----------------------------------------------------------------------------------------------------------------------------
 
@@ -112,6 +113,19 @@ def to_nearest_bf16(v):
     b = bits_of(v)
     rounded = both(add(add(b, i32(0x7FFF)), both(shift_right(b, i32(16)), i32(1))), i32(-0x10000))
     return v if both(b, ABS) > BINADE else float_of(rounded)
+
+
+@kernel
+def to_nearest_fp16(v):
+    b = bits_of(v)
+    rounded = float_of(both(add(add(b, i32(0xFFF)), both(shift_right(b, i32(13)), i32(1))), i32(-0x2000)))
+    # Below 2^-14 fp16 has steps of 2^-24: adding and subtracting 0.75 rounds to them.
+    small = (v + f32(0.75)) - f32(0.75)
+    magnitude = both(b, ABS)
+    finite = small if magnitude < i32(0x38800000) else rounded
+    large = f32(np.inf) if v > f32(0) else f32(-np.inf)
+    finite = large if magnitude >= i32(0x477FF000) else finite  # 65520
+    return v if magnitude > BINADE else finite
 
 
 @kernel
@@ -233,7 +247,7 @@ def load_tile(t, x, row, count, column, n):
 
 
 @kernel
-def rotate_tile(t, r, n, factors, to_bf16):
+def rotate_tile(t, r, n, factors, rounding):
     """r = the rotation of t's columns by the transpose of factors, fp32 [16, 16]: sums over k in order, fused, as an fp32 GEMM takes them."""
     for j in range(16):
         # Sixteen names and no loop: what is loaded here stays in registers.
@@ -271,10 +285,14 @@ def rotate_tile(t, r, n, factors, to_bf16):
             y = fused(t[14, lane], f14, y)
             y = fused(t[15, lane], f15, y)
             r[j, lane] = y
-    if to_bf16:
+    if rounding == BF16:
         for j in range(16):
             for lane in range(n):
                 r[j, lane] = to_nearest_bf16(r[j, lane])
+    elif rounding == FP16:
+        for j in range(16):
+            for lane in range(n):
+                r[j, lane] = to_nearest_fp16(r[j, lane])
 
 
 @kernel
@@ -317,7 +335,7 @@ def tile_errors(t, q, n, scale, amax, unit, squared, total):
 
 @kernel
 def quantize_columns(
-    x, first, last, starts, counts, groups, amax, bound, factors, to_bf16, clipping,
+    x, first, last, starts, counts, groups, amax, bound, factors, rounding, clipping,
     noise, bits, feature_blocks, experts, positions, samples, step, k0, k1,
     packed, products, codes, scales,
 ):  # fmt: skip
@@ -344,7 +362,7 @@ def quantize_columns(
             n = min(LANES, features - column)
             load_tile(t, x, starts[i], counts[i], column, n)
             if len(factors):
-                rotate_tile(t, r, n, factors, to_bf16)
+                rotate_tile(t, r, n, factors, rounding)
                 for j in range(16):
                     for lane in range(n):
                         t[j, lane] = r[j, lane]
@@ -398,7 +416,7 @@ def quantize_columns(
 
 
 @kernel
-def columns_amax(x, first, last, starts, counts, groups, factors, to_bf16, largest):
+def columns_amax(x, first, last, starts, counts, groups, factors, rounding, largest):
     """largest[g] = bits of the largest magnitude of group g over these row blocks, after the rotation."""
     t, r = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.float32)
     m = np.empty(LANES, np.int32)
@@ -407,7 +425,7 @@ def columns_amax(x, first, last, starts, counts, groups, factors, to_bf16, large
         for column in range(0, x.shape[1], LANES):
             n = min(LANES, x.shape[1] - column)
             load_tile(t, x, starts[i], counts[i], column, n)
-            rotate_tile(t, r, n, factors, to_bf16)
+            rotate_tile(t, r, n, factors, rounding)
             tile_block_amax(r, n, m)
             for lane in range(n):
                 top = m[lane] if m[lane] > top else top
@@ -418,7 +436,7 @@ def columns_amax(x, first, last, starts, counts, groups, factors, to_bf16, large
 
 
 @kernel
-def load_row(row, x, factors, to_bf16):
+def load_row(row, x, factors, rounding):
     """row fp32 [blocks, 16] = x, rotated by factors fp32 [16, 16] unless those are empty."""
     flat, source = row.reshape(-1), x.reshape(-1)
     for i in range(len(flat)):
@@ -460,13 +478,16 @@ def load_row(row, x, factors, to_bf16):
             y = fused(x14, factors[14, j], y)
             y = fused(x15, factors[15, j], y)
             row[block, j] = y
-    if to_bf16:
+    if rounding == BF16:
         for i in range(len(flat)):
             flat[i] = to_nearest_bf16(flat[i])
+    elif rounding == FP16:
+        for i in range(len(flat)):
+            flat[i] = to_nearest_fp16(flat[i])
 
 
 @kernel
-def row_amax(x, first, last, factors, to_bf16, largest):
+def row_amax(x, first, last, factors, rounding, largest):
     """largest[row] = bits of the largest magnitude of a row of x [rows, blocks, 16], rotated as by `load_row`."""
     loaded = np.empty((x.shape[1], 16), np.float32)
     for row in range(first, last):
@@ -477,7 +498,7 @@ def row_amax(x, first, last, factors, to_bf16, largest):
                 b = both(bits_of(widen(source[column])), ABS)
                 top = b if b > top else top
         else:
-            load_row(loaded, x[row], factors, to_bf16)
+            load_row(loaded, x[row], factors, rounding)
             for block in range(len(loaded)):
                 for j in range(16):
                     b = both(bits_of(loaded[block, j]), ABS)
@@ -511,7 +532,7 @@ def split_nibbles(codes, pairs):
 
 @kernel
 def quantize_rows(
-    x, first, last, groups, amax, bound, factors, to_bf16, clipping,
+    x, first, last, groups, amax, bound, factors, rounding, clipping,
     noise, bits, feature_blocks, experts, positions, samples, step, k0, k1,
     packed, products, codes, scales,
 ):  # fmt: skip
@@ -527,7 +548,7 @@ def quantize_rows(
     loaded = np.empty((blocks, 16), np.float32)
     unit = f32(1.0 / (6.0 * bound))
     for row in range(first, last):
-        load_row(loaded, x[row], factors, to_bf16)
+        load_row(loaded, x[row], factors, rounding)
         group_amax = amax[groups[row]]
         s = global_scale(group_amax, bound)
         mult, decode = s * f32(1 / 6), f32(1) / s

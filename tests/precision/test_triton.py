@@ -54,7 +54,8 @@ def check_record(device: str, record: str, transposed: bool) -> None:
 def check_operand(device: str, x: torch.Tensor, sizes: tuple[int, ...]) -> None:
     """Against the reference on the CPU: what its GEMM does there is the definition of the rotation."""
     backend, rows = triton_backend.Triton(), Rows(sizes)
-    for (what, ours), (_, theirs) in zip(operations(backend, x.to(device), rows), operations(REFERENCE, x, rows), strict=True):
+    for (what, compute), (_, reference) in zip(operations(backend, x.to(device), rows), operations(REFERENCE, x, rows), strict=True):
+        ours, theirs = compute(), reference()
         assert_same(to(ours, "cpu"), theirs, what)
         if isinstance(theirs, Packed):
             for dtype in (torch.float32, torch.bfloat16):

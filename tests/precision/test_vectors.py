@@ -1,43 +1,17 @@
 """Every record of Transformer Engine's own reference quantizer and GEMM, byte for byte."""
 
-import json
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 
+from model.precision.certify import Vectors
 from model.precision.formats import Format, NVFP4Options
 from model.precision.hadamard import rotation
 from model.precision.linear import Site, TokenKeys, linear
 from model.precision.nvfp4 import GRID, Quantized, quantize, round_e2m1_stochastic
 
-VECTORS = Path(__file__).parent.parent / "vectors"
-RECORDS: dict[str, dict[str, Any]] = json.loads((VECTORS / "nvfp4_reference_vectors.json").read_text())
-ARRAYS = np.load(VECTORS / "nvfp4_reference_vectors.npz")
-QUANTIZED = [name for name in RECORDS if not name.startswith("_")]
-
-
-def field(record: str, name: str) -> torch.Tensor:
-    tensor = torch.from_numpy(ARRAYS[f"{record}/{name}"])
-    return tensor.view(torch.bfloat16) if RECORDS[record].get(name) == "bf16bits" else tensor
-
-
-def options(record: str, *, transposed: bool) -> dict[str, Any]:
-    """The reference's arguments in our names."""
-    info = RECORDS[record]
-    given = info["kwargs"]
-    result: dict[str, Any] = {}
-    if info["kind"] == "2d":
-        result["scaling"] = "2d"
-    if info["kind"] == "rht" and transposed:  # only the transposed operand is rotated
-        result |= {"hadamard": True, "hadamard_signs": given.get("with_random_sign_mask", True)}
-    if given.get("row_scaled_nvfp4"):
-        result["row_scaled"] = True
-    if given.get("nvfp4_use_4over6"):
-        result |= {"clipping": f"4over6_{given['nvfp4_4over6_err_mode'].lower()}", "e4m3_bound": int(given["nvfp4_e4m3_max"])}
-    return result
+VECTORS = Vectors()
+RECORDS, ARRAYS, QUANTIZED = VECTORS.records, VECTORS.arrays, VECTORS.quantized
+field, options = VECTORS.field, VECTORS.options
 
 
 def assert_equal(ours: Quantized, record: str, suffix: str) -> None:

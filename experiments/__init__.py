@@ -1,0 +1,1 @@
+"""Experiments: a recipe that sweeps, and a module that turns its runs into numbers and pictures."""
