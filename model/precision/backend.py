@@ -66,6 +66,12 @@ class Packed:
     scales: Tensor
     features: int
 
+    def part(self, start: int, stop: int) -> "Packed":
+        """Rows start ... stop - 1 of the operand, whole blocks where blocks run along them."""
+        per_code, per_scale = {"rows": (1, 1), "tiles": (1, BLOCK), "columns": (2, BLOCK)}[self.along]
+        codes = self.codes[start // per_code : stop // per_code]
+        return Packed(self.along, codes, self.scales[start // per_scale : stop // per_scale], self.features)
+
 
 class Backend(Protocol):
     """NVFP4 on some kind of device. x: fp32 or bf16 [rows, features], contiguous

@@ -17,7 +17,7 @@ Routed experts (`grouped_linear`) are the general case: rows belong to groups, e
 is padded with zero rows where blocks run along tokens. A plain linear layer is one group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,11 @@ class Site:
     weights: WeightCache = field(default_factory=WeightCache)
     health: Health = field(default_factory=Health)
 
+    @property
+    def packed(self) -> bool:
+        """Whether operands are wanted packed even where they are multiplied at once."""
+        return self.health.active or hasattr(self.backend, "multiply")
+
     def maximum(self, amax: Tensor) -> Tensor:
         if self.amax_group is not None:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.amax_group)
@@ -149,7 +154,7 @@ def along_features(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: p
         amax = site.maximum(x.abs().amax(-1, keepdim=True).float())
     else:
         amax = site.maximum(backend.amax(x, rows))
-    kept = backend.quantize_rows(x, amax, rows, stream=stream, clipping=clipping, bound=bound, packed=site.health.active)
+    kept = backend.quantize_rows(x, amax, rows, stream=stream, clipping=clipping, bound=bound, packed=site.packed)
     if isinstance(kept, Packed):
         site.health.nvfp4(site.name, operand, x, kept, amax, bound, rows, backend)
     return Operand(kept, amax, bound)
@@ -171,7 +176,7 @@ def along_tokens(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: phi
         return Operand(quantized if keep else quantized.dequantize())
     hadamard, backend = form.nvfp4.hadamard, site.backend
     amax = site.maximum(backend.amax(x, rows, hadamard=hadamard))
-    kept = backend.quantize_columns(x, amax, rows, hadamard=hadamard, stream=stream, packed=keep or site.health.active)
+    kept = backend.quantize_columns(x, amax, rows, hadamard=hadamard, stream=stream, packed=keep or site.packed)
     if isinstance(kept, Packed):
         site.health.nvfp4(site.name, operand, x, kept, amax, 448.0, rows, backend, hadamard=hadamard)
     return Operand(kept, amax)
@@ -259,6 +264,24 @@ def _gemms(
             part.copy_(product)
 
 
+def _in_four_bits(a: Operand, b: Operand, site: Site) -> bool:
+    """Whether the backend multiplies these as they are: both packed, with one amax for a group."""
+    if not hasattr(site.backend, "multiply") or not isinstance(a.kept, Packed) or not isinstance(b.kept, Packed):
+        return False
+    return a.amax is not None and b.amax is not None and a.amax.dim() == b.amax.dim() == 1
+
+
+def _tensor_cores(a: Operand, a_rows: Rows, b: Operand, b_rows: Rows, site: Site, *, dgrad: bool) -> Iterator[tuple[int, Tensor]]:
+    """The number of every group that has rows, and its product, times alpha, by the backend's own GEMM."""
+    assert isinstance(a.kept, Packed) and isinstance(b.kept, Packed) and a.amax is not None and b.amax is not None
+    multiply: Any = site.backend.multiply  # type: ignore[attr-defined]
+    across = dgrad and b.kept.along == "tiles"
+    for group, ((i, j), (k, m)) in enumerate(zip(a_rows.bounds, b_rows.bounds, strict=True)):
+        if j > i:
+            sides = (a.kept.part(i, j), a.amax[group : group + 1], b.kept.part(k, m), b.amax[group : group + 1])
+            yield group, multiply(*sides, left_bound=a.bound, right_bound=b.bound, across=across)
+
+
 def _multiplied_in(form: Format, device: torch.device) -> torch.dtype:
     # bf16 GEMMs are slow on most CPUs; what bf16 holds, fp32 holds too.
     return torch.bfloat16 if device.type == "cuda" and form.name != "fp32" else torch.float32
@@ -285,12 +308,18 @@ class _Call:
     def times_weight(self, x: Operand, weight: Tensor, form: Format, *, dgrad: bool) -> Tensor:
         """fprop: every group's rows times the transpose of its weight; dgrad: times the weight. fp32 [rows, N or K]."""
         operand = weight_operand(weight, form, self.site, dgrad=dgrad)
+        groups, outputs, inputs = weight.shape
+        result = torch.empty(sum(self.rows.sizes), inputs if dgrad else outputs, device=weight.device)
+        if _in_four_bits(x, operand, self.site):
+            weight_rows = Rows((outputs,) * groups).padded(nvfp4.BLOCK if dgrad else 1)
+            for group, product in _tensor_cores(x, self.rows, operand, weight_rows, self.site, dgrad=dgrad):
+                start, stop = self.rows.bounds[group]
+                result[start:stop] = product
+            return result
         dtype = _multiplied_in(form, weight.device)
         left, right = x.values(self.site.backend, dtype), operand.values(self.site.backend, dtype)
-        groups, outputs, inputs = weight.shape
         stored = len(right) // groups  # rows of a group, padded where blocks run along them
         matrices = [right[g * stored : g * stored + outputs] for g in range(groups)]
-        result = torch.empty(len(left), inputs if dgrad else outputs, device=left.device)
         factors = [(left[i:j], w if dgrad else w.T) for (i, j), w in zip(self.rows.bounds, matrices, strict=True)]
         _gemms(result, factors, self.rows.bounds, _alpha(x, operand), add=False)
         return result
@@ -311,6 +340,11 @@ class _Call:
         # Without blocks, both GEMMs multiply the same dy.
         if left is None or form.name != self.formats[1].name or form.name not in ("fp32", "bf16"):
             left = along_tokens(dy, self.rows, form, self.site, stream=self.stream(form, "dy_t"), keep=False)
+        if _in_four_bits(left, x, self.site):
+            padded = self.rows.padded(nvfp4.BLOCK)
+            for group, product in _tensor_cores(left, padded, x, padded, self.site, dgrad=False):
+                into[group] += product
+            return
         dtype = _multiplied_in(form, dy.device)
         a, b = left.values(backend, dtype), x.values(backend, dtype)
         groups, outputs, inputs = into.shape

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.precision.philox import philox, random_bytes, stream_key
+from model.precision.philox import Stream, philox, random_bytes, stream_key
 
 # Known answers of the Random123 distribution, philox4x32-10: counter, key, output.
 KNOWN = [
@@ -73,3 +73,30 @@ def test_bytes_are_uniform_and_neighbours_uncorrelated() -> None:
     for a, b in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1])):
         correlation = float((a * b).mean() / centred.var())
         assert abs(correlation) < 5 / a.numel() ** 0.5
+
+
+def test_streams_of_other_modules_operands_steps_and_seeds_are_independent() -> None:
+    index = torch.arange(256)
+
+    def drawn(seed: int = 1, module: str = "layers.0.mixer.in_proj", operand: str = "dy", step: int = 5, sample: int = 0) -> torch.Tensor:
+        return Stream(stream_key(seed, module, operand), index // 64 + sample, index % 64, step).bytes(512).flatten().double()
+
+    first = drawn()
+    others = {
+        "operand": drawn(operand="dy_t"),
+        "next step": drawn(step=6),
+        "far step": drawn(step=5 + 2**20),
+        "next layer": drawn(module="layers.1.mixer.in_proj"),
+        "other module": drawn(module="layers.0.mixer.out_proj"),
+        "next seed": drawn(seed=2),
+        "next sample": drawn(sample=4),
+    }
+    variance = (256**2 - 1) / 12  # variance of a uniform byte
+    for what, other in others.items():
+        # Also shifted by a few elements: a counter that only moved would show there.
+        for shift in (0, 1, 4, 16, 512):
+            correlation = float(((first - 127.5) * (other.roll(shift) - 127.5)).mean() / variance)
+            assert abs(correlation) < 5 / first.numel() ** 0.5, (what, shift)
+        # Equal bytes are as frequent as chance makes them.
+        equal = float((first == other).double().mean())
+        assert abs(equal - 1 / 256) < 5 * (1 / 256 / first.numel()) ** 0.5, what

@@ -17,6 +17,7 @@ from model.precision import nvfp4
 from model.precision.backend import Packed, Rows, choose
 from model.precision.formats import BF16, FP32, GEMMS, MXFP8, Format, NVFP4Options
 from model.precision.hadamard import rotate
+from model.precision.linear import Site, TokenKeys, grouped_linear, linear
 from model.precision.philox import Stream
 from model.precision.reference import Reference
 from model.precision.transformer_engine import TransformerEngine, arguments, missing, recipe, translate
@@ -396,3 +397,46 @@ def test_the_three_gemms_on_tensor_cores(stand_in: SimpleNamespace, bound: float
         expected = product * of[of_a].double() * of[of_b].double() / (36 * 448 * right)
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() <= 1e-6 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_scaling": "1d"},
+        {"clipping": "4over6_mae", "e4m3_bound": 256, "hadamard": False},
+        {"row_scaled": True, "hadamard": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(64,), (5, 0, 43)], ids=str)
+def test_a_linear_layer_multiplies_four_bits(stand_in: SimpleNamespace, options: dict[str, Any], sizes: tuple[int, ...]) -> None:
+    """y, dx and dW of a layer whose backend has a GEMM of its own; and it is that GEMM which runs."""
+    wanted = form(stochastic_rounding=False, **options)
+    tokens, groups = sum(sizes), len(sizes)
+    calls = []
+
+    class Counted(TransformerEngine):
+        def multiply(self, *arguments: Any, **how: Any) -> torch.Tensor:
+            calls.append(arguments)
+            return super().multiply(*arguments, **how)
+
+    results = []
+    for backend in (Counted(), REFERENCE):
+        x = operand(tokens, 64).requires_grad_()
+        w = torch.stack([operand(48, 64, seed) for seed in range(groups)]).requires_grad_()
+        keys = TokenKeys(torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens))
+        site = Site("m", 0, backend=backend, first_expert=0 if groups > 1 else None)
+        if groups > 1:
+            y = grouped_linear(x, w, sizes, (wanted,) * 3, site, keys, 0)
+        else:
+            y = linear(x, w[0], (wanted,) * 3, site, keys, 0)
+        y.backward(operand(tokens, 48, 9))
+        assert x.grad is not None and w.grad is not None
+        results.append((y.detach().float(), x.grad.float(), w.grad.float()))
+    busy = sum(size > 0 for size in sizes)
+    assert len(calls) == busy * (2 if options.get("row_scaled") else 3)  # an amax for every row is beyond the GEMM
+    for name, ours, theirs in zip(("y", "dx", "dw"), *results, strict=True):
+        # bf16 results of sums in another order: at most one rounding apart.
+        assert (ours - theirs).abs().max() <= 2**-7 * theirs.abs().max(), name
+        assert (ours != theirs).float().mean() < 0.02, name
