@@ -3,7 +3,8 @@
     python -m benchmarks.step                                 # tiny
     python -m benchmarks.step recipe=small rounds=3 contenders=[fp32,nvfp4,bf16]
 
-memory: the largest resident size after two steps (the second has optimizer states) above what the process had before the first.
+memory: the largest resident size after two steps (the second has optimizer states) above what the process had before the first. Compiled
+kernels and what runs them are loaded before that: they take the same room whatever the model, and are listed by themselves.
 """
 
 import json
@@ -23,6 +24,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.arguments import main
 from benchmarks.timing import machine, save, table
+from model.precision.cpu import compile_all
 from parallel import layout
 from train.build import Run
 from train.cli import RECIPES, base
@@ -41,17 +43,21 @@ def made(recipe: str, precision: str, directory: str) -> Run:
     return build(read_recipe(values, 1))
 
 
-def memory(recipe: str, precision: str) -> int:
-    """Bytes; to be called in a fresh process."""
+def memory(recipe: str, precision: str) -> tuple[int, int]:
+    """Bytes of the step, and of the kernels; to be called in a fresh process."""
     with tempfile.TemporaryDirectory() as directory:
         run = made(recipe, precision, directory)
+        bare = psutil.Process().memory_info().rss
+        if run.context.backend.name == "cpu":
+            compile_all()
         before = psutil.Process().memory_info().rss
         for step in range(2):
             train_step(run, step)
         layout.shutdown()
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) - before
+        return torch.cuda.max_memory_allocated(), 0
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return largest - before, before - bare
 
 
 def some_steps(recipe: str, precision: str) -> list[float]:
@@ -70,13 +76,13 @@ def some_steps(recipe: str, precision: str) -> list[float]:
 def run(recipe: str, contenders: list[str], rounds: int, to: str) -> None:
     if contenders[0] != "fp32":
         contenders = ["fp32", *contenders]
-    peak = {}
+    peak, kernels = {}, 0
     for precision in contenders:
         code = f"import json; from benchmarks.step import memory; print(json.dumps(memory({recipe!r}, {precision!r})))"
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(f"{recipe} in {precision} did not run: {done.stderr.strip().splitlines()[-1]}")
-        peak[precision] = json.loads(done.stdout.strip().splitlines()[-1])
+        peak[precision], kernels = json.loads(done.stdout.strip().splitlines()[-1])
     times: dict[str, list[float]] = {precision: [] for precision in contenders}
     for _ in range(rounds):
         for precision in contenders:
@@ -89,7 +95,9 @@ def run(recipe: str, contenders: list[str], rounds: int, to: str) -> None:
         ratio, of_memory = seconds[precision] / seconds["fp32"], peak[precision] / peak["fp32"]
         rows.append((precision, f"{seconds[precision]:.3f} s", f"{ratio:.2f}", f"{peak[precision] / 2**20:,.0f} MiB", f"{of_memory:.2f}"))
     print(table(rows))
-    save(to, {"machine": machine(device), "recipe": recipe, "seconds": seconds, "peak_bytes": peak})
+    if kernels:
+        print(f"\nNVFP4 kernels and their runtime take {kernels / 2**20:,.0f} MiB more, once a process")
+    save(to, {"machine": machine(device), "recipe": recipe, "seconds": seconds, "peak_bytes": peak, "kernels_bytes": kernels})
 
 
 DEFAULTS = {"recipe": "tiny", "contenders": ["fp32", "nvfp4"], "rounds": 4, "to": ""}

@@ -134,10 +134,19 @@ class Backend(Protocol):
         """Products of a packed operand, [rows, features]."""
         ...
 
+    def bf16(self, x: Tensor) -> Tensor:
+        """x rounded to bf16, in `gemm_dtype(x)`."""
+        ...
+
 
 def gemm_dtype(like: Tensor) -> torch.dtype:
     """What products are multiplied in: bf16 GEMMs are slow on most CPUs, and every value prepared here is as exact in fp32."""
     return torch.bfloat16 if like.is_cuda else torch.float32
+
+
+def rounded_to_bf16(x: Tensor) -> Tensor:
+    """x rounded to bf16, in `gemm_dtype(x)`."""
+    return x.to(torch.bfloat16).to(gemm_dtype(x))
 
 
 def pad_rows(x: Tensor, rows: Rows, block: int = BLOCK) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.precision import hadamard as rht
 from model.precision import nvfp4
-from model.precision.backend import Packed, Rows
+from model.precision.backend import Packed, Rows, rounded_to_bf16
 from model.precision.nvfp4 import BLOCK, Clipping, Quantized
 from model.precision.philox import EXPERT_SHIFT, FEATURES_PER_CALL, WORD, Stream
 
@@ -97,8 +97,7 @@ def _row_blocks(rows: Rows) -> tuple[Array, Array, Array]:
 
 def _noise(stream: Stream | None, bits: Tensor | None, rows: int, features: int, *, in_blocks: bool = False) -> tuple[Any, ...]:
     """The kernels' arguments noise ... k1: see `cpu_kernels.quantize_columns`."""
-    nothing, none = np.zeros(0, np.uint64), NO_CODES if in_blocks else NO_BYTES
-    blocks = np.zeros(0, np.uint32)
+    nothing, none = np.zeros(0, np.uint32), NO_CODES if in_blocks else NO_BYTES
     zero = np.uint64(0)
     if stream is not None:
         runs = stream.runs or ((0, features),)
@@ -108,16 +107,16 @@ def _noise(stream: Stream | None, bits: Tensor | None, rows: int, features: int,
             first_blocks = [
                 np.arange(first // FEATURES_PER_CALL, -(-(first + count) // FEATURES_PER_CALL), dtype=np.uint32) for first, count in runs
             ]
-            expert = np.zeros(rows, np.uint64)
+            expert = np.zeros(rows, np.uint32)
             if stream.expert is not None:
-                expert = (stream.expert.numpy().astype(np.uint64) + np.uint64(1)) << np.uint64(EXPERT_SHIFT)
-            where = [values.numpy().astype(np.uint64) & np.uint64(WORD) for values in (stream.position, stream.sample)]
+                expert = ((stream.expert.numpy() + 1) << EXPERT_SHIFT).astype(np.uint32)
+            where = [(values.numpy() & WORD).astype(np.uint32) for values in (stream.position, stream.sample)]
             key = [np.uint64(word) for word in stream.key]
             return 2, none, np.concatenate(first_blocks), expert, *where, np.uint64(stream.step & WORD), *key
     if bits is not None:
         drawn = _pad_features(bits).contiguous().numpy() if in_blocks else bits.contiguous().numpy()
-        return 1, _in_blocks(drawn) if in_blocks else drawn, blocks, nothing, nothing, nothing, zero, zero, zero
-    return 0, none, blocks, nothing, nothing, nothing, zero, zero, zero
+        return 1, _in_blocks(drawn) if in_blocks else drawn, nothing, nothing, nothing, nothing, zero, zero, zero
+    return 0, none, nothing, nothing, nothing, nothing, zero, zero, zero
 
 
 def _factors(hadamard: bool, signs: bool = True) -> Array:
@@ -230,9 +229,17 @@ class FusedCPU:
         else:
             products = np.empty((len(codes), 2 * codes.shape[1]), np.float32)
             per_scale = BLOCK if packed.along == "tiles" else 1
-            blocks = _in_blocks(products)
-            _spread(lambda i, j: k.unpack_rows(codes, scales, per_scale, i, j, blocks), len(codes), products.size)
+            _spread(lambda i, j: k.unpack_rows(codes, scales, per_scale, i, j, products), len(codes), products.size)
         return torch.from_numpy(products)[:, : packed.features].to(dtype)
+
+    def bf16(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return rounded_to_bf16(x)
+        k, source = _kernels(), x.detach().contiguous()
+        result = torch.empty_like(source)
+        values, rounded = source.view(-1).numpy(), result.view(-1).numpy()
+        _spread(lambda first, last: k.round_to_bf16(values, first, last, rounded), len(values), len(values))
+        return result
 
     def quantize(
         self,
@@ -286,6 +293,7 @@ def compile_all() -> None:
             assert isinstance(operand, Packed)
             backend.unpack(operand, torch.float32)
         backend.quantize(x, hadamard=True)
+        backend.bf16(x)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,13 @@ def to_nearest_fp16(v):
 
 
 @kernel
+def rounded(v, rounding):
+    if rounding == BF16:
+        return to_nearest_bf16(v)
+    return to_nearest_fp16(v) if rounding == FP16 else v
+
+
+@kernel
 def e4m3(v):
     """E4M3, ties to even, saturating at 448, of v >= 0."""
     v = f32(448) if v > f32(448) else v
@@ -205,31 +212,30 @@ def error_of(code, scale, amax, unit, x, squared):
 
 
 @kernel
-def philox_round(c, q):
-    """Counter and key after one round; 32-bit words in 64-bit numbers."""
+def philox_round(c0, c1, c2, c3, k0, k1):
+    """32-bit words in 64-bit numbers. Masked where they are multiplied: LLVM then sees that 32 bits by 32 are enough."""
     mask = u64(0xFFFFFFFF)
-    p0, p1 = c[0] * u64(0xD2511F53), c[2] * u64(0xCD9E8D57)
-    counter = ((p1 >> u64(32)) ^ c[1] ^ q[0], p1 & mask, (p0 >> u64(32)) ^ c[3] ^ q[1], p0 & mask)
-    return counter, ((q[0] + u64(0x9E3779B9)) & mask, (q[1] + u64(0xBB67AE85)) & mask)
+    p0, p1 = (c0 & mask) * u64(0xD2511F53), (c2 & mask) * u64(0xCD9E8D57)
+    return (p1 >> u64(32)) ^ c1 ^ k0, p1 & mask, (p0 >> u64(32)) ^ c3 ^ k1, p0 & mask
 
 
 @kernel
-def random_words(words, n, blocks, expert, position, sample, step, k0, k1):
-    """Philox 4x32-10 for n groups of 16 features of one token: words uint32 [>= n, 4]; see `model.precision.philox`."""
-    for b in range(n):
-        c, q = (u64(blocks[b]) | expert, position, sample, step), (k0, k1)
-        # Ten rounds in a straight line: a loop here would keep LLVM from taking several b at once.
-        c, q = philox_round(c, q)
-        c, q = philox_round(c, q)
-        c, q = philox_round(c, q)
-        c, q = philox_round(c, q)
-        c, q = philox_round(c, q)
-        c, q = philox_round(c, q)
-        c, q = philox_round(c, q)
-        c, q = philox_round(c, q)
-        c, q = philox_round(c, q)
-        c, q = philox_round(c, q)
-        words[b, 0], words[b, 1], words[b, 2], words[b, 3] = u32(c[0]), u32(c[1]), u32(c[2]), u32(c[3])
+def random_words(words, n, features, positions, samples, step, k0, k1, drawn):
+    """Philox 4x32-10 for n groups of 16 features of one token: words uint32 [>= n, 4]; see `model.precision.philox`.
+
+    features, positions, samples: words 0, 1 and 2 of the n counters, uint32. drawn: four uint32 arrays to work in.
+    """
+    mask = u64(0xFFFFFFFF)
+    # Four plain arrays first, then interleaved: a loop that interleaves at once is not vectorised.
+    first, second, third, fourth = drawn
+    for i in range(n):
+        c0, c1, c2, c3, q0, q1 = u64(features[i]), u64(positions[i]), u64(samples[i]), step, k0, k1
+        for _ in range(10):
+            c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, q0, q1)
+            q0, q1 = (q0 + u64(0x9E3779B9)) & mask, (q1 + u64(0xBB67AE85)) & mask
+        first[i], second[i], third[i], fourth[i] = u32(c0), u32(c1), u32(c2), u32(c3)
+    for i in range(n):
+        words[i, 0], words[i, 1], words[i, 2], words[i, 3] = first[i], second[i], third[i], fourth[i]
 
 
 # -- tiles of 16 rows: blocks run down the columns --------------------------------------------------------------------------------------------
@@ -247,10 +253,26 @@ def load_tile(t, x, row, count, column, n):
 
 
 @kernel
+def eight_more(y, t, row, lane, f0, f1, f2, f3, f4, f5, f6, f7):
+    """y + sum of eight elements of a column of t times their factors; in order, fused, as an fp32 GEMM takes them."""
+    y = fused(t[row, lane], f0, y)
+    y = fused(t[row + 1, lane], f1, y)
+    y = fused(t[row + 2, lane], f2, y)
+    y = fused(t[row + 3, lane], f3, y)
+    y = fused(t[row + 4, lane], f4, y)
+    y = fused(t[row + 5, lane], f5, y)
+    y = fused(t[row + 6, lane], f6, y)
+    return fused(t[row + 7, lane], f7, y)
+
+
+@kernel
 def rotate_tile(t, r, n, factors, rounding):
-    """r = the rotation of t's columns by the transpose of factors, fp32 [16, 16]: sums over k in order, fused, as an fp32 GEMM takes them."""
-    for j in range(16):
-        # Sixteen names and no loop: what is loaded here stays in registers.
+    """r = the rotation of t's columns by the transpose of factors, fp32 [16, 16]."""
+    # Rows j and j + 8 of a Sylvester matrix begin with the same eight numbers, whatever the signs of its columns: so do their sums.
+    below = r[8:]
+    other = factors[8:]
+    for j in range(8):
+        # Names and no loops: what is loaded here stays in registers.
         f0 = factors[j, 0]
         f1 = factors[j, 1]
         f2 = factors[j, 2]
@@ -259,32 +281,26 @@ def rotate_tile(t, r, n, factors, rounding):
         f5 = factors[j, 5]
         f6 = factors[j, 6]
         f7 = factors[j, 7]
-        f8 = factors[j, 8]
-        f9 = factors[j, 9]
-        f10 = factors[j, 10]
-        f11 = factors[j, 11]
-        f12 = factors[j, 12]
-        f13 = factors[j, 13]
-        f14 = factors[j, 14]
-        f15 = factors[j, 15]
+        g0 = factors[j, 8]
+        g1 = factors[j, 9]
+        g2 = factors[j, 10]
+        g3 = factors[j, 11]
+        g4 = factors[j, 12]
+        g5 = factors[j, 13]
+        g6 = factors[j, 14]
+        g7 = factors[j, 15]
+        h0 = other[j, 8]
+        h1 = other[j, 9]
+        h2 = other[j, 10]
+        h3 = other[j, 11]
+        h4 = other[j, 12]
+        h5 = other[j, 13]
+        h6 = other[j, 14]
+        h7 = other[j, 15]
         for lane in range(n):
-            y = t[0, lane] * f0
-            y = fused(t[1, lane], f1, y)
-            y = fused(t[2, lane], f2, y)
-            y = fused(t[3, lane], f3, y)
-            y = fused(t[4, lane], f4, y)
-            y = fused(t[5, lane], f5, y)
-            y = fused(t[6, lane], f6, y)
-            y = fused(t[7, lane], f7, y)
-            y = fused(t[8, lane], f8, y)
-            y = fused(t[9, lane], f9, y)
-            y = fused(t[10, lane], f10, y)
-            y = fused(t[11, lane], f11, y)
-            y = fused(t[12, lane], f12, y)
-            y = fused(t[13, lane], f13, y)
-            y = fused(t[14, lane], f14, y)
-            y = fused(t[15, lane], f15, y)
-            r[j, lane] = y
+            shared = eight_more(f32(-0.0), t, 0, lane, f0, f1, f2, f3, f4, f5, f6, f7)  # -0 + x is x, also of -0
+            r[j, lane] = eight_more(shared, t, 8, lane, g0, g1, g2, g3, g4, g5, g6, g7)
+            below[j, lane] = eight_more(shared, t, 8, lane, h0, h1, h2, h3, h4, h5, h6, h7)
     if rounding == BF16:
         for j in range(16):
             for lane in range(n):
@@ -351,13 +367,25 @@ def quantize_columns(
     m, sf, enc = np.empty(LANES, np.int32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     sf4, enc4 = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     error6, error4 = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    words = np.empty((16, LANES // 16, 4), np.uint32)
+    calls = LANES // 16  # of Philox, for a row of a tile
+    words = np.empty((16 * calls, 4), np.uint32)
     noise_tile = words.view(np.uint8).reshape(16, LANES)
+    feature, position, sample = np.zeros(16 * calls, np.uint32), np.empty(16 * calls, np.uint32), np.empty(16 * calls, np.uint32)
+    drawn = (
+        np.empty(16 * calls, np.uint32),
+        np.empty(16 * calls, np.uint32),
+        np.empty(16 * calls, np.uint32),
+        np.empty(16 * calls, np.uint32),
+    )
     unit = f32(1.0 / (6.0 * bound))
     for i in range(first, last):
         group_amax = amax[groups[i]]
         s = global_scale(group_amax, bound)
         mult, decode = s * f32(1 / 6), f32(1) / s
+        if noise == 2:
+            for j in range(counts[i]):
+                for call in range(calls):
+                    position[j * calls + call], sample[j * calls + call] = positions[starts[i] + j], samples[starts[i] + j]
         for column in range(0, features, LANES):
             n = min(LANES, features - column)
             load_tile(t, x, starts[i], counts[i], column, n)
@@ -373,16 +401,18 @@ def quantize_columns(
             if noise == 0:
                 encode_tile(t, q, n, enc)
             else:
-                for j in range(counts[i]):
-                    row = starts[i] + j
-                    if noise == 1:
-                        drawn = bits[row, column : column + n]
+                if noise == 1:
+                    for j in range(counts[i]):
+                        given = bits[starts[i] + j, column : column + n]
                         for lane in range(n):
-                            noise_tile[j, lane] = drawn[lane]
-                    else:
-                        random_words(
-                            words[j], (n + 15) // 16, feature_blocks[column // 16 :], experts[row], positions[row], samples[row], step, k0, k1
-                        )  # fmt: skip
+                            noise_tile[j, lane] = given[lane]
+                else:
+                    here = feature_blocks[column // 16 : column // 16 + (n + 15) // 16]
+                    for j in range(counts[i]):
+                        expert = experts[starts[i] + j]
+                        for call in range(len(here)):
+                            feature[j * calls + call] = here[call] | expert
+                    random_words(words, counts[i] * calls, feature, position, sample, step, k0, k1, drawn)
                 for j in range(counts[i], 16):  # rows of padding, which the rotation fills
                     for lane in range(n):
                         noise_tile[j, lane] = u8(0)
@@ -425,11 +455,14 @@ def columns_amax(x, first, last, starts, counts, groups, factors, rounding, larg
         for column in range(0, x.shape[1], LANES):
             n = min(LANES, x.shape[1] - column)
             load_tile(t, x, starts[i], counts[i], column, n)
-            rotate_tile(t, r, n, factors, rounding)
+            rotate_tile(t, r, n, factors, 0)
             tile_block_amax(r, n, m)
             for lane in range(n):
                 top = m[lane] if m[lane] > top else top
         largest[groups[i]] = top
+    for group in range(len(largest)):
+        # Rounding keeps the order of magnitudes: the largest one rounded is the largest of the rounded.
+        largest[group] = bits_of(rounded(float_of(largest[group]), rounding))
 
 
 # -- rows: blocks run along a row, or are tiles --------------------------------------------------------------------------------------------------
@@ -541,8 +574,18 @@ def quantize_rows(
     blocks = x.shape[1]
     m, sf, enc = np.empty(blocks, np.int32), np.empty(blocks, np.float32), np.empty(blocks, np.float32)
     v, q, q4 = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
-    words = np.empty((blocks, 4), np.uint32)
-    noise_row = words.view(np.uint8)
+    batch = max(1, 128 // blocks)  # rows whose random bytes are drawn at once
+    words = np.empty((batch * blocks, 4), np.uint32)
+    noise_rows = words.view(np.uint8)
+    feature, position, sample = (
+        np.empty(batch * blocks, np.uint32),
+        np.empty(batch * blocks, np.uint32),
+        np.empty(batch * blocks, np.uint32),
+    )
+    drawn = (
+        np.empty(batch * blocks, np.uint32), np.empty(batch * blocks, np.uint32),
+        np.empty(batch * blocks, np.uint32), np.empty(batch * blocks, np.uint32),
+    )  # fmt: skip
     pairs = np.empty(8 * blocks, np.uint16)
     nibbles = pairs.view(np.uint8).reshape(blocks, 16)
     loaded = np.empty((blocks, 16), np.float32)
@@ -573,10 +616,17 @@ def quantize_rows(
                 if block_error(v, q4, scale4, group_amax, unit, squared) < block_error(v, q, sf[block], group_amax, unit, squared):
                     sf[block] = scale4
                     enc[block] = e4
+        at = (row - first) % batch if noise == 2 else 0
+        noise_row = noise_rows[at * blocks : at * blocks + blocks]
         if noise == 1:
             noise_row[:] = bits[row]
-        elif noise == 2:
-            random_words(words, blocks, feature_blocks, experts[row], positions[row], samples[row], step, k0, k1)
+        elif noise == 2 and at == 0:
+            ahead = min(batch, last - row)
+            for i in range(ahead):
+                for block in range(blocks):
+                    feature[i * blocks + block] = feature_blocks[block] | experts[row + i]
+                    position[i * blocks + block], sample[i * blocks + block] = positions[row + i], samples[row + i]
+            random_words(words, ahead * blocks, feature, position, sample, step, k0, k1, drawn)
         if packed:
             for block in range(blocks):
                 e = enc[block]
@@ -669,22 +719,35 @@ def quantize_tiles(x, first, last, groups, amax, bound, clipping, packed, produc
                         products[row, block, j] = nearest(clamped(widen(x[row, block, j]) * e)) * scale
 
 
+@kernel
+def round_to_bf16(x, first, last, result):
+    """Elements first ... last - 1 of x [n], rounded to bf16 and kept as fp32."""
+    source, target = x[first:last], result[first:last]
+    for i in range(len(source)):
+        target[i] = to_nearest_bf16(source[i])
+
+
 # -- back to products ----------------------------------------------------------------------------------------------------------------------------
 
 
 @kernel
 def unpack_rows(codes, scales, rows_per_scale, first, last, products):
-    """products [rows, blocks, 16] of codes [rows, 8 * blocks]."""
+    """products [rows, 16 * blocks] of codes [rows, 8 * blocks]."""
     blocks = scales.shape[1]
     pairs = np.empty(8 * blocks, np.uint16)
-    nibbles = pairs.view(np.uint8).reshape(blocks, 16)
+    nibbles = pairs.view(np.uint8)
+    scale = np.empty(16 * blocks, np.float32)
+    by_block = scale.reshape(blocks, 16)
     for row in range(first, last):
+        if row == first or row % rows_per_scale == 0:
+            of_row = scales[row // rows_per_scale]
+            for block in range(blocks):
+                for j in range(16):
+                    by_block[block, j] = from_e4m3_byte(of_row[block])
         split_nibbles(codes[row], pairs)
-        of_row = scales[row // rows_per_scale]
-        for block in range(blocks):
-            scale = from_e4m3_byte(of_row[block])
-            for j in range(16):
-                products[row, block, j] = from_nibble(i32(nibbles[block, j])) * scale
+        target = products[row]
+        for i in range(len(nibbles)):
+            target[i] = from_nibble(i32(nibbles[i])) * scale[i]
 
 
 @kernel

@@ -126,23 +126,12 @@ def _bound(form: Format, clipping: str) -> float:
     return float(form.nvfp4.e4m3_bound) if clipping != "saturate" else 448.0
 
 
-def _as_bf16(x: Tensor) -> Tensor:
-    """x rounded to bf16: as bf16 on a GPU, as fp32 on a CPU, which would have to widen it for the GEMM."""
-    if x.is_cuda or x.dtype == torch.bfloat16:
-        return x.to(torch.bfloat16)
-    result = torch.empty_like(x)
-    # In pieces that stay in the cache: whole, the bf16 tensor in between would go through memory twice.
-    for source, target in zip(x.view(-1).split(1 << 17), result.view(-1).split(1 << 17), strict=True):
-        target.copy_(source.to(torch.bfloat16))
-    return result
-
-
 def along_features(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: philox.Stream | None, forward: bool) -> Operand:
     """x [rows, features] with blocks along features, as values."""
     if form.name == "fp32":
         return Operand(x.float())
     if form.name == "bf16":
-        return Operand(_as_bf16(x))
+        return Operand(site.backend.bf16(x))
     operand = "x" if forward else "dy"
     if form.name == "mxfp8":
         quantized = mxfp8.quantize(x)
@@ -169,7 +158,7 @@ def along_tokens(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: phi
     if form.name == "fp32":
         return Operand(x.float())
     if form.name == "bf16":
-        return Operand(x.to(torch.bfloat16) if keep else _as_bf16(x))
+        return Operand(x.to(torch.bfloat16) if keep else site.backend.bf16(x))
     if form.name == "mxfp8":
         quantized = mxfp8.quantize(pad_rows(x, rows, mxfp8.BLOCK), "columns")
         site.health.mxfp8(site.name, operand, x, quantized, rows)
@@ -188,7 +177,7 @@ def weight_operand(weight: Tensor, form: Format, site: Site, *, dgrad: bool) -> 
     if form.name == "fp32":
         return Operand(w)
     if form.name == "bf16":
-        return Operand(_as_bf16(w))
+        return Operand(site.backend.bf16(w))
     tiles = form.name == "nvfp4" and form.nvfp4.weight_scaling == "2d"
     key = (site.name, form, dgrad and not tiles)
     found = site.weights.find(key, weight)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from model.precision import hadamard as rht
 from model.precision import nvfp4
-from model.precision.backend import Packed, Rows, gemm_dtype, pad_rows, per_row
+from model.precision.backend import Packed, Rows, gemm_dtype, pad_rows, per_row, rounded_to_bf16
 from model.precision.nvfp4 import BLOCK, Clipping, Encoded
 from model.precision.philox import Stream
 
@@ -23,6 +23,7 @@ class Reference:
 
     name = "reference"
     quantize = staticmethod(nvfp4.quantize)
+    bf16 = staticmethod(rounded_to_bf16)
 
     def amax(self, x: Tensor, rows: Rows, *, hadamard: bool = False) -> Tensor:
         if hadamard:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from model.precision import hadamard as rht
 from model.precision import nvfp4
-from model.precision.backend import Packed, Rows, gemm_dtype, pad_rows
+from model.precision.backend import Packed, Rows, gemm_dtype, pad_rows, rounded_to_bf16
 from model.precision.formats import Format
 from model.precision.nvfp4 import BLOCK, Clipping, Quantized
 from model.precision.philox import Stream
@@ -173,6 +173,7 @@ class TransformerEngine:
     """
 
     name = "transformer_engine"
+    bf16 = staticmethod(rounded_to_bf16)
     own_draws = True
     own_rotation = True
 

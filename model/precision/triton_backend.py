@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from model.precision import nvfp4
-from model.precision.backend import Packed, Rows, gemm_dtype
+from model.precision.backend import Packed, Rows, gemm_dtype, rounded_to_bf16
 from model.precision.nvfp4 import BLOCK, MAX_CODE, Clipping, Quantized, Scaling
 from model.precision.philox import FEATURES_PER_CALL, WORD, Stream
 
@@ -88,6 +88,7 @@ class Triton:
     """See `model.precision.backend.Backend`."""
 
     name = "triton"
+    bf16 = staticmethod(rounded_to_bf16)
 
     def __init__(self) -> None:
         from model.precision import triton_kernels
