@@ -4,7 +4,8 @@
     python -m experiments.nvfp4_gap runs=runs/nvfp4_gap-sweep to=docs/nvfp4_gap
 
 Runs are compared in pairs: the same seed has the same initial weights and the same data, so a gap is that of one pair and its spread is that of
-the pairs. Writes results.json, gap.png, final.png, and prints a table.
+the pairs. `worth` is the same against the nvfp4 group: positive, where giving up a technique costs loss. Writes results.json, gap.png,
+final.png and a page, index.html, that holds them, and prints a table.
 """
 
 import json
@@ -18,11 +19,12 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from train import page
 from train.arguments import key_values
 from train.observe.metrics import read_metrics
-from train.pictures import RUN_COLOURS, STYLE, smooth, spread
+from train.pictures import RUN_COLOURS, STYLE, label_ends, smooth
 
-REFERENCE = "fp32"
+REFERENCE, RECIPE = "fp32", "nvfp4"
 NAME = re.compile(r"precision-(?P<arm>[a-z0-9_]+)__seed-(?P<seed>\d+)$")
 WINDOW = 31  # steps of the running mean
 PANELS = (
@@ -46,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Gap:
-    """Of one arm to fp32, in %: curves [seeds, n] over steps [n] of the smoothed training loss, and of the validation loss [seeds]."""
+    """Of one arm to another, in %: curves [seeds, n] over steps [n] of the smoothed training loss, and of the validation loss [seeds]."""
 
     seeds: tuple[int, ...]
     steps: np.ndarray
@@ -82,19 +84,19 @@ def read_runs(directory: Path) -> dict[str, dict[int, Run]]:
     return runs
 
 
-def gaps(runs: Mapping[str, Mapping[int, Run]]) -> dict[str, Gap]:
-    """Every arm that shares a seed with fp32, the smallest gap first."""
-    reference = runs[REFERENCE]
+def gaps(runs: Mapping[str, Mapping[int, Run]], to: str = REFERENCE) -> dict[str, Gap]:
+    """Every arm that shares a seed with the arm `to`, the smallest gap first."""
+    reference = runs.get(to, {})
     found = {}
     for arm, by_seed in runs.items():
         seeds = tuple(sorted(by_seed.keys() & reference.keys()))
-        if arm == REFERENCE or not seeds:
+        if arm == to or not seeds:
             continue
         curves, final = [], []
         for seed in seeds:
             ours, theirs = by_seed[seed], reference[seed]
             if not np.array_equal(ours.steps, theirs.steps):
-                raise ValueError(f"{arm} and {REFERENCE} of seed {seed} logged different steps: run both from the same recipe")
+                raise ValueError(f"{arm} and {to} of seed {seed} logged different steps: run both from the same recipe")
             curves.append(100 * (smooth(ours.losses, WINDOW) / smooth(theirs.losses, WINDOW) - 1))
             final.append(100 * (ours.validation / theirs.validation - 1))
         found[arm] = Gap(seeds, reference[seeds[0]].steps, np.array(curves), np.array(final))
@@ -104,15 +106,19 @@ def gaps(runs: Mapping[str, Mapping[int, Run]]) -> dict[str, Gap]:
 def draw_curves(found: Mapping[str, Gap], path: Path) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(14, 5.2), layout="constrained", sharey=True)
+        labels = []
         for axis, (title, arms) in zip(axes, PANELS, strict=True):
-            _panel(axis, {arm: found[arm] for arm in arms if arm in found})
+            labels.append(_panel(axis, {arm: found[arm] for arm in arms if arm in found}))
             axis.set_title(title)
         axes[0].set_ylabel("training loss against fp32, %")
         figure.suptitle(f"Loss gap over training: mean of seeds, band: standard error, {WINDOW}-step running mean", x=0.01, ha="left")
+        for axis, ends in zip(axes, labels, strict=True):  # when all lines are drawn: both panels share one scale
+            label_ends(axis, ends)
         _save(figure, path)
 
 
-def _panel(axis: Axes, found: Mapping[str, Gap]) -> None:
+def _panel(axis: Axes, found: Mapping[str, Gap]) -> list[tuple[float, str, str]]:
+    """Where the lines end: value, label and colour."""
     axis.axhline(0, color="#555555", linewidth=1)
     ends = []
     for (arm, gap), colour in zip(found.items(), COLOURS, strict=False):
@@ -123,12 +129,9 @@ def _panel(axis: Axes, found: Mapping[str, Gap]) -> None:
             error = gap.curves.std(0, ddof=1)[skipped] / np.sqrt(len(gap.seeds))
             axis.fill_between(gap.steps[skipped], mean - error, mean + error, color=colour, alpha=0.18, linewidth=0)
         ends.append((float(mean[-1]), arm, colour))
-    low, high = axis.get_ylim()
-    ends.sort()
-    for place, (_, arm, colour) in zip(spread([end[0] for end in ends], (high - low) * 0.055), ends, strict=True):
-        axis.annotate(arm, (1.01, place), xycoords=("axes fraction", "data"), color=colour, va="center", weight="bold", fontsize=10)
     axis.set_xlabel("step")
     axis.margins(x=0)
+    return ends
 
 
 def draw_final(found: Mapping[str, Gap], path: Path) -> None:
@@ -151,15 +154,23 @@ def _save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def table(runs: Mapping[str, Mapping[int, Run]], found: Mapping[str, Gap]) -> str:
-    """Markdown."""
-    lines = ["| precision | seeds | validation loss | gap to fp32, % | standard error |", "|---|---|---|---|---|"]
+HEAD = ("precision", "seeds", "validation loss", "gap to fp32, %", "standard error", "worth, %", "standard error")
+
+
+def rows(runs: Mapping[str, Mapping[int, Run]], found: Mapping[str, Gap], worth: Mapping[str, Gap]) -> list[list[str]]:
+    """Of the table, its columns as HEAD."""
     reference = [run.validation for run in runs[REFERENCE].values()]
-    lines.append(f"| {REFERENCE} | {len(reference)} | {np.mean(reference):.4f} | 0 | |")
+    lines = [[REFERENCE, str(len(reference)), f"{np.mean(reference):.4f}", "0", "", "", ""]]
     for arm, gap in found.items():
         mean = np.mean([runs[arm][seed].validation for seed in gap.seeds])
-        lines.append(f"| {arm} | {len(gap.seeds)} | {mean:.4f} | {gap.mean:+.2f} | {gap.error:.2f} |")
-    return "\n".join(lines)
+        of = worth.get(arm)
+        against = ["", ""] if of is None else [f"{of.mean:+.2f}", f"{of.error:.2f}"]
+        lines.append([arm, str(len(gap.seeds)), f"{mean:.4f}", f"{gap.mean:+.2f}", f"{gap.error:.2f}", *against])
+    return lines
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (HEAD, ["---"] * len(HEAD), *lines))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -168,7 +179,7 @@ def main(arguments: Sequence[str]) -> int:
         values = key_values(arguments, ("runs", "to"))
         directory = Path(str(values.get("runs", "runs/nvfp4_gap-sweep")))
         runs = read_runs(directory)
-        found = gaps(runs)
+        found, worth = gaps(runs), gaps(runs, RECIPE)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -182,14 +193,23 @@ def main(arguments: Sequence[str]) -> int:
             "validation_gap_percent": gap.final.tolist(),
             "mean": gap.mean,
             "standard_error": None if np.isnan(gap.error) else gap.error,
+            "worth_percent": worth[arm].final.tolist() if arm in worth else None,
             "steps": gap.steps[::10].tolist(),
             "training_gap_percent": np.round(gap.curves[:, ::10], 4).tolist(),
         }
         for arm, gap in found.items()
     }
     (to / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(table(runs, found))
-    print(f"\n{to / 'results.json'}, {to / 'gap.png'}, {to / 'final.png'}")
+    lines = rows(runs, found, worth)
+    parts = [
+        f"<p>Gap: loss against {REFERENCE} of the same seed; worth: against {RECIPE} of the same seed.</p>",
+        page.table(HEAD, lines),
+        page.picture("Gap over training", f"Running mean over {WINDOW} steps; bands: standard error over seeds.", to / "gap.png"),
+        page.picture("Gap at the end", "Validation loss on the same text for all.", to / "final.png"),
+    ]
+    (to / "index.html").write_text(page.page("What each precision costs", parts), encoding="utf-8")
+    print(markdown(lines))
+    print("\n" + "\n".join(str(to / name) for name in ("results.json", "gap.png", "final.png", "index.html")))
     return 0
 
 

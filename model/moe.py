@@ -17,7 +17,8 @@ from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
 from model.linear import Linear
 from model.mlp import MLP, output_std, squared_relu
-from model.precision.linear import Formats, TokenKeys, grouped_linear
+from model.precision.formats import Formats
+from model.precision.linear import TokenKeys, grouped_linear
 from model.router import Router
 from parallel.shards import Piece, mark_sharded, set_pieces
 

@@ -19,6 +19,7 @@ import yaml
 from data.documents import DataError
 from data.text_data import TextData
 from model.count import count, linear_modules, other_flops
+from model.precision.transformer_engine_layers import expressible
 from parallel import layout as layouts
 from train.build import Run, build
 from train.checkpoint.manifest import CheckpointError
@@ -111,6 +112,7 @@ def _train(run: Run, changes: list[str]) -> None:
             description=(
                 layout.describe(),
                 *run.data.describe(),
+                _backend(run, step),
                 *(f"changed since the run began: {line}" for line in changes),
             ),
             precision_table=table.text,
@@ -222,6 +224,17 @@ def _table(run: Run, step: int) -> PrecisionTable:
             linear = [LinearRow(m.name, m.flops, (row[0], row[1], row[2])) for m, row in zip(modules, rows, strict=True)]
             run.tables[time] = precision_table(linear, other, known)
     return run.tables[max(time for time in run.tables if time <= step / recipe.total_steps)]
+
+
+def _backend(run: Run, step: int) -> str:
+    """What computes NVFP4, for the head of the run."""
+    backend, policy, progress = run.context.backend, run.context.policy, step / run.recipe.total_steps
+    line = f"NVFP4 backend: {backend.name}"
+    if hasattr(backend, "layer"):
+        plain = [module.name for module in linear_modules(run.recipe.model) if not module.routed]
+        whole = sum(expressible(policy.formats(name, progress), name) for name in plain)
+        line += f"; {whole} of {len(plain)} linear modules by layers of its own, the others and routed experts operand by operand"
+    return line
 
 
 def _pace(run: Run, seconds: float) -> dict[str, float | int]:

@@ -486,7 +486,7 @@ def _draw_lines(
     if zero is not None:
         labels.append((0.0, zero[0], zero[1]))
     axes.set_xlim(0.0, max(last, 1.0))
-    _label_ends(axes, labels)
+    label_ends(axes, labels)
 
 
 def _clip(axes: Axes, lines: Sequence[_Line], kept: np.ndarray, baseline: float | None, both_ends: bool) -> None:
@@ -503,7 +503,7 @@ def _clip(axes: Axes, lines: Sequence[_Line], kept: np.ndarray, baseline: float 
         axes.set_title(note, loc="right", fontsize=9, weight="normal", color="#555555")
 
 
-def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+def label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     """Writes each label right of the axis at its value, moved up or down until none overlaps another."""
     figure_height = axes.figure.bbox.height * 72 / axes.figure.dpi  # points
     space = 13.0 / (figure_height * axes.get_position().height)

@@ -8,7 +8,6 @@ The first run is the reference: gaps are relative to it. Up to six runs, so that
 
 from __future__ import annotations
 
-import base64
 import html
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from train.arguments import key_values
 from train.observe.facts import read_facts
 from train.observe.metrics import read_metrics
 from train.observe.redact import without_secrets
+from train.page import page, picture, table
 from train.pictures import (
     RUN_COLOURS,
     Series,
@@ -110,16 +110,16 @@ def write_report(run_dirs: Sequence[Path], to: Path) -> Path:
     draw_losses(runs, to / "loss.png")  # no finite loss at all is an error of the command, not a gap of the page
     drawn: list[tuple[Picture, Path]] = []
     missing: list[str] = []
-    for picture in PICTURES:
-        if picture.name == "gap" and len(runs) == 1:
+    for one in PICTURES:
+        if one.name == "gap" and len(runs) == 1:
             continue
         try:
-            drawn.append((picture, picture.draw(runs, to / f"{picture.name}.png")))
+            drawn.append((one, one.draw(runs, to / f"{one.name}.png")))
         except ValueError as error:
-            missing.append(f"{picture.title}: {error}.")
-    page = to / "index.html"
-    page.write_text(_page(runs, [_recipe(run_dir) for run_dir in run_dirs], drawn, missing), encoding="utf-8")
-    return page
+            missing.append(f"{one.title}: {error}.")
+    index = to / "index.html"
+    index.write_text(_page(runs, [_recipe(run_dir) for run_dir in run_dirs], drawn, missing), encoding="utf-8")
+    return index
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -142,24 +142,6 @@ def _recipe(run_dir: Path) -> dict[str, Any]:
     return without_secrets(recipe) if isinstance(recipe, Mapping) else {}
 
 
-# --- the page
-# -----------------------------------------------------------------------------------------------------------
-
-_CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; }
-h2 { font-size: 1.25rem; margin: 2.2rem 0 .2rem; }
-p { margin: .2rem 0 .8rem; color: #555; }
-img { max-width: 100%; height: auto; border: 1px solid #e4e4e4; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem; border-bottom: 1px solid #e4e4e4; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; max-width: 26rem; word-break: break-word; }
-.key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .45em; }
-"""
-
-
 def _page(
     runs: Sequence[Series],
     recipes: Sequence[dict[str, Any]],
@@ -168,43 +150,26 @@ def _page(
 ) -> str:
     names = ", ".join(run.name for run in runs)
     parts = [
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(names)}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{_CSS}</style></head><body>",
-        f"<h1>{html.escape(names)}</h1>",
         "<p>Losses are nats per token. Final training losses are means over the last tenth of the logged steps.</p>",
-        _table(*_facts(runs)),
+        table(*_facts(runs)),
     ]
     differences = _differences(recipes)
     if differences:
         parts.append("<h2>What differs in the recipes</h2>")
-        parts.append(_table(["key", *_keys(runs)], differences, text=True))
+        parts.append(table(["key", *_keys(runs)], differences, text=True))
     elif len(runs) > 1 and all(recipes):
         parts.append("<p>The recipes are the same but for the run's name and directory.</p>")
-    for picture, path in drawn:
-        image = base64.b64encode(path.read_bytes()).decode("ascii")
-        parts.append(f"<h2>{html.escape(picture.title)}</h2><p>{html.escape(picture.reading)}</p>")
-        parts.append(f'<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{image}">')
+    parts += [picture(one.title, one.reading, path) for one, path in drawn]
     if missing:
         parts.append("<h2>Not drawn</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in missing]
-    parts.append("</body></html>\n")
-    return "\n".join(parts)
+    return page(names, parts)
 
 
 def _keys(runs: Sequence[Series]) -> list[str]:
     """The runs as table cells: a dot in the colour of the run's lines, and its name."""
     dot = '<span class="key" style="background:{}"></span>{}'
     return [dot.format(colour, html.escape(run.name)) for colour, run in zip(RUN_COLOURS, runs, strict=False)]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:
-    """A table of HTML cells; the callers escape."""
-    cell = '<td class="text">' if text else "<td>"
-    lines = ["<tr>" + "".join(f"<th>{item}</th>" for item in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"{cell}{item}</td>" for item in row) + "</tr>" for row in rows]
-    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
 
 def _facts(runs: Sequence[Series]) -> tuple[list[str], list[list[str]]]:
@@ -289,13 +254,13 @@ def main(arguments: Sequence[str]) -> int:
         runs = values.get("runs", [])
         run_dirs = [Path(str(run)) for run in (runs if isinstance(runs, list) else [runs])]
         to = Path(str(values["to"])) if "to" in values else (run_dirs[0] if run_dirs else Path()) / "report"
-        page = write_report(run_dirs, to)
+        index = write_report(run_dirs, to)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for picture in sorted(to.glob("*.png")):
-        print(picture)
-    print(page)
+    for path in sorted(to.glob("*.png")):
+        print(path)
+    print(index)
     return 0
 
 

@@ -32,6 +32,8 @@ class Format:
         return self.name
 
 
+Formats = tuple[Format, Format, Format]  # of fprop, dgrad, wgrad
+
 FP32 = Format("fp32")
 BF16 = Format("bf16")
 MXFP8 = Format("mxfp8")

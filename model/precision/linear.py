@@ -17,7 +17,7 @@ Routed experts (`grouped_linear`) are the general case: rows belong to groups, e
 is padded with zero rows where blocks run along tokens. A plain linear layer is one group.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from model.precision import mxfp8, nvfp4, philox
 from model.precision.backend import Backend, Packed, Rows, pad_rows
-from model.precision.formats import Format
+from model.precision.formats import Format, Formats
 from model.precision.health import Health
 from model.precision.reference import Reference
-
-Formats = tuple[Format, Format, Format]  # of fprop, dgrad, wgrad
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,23 @@ class WeightCache:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, Format, bool], tuple[tuple[int, int], Operand]] = {}
+        self._kept: dict[Hashable, tuple[tuple[int, int], Operand | None]] = {}
 
     def clear(self) -> None:
         self._kept.clear()
 
-    def find(self, key: tuple[str, Format, bool], weight: Tensor) -> Operand | None:
+    def find(self, key: Hashable, weight: Tensor) -> Operand | None:
         state, operand = self._kept.get(key, (None, None))
         return operand if state == (weight.data_ptr(), weight._version) else None
 
-    def keep(self, key: tuple[str, Format, bool], weight: Tensor, operand: Operand) -> None:
+    def keep(self, key: Hashable, weight: Tensor, operand: Operand | None) -> None:
         self._kept[key] = ((weight.data_ptr(), weight._version), operand)
+
+    def first(self, key: Hashable, weight: Tensor) -> bool:
+        """Whether this is the first time with this key since the weight changed; for backends that keep quantised weights themselves."""
+        first = self._kept.get(key, (None,))[0] != (weight.data_ptr(), weight._version)
+        self.keep(key, weight, None)
+        return first
 
 
 @dataclass(frozen=True)
@@ -400,8 +404,15 @@ def linear(
     keys: one entry for each row of the flattened x. Raises ValueError, naming the module, for shapes a format cannot take.
     """
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    call = _Call(formats, site, keys, step, Rows((len(flat),)))
-    y = _Linear.apply(flat, weight.unsqueeze(0), weight, call, out_dtype or x.dtype)
+    out_dtype = out_dtype or x.dtype
+    # A backend's own layer rounds y to x's dtype, takes amaxes of its own, and shows no operands to be measured.
+    may_be_whole = hasattr(site.backend, "layer") and out_dtype == x.dtype and site.amax_group is None and not site.health.active
+    layer = site.backend.layer(site.name, flat, weight, formats) if may_be_whole else None  # type: ignore[attr-defined]
+    if layer is not None:
+        y = layer(flat, new_weight=site.weights.first((site.name, formats, "layer"), weight))
+    else:
+        call = _Call(formats, site, keys, step, Rows((len(flat),)))
+        y = _Linear.apply(flat, weight.unsqueeze(0), weight, call, out_dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

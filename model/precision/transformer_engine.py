@@ -1,13 +1,14 @@
 """NVIDIA's Transformer Engine (TE 2.20.2): FP4 quantisation kernels and FP4 tensor cores, on Blackwell GPUs.
 
-TE can be used at two levels, and this module speaks to both:
+TE can be used at two levels, and so it is here:
 
-    recipe       one object for a whole module; TE's own layers derive all quantizers from it        `translate`, `recipe`
-    quantizer    one object for one operand                                                        `TransformerEngine`
+    recipe       one object for a whole module; TE's own layers derive all quantizers from it     `transformer_engine_layers`, `layer` below
+    quantizer    one object for one operand                                                     the rest of `TransformerEngine`
 
 A recipe is coarser than ours: one quantizer serves both uses of x (fprop along features, wgrad along tokens), so formats that differ between
-fprop, dgrad and wgrad, or options meant for fprop alone, cannot be written down. One quantizer per operand can do all of that, which is what
-`TransformerEngine` uses. `recipe` refuses what would come out different; nothing is approximated in silence.
+fprop, dgrad and wgrad, or options meant for fprop alone, cannot be written down. A module whose formats one recipe expresses runs as TE's own
+layer, the fastest way; any other, and routed experts, run operand by operand. So does every module in a step that measures its operands
+(`monitor.quantization`), because TE's layer shows none of them. Nothing is approximated in silence.
 
 What TE computes elsewhere in other bits than the definition in `model.precision.nvfp4`:
 
@@ -33,10 +34,11 @@ from torch import Tensor
 from model.precision import hadamard as rht
 from model.precision import nvfp4
 from model.precision.backend import Packed, Rows, gemm_dtype, pad_rows, rounded_to_bf16
-from model.precision.formats import Format
+from model.precision.formats import Formats
 from model.precision.nvfp4 import BLOCK, Clipping, Quantized
 from model.precision.philox import Stream
 from model.precision.reference import Reference
+from model.precision.transformer_engine_layers import Layer, Layers
 
 CAPABILITIES = ((10, 0), (10, 3))  # TE's NVFP4 training kernels: B200, B300
 ALIGNED_INNER = 32  # FP4 GEMMs load 16 bytes
@@ -75,77 +77,6 @@ def _modules() -> tuple[Any, Any]:
     return importlib.import_module("transformer_engine.pytorch"), importlib.import_module("transformer_engine_torch")
 
 
-# -- recipes -------------------------------------------------------------------------------------------------------------------------------
-
-
-def translate(form: Format) -> dict[str, Any]:
-    """Keyword arguments of TE's recipe class for a format: of NVFP4BlockScaling, or of MXFP8BlockScaling.
-
-    Every option is written down, for TE takes the defaults of most from environment variables. Raises ValueError for formats that need no
-    recipe.
-    """
-    unquantised = {"fp8_dpa": False, "fp8_mha": False, "backward_override": None}  # attention; None: backward in the same format
-    if form.name == "mxfp8":
-        return {"margin": 0, "enable_2d_quantization": False, **unquantised}
-    if form.name == "nvfp4":
-        options = form.nvfp4
-        return {
-            "disable_rht": not options.hadamard,
-            "disable_stochastic_rounding": not options.stochastic_rounding,
-            "disable_2d_quantization": options.weight_scaling == "1d",
-            "row_scaled_activation": options.row_scaled,
-            "nvfp4_4over6": "none" if options.clipping == "saturate" else "all",
-            "nvfp4_4over6_e4m3_use_256": "all" if options.e4m3_bound == 256 else "none",
-            "nvfp4_4over6_err_mode": "MSE" if options.clipping == "4over6_mse" else "MAE",
-            **unquantised,
-        }
-    raise ValueError(f"{form} is no quantised format: Transformer Engine runs it without a recipe")
-
-
-def arguments(formats: tuple[Format, Format, Format], module: str) -> tuple[str, dict[str, Any]] | None:
-    """TE's recipe class and its arguments for the fprop, dgrad and wgrad of a module; None: no recipe, nothing is quantised.
-
-    Raises ValueError, naming the module and the option, for what one recipe cannot express. bf16 in the backward pass means operands as
-    they come, that is with precision.compute=bf16.
-    """
-    fprop, dgrad, wgrad = formats
-    if all(form.name in ("fp32", "bf16") for form in formats):
-        return None
-    names = f"{fprop} in fprop, {dgrad} in dgrad and {wgrad} in wgrad"
-    whole = fprop == dgrad == wgrad
-    # TE's only other choice: a forward pass in the format, and a backward pass from unquantised operands.
-    forward_only = fprop.name in ("mxfp8", "nvfp4") and dgrad.name == wgrad.name == "bf16"
-    if not whole and not forward_only:
-        raise ValueError(
-            f"{module}: precision.rules gives {names}, but a Transformer Engine recipe holds for a whole module: "
-            "use one format, bf16 for both backward GEMMs, or precision.backend=triton"
-        )
-    if whole and fprop.name == "nvfp4":
-        for option, value, off in (
-            ("clipping", fprop.nvfp4.clipping, "saturate"),
-            ("row_scaled", fprop.nvfp4.row_scaled, False),
-        ):
-            if value != off:
-                raise ValueError(
-                    f"{module}: precision.nvfp4.{option}={value} is meant for fprop alone, but a Transformer Engine recipe would apply it to "
-                    f"wgrad's operand too: use {option}={str(off).lower()}, bf16 for both backward GEMMs, or precision.backend=triton"
-                )
-    given = translate(fprop)
-    if forward_only:
-        given["backward_override"] = "high_precision"
-        if fprop.name == "nvfp4":
-            given["disable_rht"] = True  # of wgrad operands; and TE refuses it beside 4over6, used or not
-    return {"nvfp4": "NVFP4BlockScaling", "mxfp8": "MXFP8BlockScaling"}[fprop.name], given
-
-
-def recipe(formats: tuple[Format, Format, Format], module: str) -> Any:
-    """The TE recipe object of `arguments`, or None; for `transformer_engine.pytorch.autocast(recipe=...)`."""
-    wanted = arguments(formats, module)
-    if wanted is None:
-        return None
-    return getattr(importlib.import_module("transformer_engine.common.recipe"), wanted[0])(**wanted[1])
-
-
 # -- operands ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +112,11 @@ class TransformerEngine:
         self._te, self._tex = _modules()
         self._quantizers: dict[tuple[Any, ...], Any] = {}
         self._plain = Reference()
+        self._layers = Layers(self._te)
+
+    def layer(self, name: str, x: Tensor, weight: Tensor, formats: Formats) -> Layer | None:
+        """TE's own layer for x [tokens, K] times the transpose of weight [N, K]; None where it cannot do just what the formats say."""
+        return self._layers.find(name, x, weight, formats)
 
     def _quantizer(self, device: torch.device, **options: Any) -> Any:
         key = (device, *sorted(options.items()))

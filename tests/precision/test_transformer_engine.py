@@ -7,6 +7,8 @@ of the transpose for columns, scales padded to 128 x 4 with whatever was in memo
 import dataclasses
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,10 +19,11 @@ from model.precision import nvfp4
 from model.precision.backend import Packed, Rows, choose
 from model.precision.formats import BF16, FP32, GEMMS, MXFP8, Format, NVFP4Options
 from model.precision.hadamard import rotate
-from model.precision.linear import Site, TokenKeys, grouped_linear, linear
+from model.precision.linear import Site, TokenKeys, WeightCache, grouped_linear, linear
 from model.precision.philox import Stream
 from model.precision.reference import Reference
-from model.precision.transformer_engine import TransformerEngine, arguments, missing, recipe, translate
+from model.precision.transformer_engine import TransformerEngine, missing
+from model.precision.transformer_engine_layers import arguments, recipe, translate
 
 NVFP4 = Format("nvfp4")
 REFERENCE = Reference()
@@ -256,13 +259,71 @@ def gemm(b: Any, a: Any, *, out_dtype: torch.dtype, layout: str) -> tuple[torch.
     return ((value(a) @ value(b).T).float(),)
 
 
+ENTERED: list[Any] = []  # recipes of the autocasts around us
+
+
+@contextmanager
+def autocast(*, enabled: bool, recipe: Any) -> Iterator[None]:
+    assert enabled
+    ENTERED.append(recipe)
+    yield
+    ENTERED.pop()
+
+
+class WholeLinear(torch.nn.Module):
+    """What TE's Linear does by its documentation: the recipe around the call decides, quantised weights are kept when told so."""
+
+    quantised_weights = 0
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, params_dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        assert not bias and device == "meta"
+        self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
+        self.fuse_wgrad_accumulation = False
+        self._fp8_workspaces: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
+        assert is_first_microbatch is False, "True overwrites main_grad, None quantises the weight for every microbatch"
+        assert x.dtype == self.weight.dtype == torch.bfloat16 and self.weight.device == x.device
+        (entered,) = ENTERED
+        if "weight" not in self._fp8_workspaces:
+            WholeLinear.quantised_weights += 1
+            scaling = "1d" if entered.disable_2d_quantization else "2d"
+            self._fp8_workspaces["weight"] = nvfp4.quantize(self.weight.detach(), scaling=scaling).dequantize()
+        return WholeGemms.apply(x, self.weight, self._fp8_workspaces["weight"], entered, self.fuse_wgrad_accumulation)
+
+
+class WholeGemms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, w: torch.Tensor, entered: Any, fused: bool) -> torch.Tensor:
+        ctx.x, ctx.weight, ctx.w, ctx.entered, ctx.fused = x, weight, w, entered, fused
+        return (nvfp4.quantize(x).dequantize() @ w.T).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.entered.backward_override == "high_precision":
+            dx, dw = dy.float() @ ctx.weight.float(), dy.float().T @ ctx.x.float()
+        else:
+            turned = {"hadamard": not ctx.entered.disable_rht}
+            dx = nvfp4.quantize(dy).dequantize() @ ctx.w
+            left, right = (nvfp4.quantize(t.T.contiguous(), **turned).dequantize() for t in (dy, ctx.x))  # type: ignore[arg-type]
+            dw = left @ right.T
+        if ctx.fused:
+            ctx.weight.main_grad += dw
+            ctx.weight.grad_added_to_main_grad = True
+            return dx.to(dy.dtype), torch.empty_like(ctx.weight), None, None, None
+        return dx.to(dy.dtype), dw.to(dy.dtype), None, None, None
+
+
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Takes the place of the installed package, or of none."""
-    names = ["", ".pytorch", ".pytorch.cpp_extensions", ".pytorch.tensor.storage.nvfp4_tensor_storage"]
-    package, torch_part, extensions, storage = (ModuleType(f"transformer_engine{name}") for name in names)
+    names = ["", ".pytorch", ".pytorch.cpp_extensions", ".pytorch.tensor.storage.nvfp4_tensor_storage", ".common.recipe"]
+    package, torch_part, extensions, storage, recipes = (ModuleType(f"transformer_engine{name}") for name in names)
     extension = ModuleType("transformer_engine_torch")
     torch_part.NVFP4Quantizer = Quantizer  # type: ignore[attr-defined]
+    torch_part.Linear, torch_part.autocast = WholeLinear, autocast  # type: ignore[attr-defined]
+    recipes.NVFP4BlockScaling = recipes.MXFP8BlockScaling = SimpleNamespace  # type: ignore[attr-defined]
     extensions.general_gemm = gemm  # type: ignore[attr-defined]
     storage.NVFP4TensorStorage = SimpleNamespace  # type: ignore[attr-defined]
     extension.quantize = lambda x, quantizer: kernel(x, quantizer, None)  # type: ignore[attr-defined]
@@ -272,7 +333,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return kernel(x, quantizer, rowwise)
 
     extension.nvfp4_quantize_with_amax = with_amax  # type: ignore[attr-defined]
-    for module in (package, torch_part, extensions, storage, extension):
+    for module in (package, torch_part, extensions, storage, recipes, extension):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     return SimpleNamespace(extension=extension)
@@ -440,3 +501,79 @@ def test_a_linear_layer_multiplies_four_bits(stand_in: SimpleNamespace, options:
         # bf16 results of sums in another order: at most one rounding apart.
         assert (ours - theirs).abs().max() <= 2**-7 * theirs.abs().max(), name
         assert (ours != theirs).float().mean() < 0.02, name
+
+
+# -- whole layers --------------------------------------------------------------------------------------------------------------------------
+
+
+def three(backend: Any, formats: Any, *, microbatches: int = 1, fused: bool = True, weights: WeightCache | None = None) -> tuple[Any, ...]:
+    """y of the last of some microbatches through one layer, dx, and the gradient of its weight in all of them."""
+    x, w = operand(64, 96).requires_grad_(), torch.nn.Parameter(operand(32, 96, 1))
+    if fused:
+        w.main_grad = torch.zeros(32, 96)  # type: ignore[attr-defined]
+    index = torch.arange(64)
+    site = Site("m", 0, backend=backend, weights=weights or WeightCache())
+    for microbatch in range(microbatches):
+        x.grad = None
+        y = linear(x, w, formats, site, TokenKeys(index, index), 0)
+        y.backward(operand(64, 32, 2 + microbatch))
+    assert x.grad is not None and w.grad is not None
+    return y.detach(), x.grad, w.main_grad if fused else w.grad  # type: ignore[attr-defined]
+
+
+def close(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> None:
+    for name, a, b in zip(("y", "dx", "dw"), ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 2**-7 * b.abs().max(), name  # a rounding to bf16 apart
+        assert (a != b).float().mean() < 0.02 or a.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["main_grad", "grad"])
+@pytest.mark.parametrize(
+    "formats",
+    [
+        (form(stochastic_rounding=False),) * 3,
+        (form(stochastic_rounding=False, hadamard=False, weight_scaling="1d"),) * 3,
+        (NVFP4, BF16, BF16),
+    ],
+    ids=["whole", "other options", "forward only"],
+)
+def test_one_recipe_runs_as_a_layer_of_transformer_engine(stand_in: SimpleNamespace, formats: Any, fused: bool) -> None:
+    WholeLinear.quantised_weights = 0
+    ours = three(TransformerEngine(), formats, microbatches=3, fused=fused)
+    assert WholeLinear.quantised_weights == 1, "once for all microbatches of a step"
+    if formats[0].nvfp4.weight_scaling == "2d":  # along the other side, 1D weights have other scales, which the stand-in leaves out
+        close(ours, three(REFERENCE, formats, microbatches=3, fused=fused))
+
+
+def test_a_changed_weight_is_quantised_again(stand_in: SimpleNamespace) -> None:
+    WholeLinear.quantised_weights = 0
+    site = Site("m", 0, backend=TransformerEngine())
+    w, index = torch.nn.Parameter(operand(32, 96, 1)), torch.arange(64)
+    results = []
+    for change in range(3):
+        if change == 1:
+            with torch.no_grad():
+                w.mul_(-1)
+        results.append(linear(operand(64, 96), w, (NVFP4,) * 3, site, TokenKeys(index, index), 0).detach())
+    assert WholeLinear.quantised_weights == 2 and torch.equal(results[1], -results[0]) and torch.equal(results[2], results[1])
+    site.weights.clear()  # as after every optimizer step
+    linear(operand(64, 96), w, (NVFP4,) * 3, site, TokenKeys(index, index), 0)
+    assert WholeLinear.quantised_weights == 3
+
+
+@pytest.mark.parametrize("case", ["formats", "shape", "dtype", "output", "measured", "not quantised"])
+def test_what_no_recipe_can_say_runs_operand_by_operand(stand_in: SimpleNamespace, case: str) -> None:
+    WholeLinear.quantised_weights = 0
+    formats = {"formats": (NVFP4, NVFP4, BF16), "not quantised": (BF16,) * 3}.get(
+        case, (form(stochastic_rounding=False, hadamard=False),) * 3
+    )
+    tokens, dtype = 48 if case == "shape" else 64, torch.float32 if case == "dtype" else torch.bfloat16
+    site, index = Site("m", 0, backend=TransformerEngine()), torch.arange(tokens)
+    if case == "measured":
+        site.health.start()
+    out_dtype = torch.float32 if case == "output" else None
+    x, w = operand(tokens, 96).to(dtype).requires_grad_(), torch.nn.Parameter(operand(32, 96, 1).to(dtype))
+    y = linear(x, w, formats, site, TokenKeys(index, index), 0, out_dtype)  # type: ignore[arg-type]
+    assert WholeLinear.quantised_weights == 0
+    reference = linear(x, w, formats, Site("m", 0), TokenKeys(index, index), 0, out_dtype)  # type: ignore[arg-type]
+    assert (y - reference).abs().max() <= 2**-7 * reference.abs().max()

@@ -76,6 +76,7 @@ def test_a_run_changes_formats_and_a_resumed_one_does_too(tmp_path: Path, capsys
     given = (schedule, "train.log_every=4", "optimizer.decay=8")
     assert loop.run(recipe(*given, f"run.dir={tmp_path / 'whole'}")) == 0
     printed = capsys.readouterr().out
+    assert "NVFP4 backend: cpu" in printed
     assert [line.split()[1] for line in printed.splitlines() if "formats change" in line] == ["10/20", "13/20", "15/20", "16/20"]
     metrics = {m["step"]: m for m in read_metrics(tmp_path / "whole")}
     assert list(metrics) == [1, 4, 8, 10, 12, 13, 15, 16, 20]  # changes are logged at their step
