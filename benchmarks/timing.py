@@ -1,10 +1,12 @@
 """Timing: contenders take turns, so that whatever else the machine does hits all of them alike; medians are compared."""
 
+import ctypes
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of a call of each, over rounds in which every contender is called once; one round before them is not counted."""
+    _keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
         for name, call in contenders.items():
@@ -23,6 +26,15 @@ def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: to
             if index:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc not to return freed memory to the kernel, as in a training step, whose tensors take each other's place: fetching it again
+    for every large result costs more than some of what is measured, and hits whoever comes first after another's larger one."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def _wait(device: torch.device) -> None:

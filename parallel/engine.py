@@ -68,11 +68,7 @@ class ForwardStep(Protocol):
 
 
 class Engine:
-    """Trains one model chunk per rank.
-
-    model: this rank's pipeline stage; its `config` attribute is `config`. on_gradients: called once per step, after the gradients are
-    reduced and before the optimizer (the expert-bias update, which must see every microbatch and happen once).
-    """
+    """Trains one model chunk per rank: model, this rank's pipeline stage, whose `config` attribute is `config`."""
 
     def __init__(self, model: nn.Module, layout: Layout, config: TransformerConfig, optimizer: AdamW):
         self.layout = layout
