@@ -3,17 +3,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+KERNELS := $(VENV)/.kernels
 TESTED := $(VENV)/.ready-test
 
 .PHONY: train test test-slow test-gpu compare setup lint types clean
 
-train: $(READY)
+train: $(KERNELS)
 	$(BIN)/python -m train -cn tiny $(ARGS)
 
-compare: $(READY)
+compare: $(KERNELS)
 	$(BIN)/python -m train.compare $(ARGS)
 
-setup: $(READY)
+setup: $(KERNELS)
 
 test: $(TESTED) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
@@ -36,10 +37,14 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+# Numba keeps compiled kernels by their source: a changed one is compiled here, not in the first step of a run.
+$(KERNELS): $(READY) model/precision/cpu.py model/precision/cpu_kernels.py
 	$(BIN)/python -m model.precision.cpu
 	@touch $@
 
-$(TESTED): $(READY)
+$(TESTED): $(KERNELS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 

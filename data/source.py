@@ -196,7 +196,10 @@ def _open_indexed(prefix: Path, source: SourceConfig, config: DataConfig, tokeni
         held = Stream(data.tokens, data.starts[chosen], (data.lengths - ends_in_id)[chosen])
     else:
         cut = data.lengths - ((data.lengths - ends_in_id) * fraction).astype(np.int64) - ends_in_id
-        train = Stream(data.tokens, data.starts, cut)
+        # The id that closes a document lies behind its validation part, and closes its training part.
+        closing = ends_in_id * (cut > 0)
+        starts, lengths = (np.stack(pair, axis=1).ravel() for pair in ((data.starts, data.starts + data.lengths - 1), (cut, closing)))
+        train = Stream(data.tokens, starts, lengths, np.repeat(np.arange(count), 2))
         held = Stream(data.tokens, data.starts + cut, data.lengths - ends_in_id - cut)
     kept = train.without_empty()
     if kept is None:

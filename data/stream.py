@@ -4,13 +4,14 @@ import numpy as np
 
 
 class Stream:
-    """Some documents of a flat array of ids, or a part of each, joined in order.
+    """Some documents of a flat array of ids, or parts of each, joined in order.
 
-    tokens: ids [any], usually memory-mapped. starts, lengths: int64 [documents], where each document lies in `tokens`.
+    tokens: ids [any], usually memory-mapped. starts, lengths: int64 [parts], where each part lies in `tokens`. owners: int64 [parts], the
+    document a part belongs to; None: every part is a document.
     """
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
-        self.tokens, self.starts, self.lengths = tokens, starts, lengths
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, owners: np.ndarray | None = None):
+        self.tokens, self.starts, self.lengths, self.owners = tokens, starts, lengths, owners
         self.ends = np.cumsum(lengths, dtype=np.int64)
         self._unbroken = bool(np.array_equal(starts[1:], starts[:-1] + lengths[:-1]))
 
@@ -18,7 +19,7 @@ class Stream:
         """Tokens."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def document(self, index: int) -> np.ndarray:
+    def part(self, index: int) -> np.ndarray:
         return self.tokens[self.starts[index] : self.starts[index] + self.lengths[index]]
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -29,17 +30,19 @@ class Stream:
         result = np.empty(count, dtype=self.tokens.dtype)
         place, index = 0, int(np.searchsorted(self.ends, start, side="right"))
         while place < count:
-            piece = self.document(index)[start + place - int(self.ends[index] - self.lengths[index]) :][: count - place]
+            piece = self.part(index)[start + place - int(self.ends[index] - self.lengths[index]) :][: count - place]
             result[place : place + len(piece)] = piece
             place, index = place + len(piece), index + 1
         return result
 
     def ordinals(self, start: int, count: int) -> np.ndarray:
         """Which document each of these positions belongs to, counted from that of the first: int32 [count]."""
-        index = np.searchsorted(self.ends, np.arange(start, start + count), side="right")
-        return (index - index[0]).astype(np.int32)
+        part = np.searchsorted(self.ends, np.arange(start, start + count), side="right")
+        document = part if self.owners is None else np.unique(self.owners[part], return_inverse=True)[1]
+        return (document - document[0]).astype(np.int32)
 
     def without_empty(self) -> "Stream | None":
-        """The stream without documents of length zero; None where nothing is left."""
+        """The stream without parts of length zero; None where nothing is left."""
         some = self.lengths > 0
-        return Stream(self.tokens, self.starts[some], self.lengths[some]) if some.any() else None
+        owners = None if self.owners is None else self.owners[some]
+        return Stream(self.tokens, self.starts[some], self.lengths[some], owners) if some.any() else None

@@ -108,7 +108,7 @@ class TextData:
                 size += source.validation_bytes
             elif source.validation is not None:
                 stream = source.validation
-                size += sum(self.tokenizer.byte_length(stream.document(i)) for i in range(len(stream.lengths)))
+                size += sum(self.tokenizer.byte_length(stream.part(i)) for i in range(len(stream.lengths)))
         return size / self.validation.tokens if self.validation.tokens else None
 
     def count_baselines(self) -> CountBaselines | None:

@@ -30,7 +30,7 @@ class Window:
 
 
 class Validation:
-    """streams: validation documents of the sources; end: the end-of-document id."""
+    """streams: validation documents of the sources, each of one part; end: the end-of-document id."""
 
     def __init__(self, streams: Sequence[Stream], end: int, sequence_length: int):
         self.streams, self.end, self.sequence_length = tuple(streams), end, sequence_length
@@ -47,7 +47,7 @@ class Validation:
 
     def document(self, number: int) -> np.ndarray:
         stream = int(np.searchsorted(self._first, number, side="right")) - 1
-        return self.streams[stream].document(number - int(self._first[stream]))
+        return self.streams[stream].part(number - int(self._first[stream]))
 
     def documents(self) -> list[np.ndarray]:
         return [self.document(number) for number in range(len(self._ends))]

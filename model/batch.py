@@ -13,7 +13,7 @@ class Microbatch:
     """tokens, labels: int64 [batch, sequence] (labels are the next tokens); loss_mask: bool [batch, sequence], the
     target counts; documents: int32 [batch, sequence], ordinal of the document inside the sample; reset: no state
     crosses documents; sample: int64 [batch], global sample indices; step: optimizer steps done; progress: the
-    fraction of the run that is done."""
+    fraction of the run that is done; depth: of multi-token prediction, for which a module is called now (0: none)."""
 
     tokens: Tensor
     labels: Tensor
@@ -23,6 +23,7 @@ class Microbatch:
     sample: Tensor
     step: int
     progress: float = 0.0
+    depth: int = 0
 
     @property
     def sequence_length(self) -> int:
@@ -32,7 +33,7 @@ class Microbatch:
         """Identity of the rows of a flattened [length, batch] operand whose first position is `first`."""
         position = torch.arange(first, first + length, device=self.sample.device)
         batch = len(self.sample)
-        return TokenKeys(self.sample.repeat(length), position.repeat_interleave(batch))
+        return TokenKeys(self.sample.repeat(length), position.repeat_interleave(batch), self.depth)
 
     def loss_valid(self, depth: int) -> Tensor:
         """bool [batch, sequence]: which targets of MTP depth `depth` (0: the LM loss) count.

@@ -66,4 +66,9 @@ class ModelContext:
 
     def site(self, name: str, **where: Any) -> Site:
         """A linear module of this model, for the numerics; see `Site` for `where`."""
-        return Site(name, self.seed, amax_group=self.amax_group, backend=self.backend, weights=self.weights, health=self.health, **where)
+        # With expert parallelism the ranks of a tensor group hold different experts, whose amaxes have nothing to do with each other;
+        # without, they hold the same ones, and share out their tokens.
+        routed = "first_expert" in where
+        amax_group = None if routed and self.layout.expert_size > 1 else self.amax_group
+        where.setdefault("own_tokens", routed)
+        return Site(name, self.seed, amax_group=amax_group, backend=self.backend, weights=self.weights, health=self.health, **where)

@@ -12,6 +12,7 @@ LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": 
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()} | {"mamba": "M", "attention": "*"}
 # transformers clamps dt from below, Megatron and we do not: a bound no softplus reaches in fp32 switches the clamp off.
 NO_CLAMP = 1e-30
+TRANSFORMERS_CLAMP = 1e-3  # where config.json says nothing
 PREFIX = "backbone."
 
 
@@ -85,6 +86,12 @@ SIZES = {
     "moe_intermediate_size": "expert_ffn_size",
     "moe_shared_expert_intermediate_size": "shared_expert_ffn_size",
 }
+
+
+def clamp(config: dict[str, Any]) -> float | None:
+    """Where transformers clamps dt from below in a model of this config.json, and this model does not; None where it does not either."""
+    least = float(config.get("time_step_min", TRANSFORMERS_CLAMP))
+    return least if least > NO_CLAMP else None
 
 
 def model_config(config: dict[str, Any], mtp_blocks: int) -> ModelConfig:

@@ -1,5 +1,6 @@
 """The hybrid model: embedding, a stack of layers by pattern, head, and multi-token prediction; one pipeline stage of it per rank."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -105,10 +106,10 @@ class HybridModel(nn.Module):
     def _mtp(self, hidden: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
         assert self.embeddings is not None
         block = self.mtp[min(depth, len(self.mtp)) - 1]
-        return block(self.embeddings(shift_left(microbatch.tokens, depth)), hidden, microbatch)
+        return block(self.embeddings(shift_left(microbatch.tokens, depth)), hidden, replace(microbatch, depth=depth))
 
     def _loss(self, hidden: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
-        logits = self.lm_head(hidden, microbatch)
+        logits = self.lm_head(hidden, replace(microbatch, depth=depth))
         return summed_cross_entropy(logits, shift_left(microbatch.labels, depth), microbatch.loss_valid(depth))
 
     def logits(self, microbatch: Microbatch) -> list[Tensor]:

@@ -72,7 +72,7 @@ class Linear(nn.Module):
             self.weight.sequence_parallel = layout.sequence_parallel  # type: ignore[attr-defined]
         else:
             mark_sharded(self.weight, 0 if mode == "column" else 1)
-        self.site = context.site(name, outputs=outputs)
+        self.site = context.site(name, outputs=outputs, own_tokens=mode == "replicated" and layout.sequence_parallel)
         context.linears.append(LinearUse(name, 2.0 * in_features * out_features * active_share))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:

@@ -8,6 +8,8 @@ The down-projection lies before the dispatch and the up-projection after the com
 times less traffic. Without a latent size both projections vanish and this is the usual mixture of experts.
 """
 
+from dataclasses import replace
+
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
@@ -145,7 +147,7 @@ class MoE(nn.Module):
         sent, sent_weights = self.dispatcher.token_dispatch(sent, sent_weights)
         routed, counts, routed_weights = self.dispatcher.dispatch_postprocess(sent, sent_weights)
         if stamped:
-            keys, routed = read_stamp(routed[:, width:]), routed[:, :width]
+            keys, routed = replace(read_stamp(routed[:, width:]), depth=microbatch.depth), routed[:, :width]
         else:
             nobody = torch.zeros(len(routed), dtype=torch.int64, device=x.device)
             keys = TokenKeys(nobody, nobody)

@@ -182,12 +182,14 @@ class Engine:
                 continue
             for param, master, flat_range in _masters(optimizer):
                 state = optimizer.optimizer.state.get(master, {})
+                # torch counts steps beside each parameter; TE's and Apex's fused Adam, which Megatron prefers, once for a group.
+                step = state.get("step", _group_of(optimizer, master).get("step")) if "exp_avg" in state else None
                 yield ParameterState(
                     param=param,
                     master=None if param.dtype == torch.float32 else master.detach(),
                     exp_avg=state.get("exp_avg"),
                     exp_avg_sq=state.get("exp_avg_sq"),
-                    step=int(state["step"]) if "step" in state else None,
+                    step=None if step is None else int(step),
                     flat_range=flat_range,
                 )
 
@@ -202,10 +204,17 @@ class Engine:
                 continue
             for _, master, _ in _masters(optimizer):
                 state = optimizer.optimizer.state[master]
-                # A torch optimizer counts in fp32; on the CPU unless fused, where the count lies beside the parameter.
-                state["step"] = torch.tensor(float(step))
+                # A torch optimizer counts in fp32, on the CPU; a fused one of other packages as a whole number of the group.
+                if isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                    state["step"] = torch.tensor(float(step))
+                else:
+                    _group_of(optimizer, master)["step"] = step
                 state["exp_avg"] = torch.zeros_like(master, memory_format=torch.preserve_format).detach()
                 state["exp_avg_sq"] = torch.zeros_like(master, memory_format=torch.preserve_format).detach()
+
+
+def _group_of(optimizer: MegatronOptimizer, master: Tensor) -> dict[str, Any]:
+    return next(group for group in optimizer.optimizer.param_groups if any(param is master for param in group["params"]))
 
 
 def _masters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, tuple[int, int] | None]]:

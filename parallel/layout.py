@@ -68,8 +68,8 @@ class ParallelConfig:
             raise ValueError(f"parallel.engine={self.engine!r} is not available: use parallel.engine=megatron")
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence=true needs parallel.tensor > 1: there is no tensor group to split over")
-        if not self.timeout_minutes > 0:
-            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must be positive: use for instance 10")
+        if not 0 < self.timeout_minutes <= 7 * 24 * 60:
+            raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must lie above 0 and within a week: use for instance 10")
         dense = self.tensor * self.pipeline
         if world_size % dense:
             raise ValueError(

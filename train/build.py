@@ -43,6 +43,8 @@ def build(recipe: Recipe) -> Run:
     wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if (lacking := missing(recipe.precision.backend, torch.device(wanted))) is not None:
         raise RecipeError(f"precision.backend={recipe.precision.backend} cannot run: {lacking}")
+    if recipe.precision.compute == "bf16" and wanted == "cpu":
+        raise RecipeError("precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32")
     data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)
     if data.tokenizer.vocab_size > recipe.model.vocab_size:
         raise RecipeError(
@@ -50,8 +52,6 @@ def build(recipe: Recipe) -> Run:
             f"model.vocab_size to at least {data.tokenizer.vocab_size}"
         )
     layout = layouts.initialize(recipe.parallel, recipe.run.seed)
-    if recipe.precision.compute == "bf16" and layout.device.type == "cpu":
-        raise RecipeError("precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32")
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     train = recipe.train

@@ -10,6 +10,7 @@ All keys with their defaults form the base every recipe is merged over, so a key
 """
 
 import difflib
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,8 +30,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.layout import world_size
+from train.observe.redact import redacted
 from train.reading import RecipeError, defaults, flatten
-from train.recipe import Recipe, read_recipe
+from train.recipe import Recipe, changed_keys, read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 REQUIRED = {  # keys without a default: null in the base, so that they too can be overridden without `+`
@@ -104,7 +107,7 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
         nonlocal status, swept
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             swept += 1
-            if not _sweep_job(module, overrides):
+            if not _sweep_job(module, overrides, config):
                 failed.append(" ".join(HydraConfig.get().overrides.task))
             return
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
@@ -117,6 +120,8 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
     # argparse takes positional arguments from one place only, and people write options after overrides too.
     overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
     options = [a for a in arguments if a not in overrides]
+    if {"-m", "--multirun"} & set(options) and (shared := _shared_directory(overrides)) is not None:
+        return _fail(f"{shared} would be the run directory of every job of the sweep: leave it out, each job gets one of its own")
     saved, sys.argv = sys.argv, [f"python -m {module}", *options, *overrides, *QUIET]
     try:
         hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="tiny")(task)()
@@ -125,11 +130,20 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
     finally:
         sys.argv = saved
     if swept:
+        _redact_sweep()
         print(f"sweep: {swept} job{'s' * (swept > 1)}, {swept - len(failed)} finished, {len(failed)} failed")
         for job in failed:
             print(f"  failed: {job}")
         return 1 if failed else 0
     return status
+
+
+def _redact_sweep() -> None:
+    """Hydra writes the overrides of a sweep beside its jobs; as everywhere, without secrets."""
+    for path in Path("runs").glob("*-sweep/multirun.yaml"):
+        text = path.read_text()
+        if (clean := redacted(text)) != text:
+            path.write_text(clean)
 
 
 def _fail(message: str) -> int:
@@ -143,10 +157,31 @@ def _without_missing(values: Any) -> Any:
     return values
 
 
-def _sweep_job(module: str, swept: Sequence[str]) -> bool:
+def _shared_directory(overrides: Sequence[str]) -> str | None:
+    """A run.dir that does not vary, as it was given."""
+    try:
+        parsed = OverridesParser.create().parse_overrides([o for o in overrides if o.startswith("run.dir=")])
+    except OverrideParseException:
+        return None  # Hydra will say so
+    return next((str(o.input_line) for o in parsed if not o.is_sweep_override()), None)
+
+
+def _is_finished(config: DictConfig, run_dir: Path) -> bool:
+    """Whether this very run is done. Raises RecipeError where another run lies in its directory."""
+    marker, stored = run_dir / "finished.json", run_dir / "recipe.yaml"
+    if not (marker.exists() and stored.exists()):
+        return False
+    values = _without_missing(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+    values.setdefault("run", {})["dir"] = str(run_dir)
+    recipe = read_recipe(values, None)
+    changed_keys(yaml.safe_load(stored.read_text()), recipe)
+    return bool(json.loads(marker.read_text()).get("step") == recipe.total_steps)
+
+
+def _sweep_job(module: str, swept: Sequence[str], config: DictConfig) -> bool:
     """Runs one job of a sweep in a process of its own; True when it finished (now or in an earlier sweep).
 
-    swept: the overrides of the whole sweep; those that vary name the run directory.
+    swept: the overrides of the whole sweep; those that vary name the run directory. config: the job's recipe.
     """
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
@@ -162,9 +197,13 @@ def _sweep_job(module: str, swept: Sequence[str]) -> bool:
         given = [f"runs/{recipe}-sweep/{label or 'job'}"]
         overrides.append(f"run.dir={given[0]}")
     run_dir = Path(given[-1])
-    if (run_dir / "finished.json").exists():
-        print(f"sweep: {run_dir} is finished, skipped")
-        return True
+    try:
+        if module == "train" and _is_finished(config, run_dir):
+            print(f"sweep: {run_dir} is finished, skipped")
+            return True
+    except RecipeError as error:
+        _fail(str(error))
+        return False
     print(f"sweep: {run_dir}")
     sys.stdout.flush()
     return subprocess.run([sys.executable, "-m", module, "-cn", recipe, *overrides], check=False).returncode == 0

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 FORM = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMBT]?)\s*(steps?|tokens?)\s*")
@@ -34,7 +35,7 @@ class Duration:
         if match is None:
             raise ValueError(f"{value!r} is no duration: write a number of steps (300), or 300steps, 2.5M tokens, 200B tokens")
         number, scale, unit = match.groups()
-        exact = float(number) * UNITS[scale]
-        if exact != int(exact):
+        exact = Fraction(number) * UNITS[scale]  # 2.01 * 10^6 is whole; of binary fractions it is not
+        if exact.denominator != 1:
             raise ValueError(f"{value!r} is not a whole number of {unit}")
         return cls(int(exact), "steps" if unit.startswith("step") else "tokens")

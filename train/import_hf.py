@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from model.huggingface import from_hugging_face, model_config
+from model.huggingface import clamp, from_hugging_face, model_config
 from train.arguments import key_values
 from train.checkpoint.boxes import Box
 from train.checkpoint.parts import Part
@@ -34,11 +34,14 @@ def _files(source: Path) -> list[Path]:
 
 def _parts(files: Sequence[Path]) -> Iterator[Part]:
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                tensor = file.get_tensor(name)
-                shape = tuple(tensor.shape)
-                yield Part(f"model/{from_hugging_face(name)}", shape, Box(tuple(0 for _ in shape), shape), tensor)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    tensor = file.get_tensor(name)
+                    shape = tuple(tensor.shape)
+                    yield Part(f"model/{from_hugging_face(name)}", shape, Box(tuple(0 for _ in shape), shape), tensor)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): copy it again") from None
 
 
 def import_hf(source: Path, to: Path) -> Path:
@@ -50,7 +53,14 @@ def import_hf(source: Path, to: Path) -> Path:
         raise ValueError(f"{config} does not exist: give a directory written by save_pretrained or train.export")
     parts = list(_parts(_files(source)))
     blocks = {part.name.split("/", 1)[1].split(".")[2] for part in parts if part.name.startswith("model/mtp.layers.")}
-    model = model_config(json.loads(config.read_text()), len(blocks))
+    try:
+        model = model_config(json.loads(config.read_text()), len(blocks))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config} is not JSON ({error}): copy it again") from None
+    except KeyError as error:
+        raise ValueError(
+            f"{config} lacks or does not know {error}: only NemotronH models as transformers writes them can be imported"
+        ) from None
     path = save(to / CHECKPOINTS, 0, parts, {"imported_from": str(source)})
     (to / "recipe.yaml").write_text(yaml.safe_dump({"model": plain(model)}, sort_keys=False))
     tokenizer = to / "tokenizer"
@@ -73,6 +83,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Imported into {path}.")
+    least = clamp(json.loads((Path(values["checkpoint"]) / "config.json").read_text()))
+    if least is not None:
+        print(
+            f"Its config.json has time_step_min={least:g}: transformers clamps dt there, this model (like Megatron) does not, so logits may differ."
+        )
     print(f"Start a run from it with checkpoint.initialize_from={values['to']} and the model group of {values['to']}/recipe.yaml.")
     return 0
 

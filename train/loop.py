@@ -27,7 +27,8 @@ from train.checkpoint.reader import open_checkpoint
 from train.checkpoint.run import load_weights, restore_run, save_run
 from train.evaluate import evaluate
 from train.observe import Observers, RunInfo, open_observers
-from train.observe.redact import without_secrets
+from train.observe.metrics import FILE_NAME, decode_lines
+from train.observe.redact import redacted, without_secrets
 from train.precision_table import LinearRow, OtherRow, PrecisionTable, precision_table
 from train.reading import RecipeError, plain
 from train.recipe import Recipe, changed_keys
@@ -79,6 +80,7 @@ def run(recipe: Recipe) -> int:
             if (finished := _finished(recipe, run_dir)) is not None:
                 print(f"{run_dir} is finished: validation loss {finished.get('eval/loss')}; choose another run.dir for a new run")
                 return 0
+            _check_places(recipe, run_dir)
             _train(build(recipe), changes)
         except (DataError, CheckpointError) as error:
             raise RecipeError(str(error)) from None
@@ -109,11 +111,14 @@ def _train(run: Run, changes: list[str]) -> None:
             total_steps=recipe.total_steps,
             tokens_per_step=recipe.tokens_per_step,
             resumed=step > 0,
-            description=(
-                layout.describe(),
-                *run.data.describe(),
-                _backend(run, step),
-                *(f"changed since the run began: {line}" for line in changes),
+            description=tuple(
+                redacted(line)
+                for line in (
+                    layout.describe(),
+                    *run.data.describe(),
+                    _backend(run, step),
+                    *(f"changed since the run began: {line}" for line in changes),
+                )
             ),
             precision_table=table.text,
         )
@@ -170,10 +175,12 @@ def _train(run: Run, changes: list[str]) -> None:
             saved = step
             observers.on_checkpoint(step, path)
     assert saved == step
+    seconds = time.perf_counter() - started
     summary: dict[str, Any] = {
         "step": step,
         "tokens": step * recipe.tokens_per_step,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
+        "session_seconds": seconds - elapsed,
     }
     if evaluated is None:
         evaluated = evaluate(run, step)
@@ -281,8 +288,27 @@ def _finished(recipe: Recipe, run_dir: Path) -> dict[str, Any] | None:
     marker = run_dir / "finished.json"
     if not marker.exists():
         return None
-    summary = json.loads(marker.read_text())
-    return summary if summary.get("step") == recipe.total_steps else None
+    try:
+        summary = json.loads(marker.read_text())
+        return summary if summary["step"] == recipe.total_steps else None
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(f"{marker} is damaged: remove it to go on from the last checkpoint, or choose another run.dir") from None
+
+
+def _check_places(recipe: Recipe, run_dir: Path) -> None:
+    """What would only show when the model is built: a directory that cannot be written, a checkpoint to start from that is not there."""
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "is no directory" if not nearest.is_dir() else "may not be written"
+        raise RecipeError(f"run.dir={run_dir} cannot be used, because {nearest} {why}: choose another run.dir")
+    if recipe.checkpoint.initialize_from is not None:
+        open_checkpoint(recipe.checkpoint.initialize_from)
+    metrics = run_dir / FILE_NAME
+    if metrics.exists():
+        try:
+            decode_lines(metrics.read_bytes())
+        except ValueError as error:
+            raise RecipeError(f"{metrics} is damaged ({error}): restore or remove it before resuming") from None
 
 
 def _store_recipe(recipe: Recipe, run_dir: Path) -> None:

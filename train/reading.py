@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -79,13 +80,15 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if len(value) != len(args):
             raise RecipeError(f"{key}={list(value)} must be a list of {len(args)} values")
         return tuple(_convert(arg, item, f"{key}[{i}]") for i, (arg, item) in enumerate(zip(args, value, strict=True)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 4e-3 as a text
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)  # YAML reads 4e-3 as a text
         except ValueError:
-            pass
+            number = None
+        if number is not None:
+            if not math.isfinite(number):
+                raise RecipeError(f"{key}={value} must be a finite number")
+            return number
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise RecipeError(f"{key}={value!r} must be {NAMES.get(hint, hint.__name__)}")

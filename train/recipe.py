@@ -5,9 +5,11 @@ belongs to the run itself, and the checks that need more than one group. A recip
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
+
+import torch
 
 from data.config import DataConfig
 from model.config import ModelConfig
@@ -16,6 +18,7 @@ from model.precision.policy import Policy, PrecisionConfig
 from parallel.layout import ParallelConfig
 from train.duration import Duration
 from train.observe import MonitorConfig
+from train.observe.redact import without_secrets
 from train.reading import RecipeError, flatten, plain, read
 from train.schedule import OptimizerConfig
 
@@ -111,6 +114,9 @@ def read_recipe(values: Mapping[str, Any], world_size: int | None) -> Recipe:
     Raises RecipeError: one sentence with key, value and remedy.
     """
     recipe = read(Recipe, values)
+    if recipe.precision.compute == "auto":
+        compute = "bf16" if torch.cuda.is_available() else "fp32"
+        recipe = replace(recipe, precision=replace(recipe.precision, compute=compute))
     try:
         validate(recipe, recipe.parallel.fewest_ranks() if world_size is None else world_size)
     except ValueError as error:
@@ -124,6 +130,7 @@ def validate(recipe: Recipe, world_size: int) -> None:
     recipe.data.validate()
     recipe.monitor.validate()
     _validate_train(recipe, world_size)
+    _validate_phases(recipe)
     recipe.parallel.validate(world_size)
     _validate_optimizer(recipe)
     _validate_rest(recipe)
@@ -173,6 +180,21 @@ def _validate_train(recipe: Recipe, world_size: int) -> None:
                 f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size} "
                 f"times {parallel.data(world_size)} data-parallel ranks: use a multiple of {unit}"
             )
+
+
+def _validate_phases(recipe: Recipe) -> None:
+    """Phases that end must reach the end of the run."""
+    phases, length = recipe.data.phases, recipe.train.sequence_length
+    if phases[-1].tokens is None:
+        return
+    samples = sum(-(-phase.tokens // length) for phase in phases if phase.tokens is not None)
+    needed = recipe.total_steps * recipe.train.global_batch_size
+    if samples < needed:
+        last = f"data.phases[{len(phases) - 1}].tokens"
+        raise ValueError(
+            f"data.phases end after {samples} samples of train.sequence_length={length}, but the run of {recipe.total_steps} steps takes {needed}: "
+            f"lengthen {last}={phases[-1].tokens}, set it to null, or train shorter"
+        )
 
 
 def _validate_optimizer(recipe: Recipe) -> None:
@@ -303,7 +325,7 @@ MAY_CHANGE = (
 
 def changed_keys(stored: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Lines `key: old -> new` of what a resume changes. Raises RecipeError for a key that must stay as the run began."""
-    old, new = dict(flatten(stored)), dict(flatten(plain(recipe)))
+    old, new = dict(flatten(stored)), dict(flatten(without_secrets(plain(recipe))))  # as it was stored
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)

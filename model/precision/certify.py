@@ -76,7 +76,8 @@ class Vectors:
 
 
 def tensor(kind: str, shape: tuple[int, int], scale: float, dtype: torch.dtype, seed: int, device: str = "cpu") -> Tensor:
-    """kind: normal, heavy (Cauchy tails), outlier, zeros (all or in blocks), ties (on the grid's midpoints), denormal, tiny_block."""
+    """kind: normal, heavy (Cauchy tails), outlier, zeros (all or in blocks), ties (on the grid's midpoints), denormal, tiny_block, and round
+    (amax 5: where orders of operations differ, they show)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator)
     if kind == "heavy":
@@ -92,6 +93,9 @@ def tensor(kind: str, shape: tuple[int, int], scale: float, dtype: torch.dtype, 
         return (x * 1e-39).to(dtype).to(device)
     elif kind == "tiny_block":
         x[:, : shape[1] // 2] *= 1e-6
+    elif kind == "round":
+        x = x.clamp(-5, 5)
+        x[seed % shape[0], 0] = 5
     limit = torch.finfo(dtype).max / 4
     return (x * scale).clamp(-limit, limit).to(dtype).to(device)
 
@@ -272,6 +276,7 @@ def check_random(report: Report, backend: Backend, device: torch.device) -> None
             ("ties", (32, 64), (32,)),
             ("tiny_block", (48, 96), (48,)),
             ("denormal", (32, 48), (32,)),
+            ("round", (64, 128), (64,)),
         )
     ):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -294,26 +299,42 @@ def check_random(report: Report, backend: Backend, device: torch.device) -> None
 
 def check_draws(report: Report, backend: Backend, device: torch.device, draws: int = 256) -> None:
     """Every draw is one of two neighbours, and the mean over draws has the expectation of eight random bits."""
+    _check_draws(report, backend, device, draws, columns=False)
+    _check_draws(report, backend, device, draws, columns=True)
+
+
+def _check_draws(report: Report, backend: Backend, device: torch.device, draws: int, *, columns: bool) -> None:
+    """Along rows as dgrad quantises dy; or along columns, not rotated, so that neighbours are known."""
     x, rows = tensor("normal", (32, 64), 1.0, torch.bfloat16, 1), Rows((32,))
-    every = torch.stack([nvfp4.quantize(x, random_bits=torch.full(x.shape, byte, dtype=torch.uint8)).dequantize() for byte in range(256)])
+    where = "columns" if columns else "rows"
+    operand = x.T.contiguous() if columns else x
+    every = torch.stack(
+        [nvfp4.quantize(operand, random_bits=torch.full(operand.shape, byte, dtype=torch.uint8)).dequantize() for byte in range(256)]
+    )
     low, high = every.amin(0), every.amax(0)
     expected, variance = every.double().mean(0), every.double().var(0, correction=0)
     index = torch.arange(len(x), device=device)
     on_device = x.to(device)
     amax = backend.amax(on_device, rows)
-    outside = report.line(backend.name, "draws that are no neighbour")
-    total = torch.zeros(x.shape, dtype=torch.float64)
+    outside = report.line(backend.name, f"draws along {where} that are no neighbour")
+    total = torch.zeros(operand.shape, dtype=torch.float64)
     for step in range(draws):
         key = Stream(stream_key(7, "certify", "dy"), index, index % 8, step)
-        packed = backend.quantize_rows(on_device, amax, rows, stream=key, packed=True)
-        assert isinstance(packed, Packed)
-        value = Quantized(packed.codes.cpu(), packed.scales.cpu(), amax.cpu()[0], 448.0).dequantize()
+        quantise = backend.quantize_columns if columns else backend.quantize_rows
+        products = quantise(on_device, amax, rows, stream=key)
+        assert isinstance(products, Tensor)
+        value = products.float().cpu() * (amax.cpu() / 2688)
+        value = value.T.contiguous() if columns else value
+        # The factor of a value is rounded in another place here, by at most one bit.
+        value = torch.where(
+            torch.isclose(value, low, rtol=1e-6, atol=0), low, torch.where(torch.isclose(value, high, rtol=1e-6, atol=0), high, value)
+        )
         report.count(outside, ((value < low) | (value > high)).float(), torch.zeros_like(value))
         total += value
     # By magnitude, so that a bias of one part cannot hide behind another's.
     error, share = total / draws - expected, variance / draws
-    sign, order = x.double().sign(), x.double().abs().flatten().argsort()
-    line = report.line(backend.name, f"expectation of draws, {SIGMAS:g} sigma")
+    sign, order = operand.double().sign(), operand.double().abs().flatten().argsort()
+    line = report.line(backend.name, f"expectation of draws along {where}, {SIGMAS:g} sigma")
     for part in order.split(256):
         deviation = float((error * sign).flatten()[part].sum() / share.flatten()[part].sum().clamp(min=1e-300).sqrt())
         line.values += 1
@@ -330,7 +351,7 @@ def check_gemms(report: Report, backend: Backend, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
         shapes = ((tokens, inputs), (outputs, inputs), (tokens, outputs))
         x, w, dy = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
-        weight = w.to(device).requires_grad_()
+        weight = torch.nn.Parameter(w.to(device))
         given = x.to(device).requires_grad_()
         index = torch.arange(tokens, device=device)
         try:
@@ -374,8 +395,8 @@ def certify(report: Report, backend: Backend, device: torch.device) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """Where a backend runs on this machine."""
-    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+    """Where a backend runs on this machine; the reference on the CPU, where it is the definition."""
+    return torch.device("cuda" if torch.cuda.is_available() and name not in ("cpu", "reference") else "cpu")
 
 
 def main(arguments: Sequence[str]) -> int:

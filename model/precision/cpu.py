@@ -71,7 +71,7 @@ def _pad_features(x: Tensor) -> Tensor:
 
 def _in_blocks(a: Array) -> Array:
     """[rows, blocks, 16]"""
-    return a.reshape(len(a), -1, BLOCK)
+    return a.reshape(len(a), a.shape[1] // BLOCK, BLOCK)
 
 
 def _largest(bits: Array) -> Tensor:

@@ -202,9 +202,15 @@ def inverse(scale, decode):
 
 
 @kernel
-def error_of(code, scale, amax, unit, x, squared):
-    """Of one element, for 4over6."""
-    d = code * ((scale * amax) * unit) - x
+def wanted_scale(largest, s, mult, clipping):
+    """The scale of a block before it is rounded; 4over6 rounds in another place."""
+    return (largest / f32(6)) * s if clipping else largest * mult
+
+
+@kernel
+def error_of(code, scale, amax, top, x, squared):
+    """Of one element, for 4over6; top: 6 times the largest block scale."""
+    d = ((code * scale) * amax) / top - x
     return d * d if squared else abs(d)
 
 
@@ -337,16 +343,13 @@ def encode_tile_stochastic(t, q, n, enc, bits):
 
 
 @kernel
-def tile_errors(t, q, n, scale, amax, unit, squared, total):
-    """total[lane]: the error of every block, halves added to halves."""
-    e = np.empty(16, np.float32)
+def tile_errors(t, q, n, scale, amax, top, squared, total):
+    """total[lane]: the error of every block, one element after another."""
     for lane in range(n):
-        for j in range(16):
-            e[j] = error_of(q[j, lane], scale[lane], amax, unit, t[j, lane], squared)
-        for half in (8, 4, 2, 1):
-            for j in range(half):
-                e[j] = e[j] + e[j + half]
-        total[lane] = e[0]
+        total[lane] = f32(0)
+    for j in range(16):
+        for lane in range(n):
+            total[lane] = total[lane] + error_of(q[j, lane], scale[lane], amax, top, t[j, lane], squared)
 
 
 @kernel
@@ -377,7 +380,7 @@ def quantize_columns(
         np.empty(16 * calls, np.uint32),
         np.empty(16 * calls, np.uint32),
     )
-    unit = f32(1.0 / (6.0 * bound))
+    largest_value = f32(6) * bound
     for i in range(first, last):
         group_amax = amax[groups[i]]
         s = global_scale(group_amax, bound)
@@ -396,7 +399,7 @@ def quantize_columns(
                         t[j, lane] = r[j, lane]
             tile_block_amax(t, n, m)
             for lane in range(n):
-                sf[lane] = e4m3(float_of(m[lane]) * mult)
+                sf[lane] = e4m3(wanted_scale(float_of(m[lane]), s, mult, clipping))
                 enc[lane] = inverse(sf[lane], decode)
             if noise == 0:
                 encode_tile(t, q, n, enc)
@@ -419,11 +422,11 @@ def quantize_columns(
                 encode_tile_stochastic(t, q, n, enc, noise_tile)
             if clipping:
                 for lane in range(n):
-                    sf4[lane] = e4m3((float_of(m[lane]) * mult) * f32(1.5))
+                    sf4[lane] = e4m3(wanted_scale(float_of(m[lane]), s, mult, clipping) * f32(1.5))
                     enc4[lane] = inverse(sf4[lane], decode)
                 encode_tile(t, q4, n, enc4)
-                tile_errors(t, q, n, sf, group_amax, unit, clipping == 2, error6)
-                tile_errors(t, q4, n, sf4, group_amax, unit, clipping == 2, error4)
+                tile_errors(t, q, n, sf, group_amax, largest_value, clipping == 2, error6)
+                tile_errors(t, q4, n, sf4, group_amax, largest_value, clipping == 2, error4)
                 for lane in range(n):
                     if error4[lane] < error6[lane]:
                         sf[lane] = sf4[lane]
@@ -540,14 +543,12 @@ def row_amax(x, first, last, factors, rounding, largest):
 
 
 @kernel
-def block_error(block, code, scale, amax, unit, squared):
-    e = np.empty(16, np.float32)
+def block_error(block, code, scale, amax, top, squared):
+    """One element after another."""
+    total = f32(0)
     for j in range(16):
-        e[j] = error_of(code[j], scale, amax, unit, block[j], squared)
-    for half in (8, 4, 2, 1):
-        for j in range(half):
-            e[j] = e[j] + e[j + half]
-    return e[0]
+        total = total + error_of(code[j], scale, amax, top, block[j], squared)
+    return total
 
 
 @kernel
@@ -589,7 +590,7 @@ def quantize_rows(
     pairs = np.empty(8 * blocks, np.uint16)
     nibbles = pairs.view(np.uint8).reshape(blocks, 16)
     loaded = np.empty((blocks, 16), np.float32)
-    unit = f32(1.0 / (6.0 * bound))
+    largest_value = f32(6) * bound
     for row in range(first, last):
         load_row(loaded, x[row], factors, rounding)
         group_amax = amax[groups[row]]
@@ -602,18 +603,20 @@ def quantize_rows(
                 top = b if b > top else top
             m[block] = top
         for block in range(blocks):
-            sf[block] = e4m3(float_of(m[block]) * mult)
+            sf[block] = e4m3(wanted_scale(float_of(m[block]), s, mult, clipping))
             enc[block] = inverse(sf[block], decode)
         if clipping:
             for block in range(blocks):
-                scale4 = e4m3((float_of(m[block]) * mult) * f32(1.5))
+                scale4 = e4m3(wanted_scale(float_of(m[block]), s, mult, clipping) * f32(1.5))
                 e4 = inverse(scale4, decode)
                 for j in range(16):
                     v[j] = loaded[block, j]
                     q[j] = nearest(clamped(v[j] * enc[block]))
                     q4[j] = nearest(clamped(v[j] * e4))
                 squared = clipping == 2
-                if block_error(v, q4, scale4, group_amax, unit, squared) < block_error(v, q, sf[block], group_amax, unit, squared):
+                if block_error(v, q4, scale4, group_amax, largest_value, squared) < block_error(
+                    v, q, sf[block], group_amax, largest_value, squared
+                ):
                     sf[block] = scale4
                     enc[block] = e4
         at = (row - first) % batch if noise == 2 else 0
@@ -663,7 +666,7 @@ def quantize_tiles(x, first, last, groups, amax, bound, clipping, packed, produc
     m, sf, enc = np.empty(blocks, np.int32), np.empty(blocks, np.float32), np.empty(blocks, np.float32)
     pairs = np.empty(8 * blocks, np.uint16)
     nibbles = pairs.view(np.uint8).reshape(blocks, 16)
-    unit = f32(1.0 / (6.0 * bound))
+    largest_value = f32(6) * bound
     for band in range(first, last):
         group_amax = amax[groups[band]]
         s = global_scale(group_amax, bound)
@@ -680,20 +683,20 @@ def quantize_tiles(x, first, last, groups, amax, bound, clipping, packed, produc
                 largest = top[block, j] if top[block, j] > largest else largest
             m[block] = largest
         for block in range(blocks):
-            sf[block] = e4m3(float_of(m[block]) * mult)
+            sf[block] = e4m3(wanted_scale(float_of(m[block]), s, mult, clipping))
             enc[block] = inverse(sf[block], decode)
         if clipping:
             squared = clipping == 2
             for block in range(blocks):
-                scale4 = e4m3((float_of(m[block]) * mult) * f32(1.5))
+                scale4 = e4m3(wanted_scale(float_of(m[block]), s, mult, clipping) * f32(1.5))
                 enc4 = inverse(scale4, decode)
                 for i in range(16):
                     for j in range(16):
                         v[j] = widen(x[16 * band + i, block, j])
                         q[j] = nearest(clamped(v[j] * enc[block]))
                         q4[j] = nearest(clamped(v[j] * enc4))
-                    e6[i] = block_error(v, q, sf[block], group_amax, unit, squared)
-                    e4[i] = block_error(v, q4, scale4, group_amax, unit, squared)
+                    e6[i] = block_error(v, q, sf[block], group_amax, largest_value, squared)
+                    e4[i] = block_error(v, q4, scale4, group_amax, largest_value, squared)
                 for half in (8, 4, 2, 1):
                     for j in range(half):
                         e6[j] = e6[j] + e6[j + half]

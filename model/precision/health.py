@@ -71,7 +71,7 @@ class Health:
     ) -> None:
         """x [rows, features] and what it became."""
         key = f"{module}/{operand}"
-        if not self._wants(self._operands, key, module):
+        if not len(x) or not self._wants(self._operands, key, module):
             return
         if packed.along == "columns":
             x, rows = pad_rows(x, rows), rows.padded(BLOCK)
@@ -90,7 +90,7 @@ class Health:
     def mxfp8(self, module: str, operand: str, x: Tensor, quantized: mxfp8.Quantized, rows: Rows) -> None:
         """The same for MXFP8; blocks along columns where it says so."""
         key = f"{module}/{operand}"
-        if not self._wants(self._operands, key, module):
+        if not len(x) or not self._wants(self._operands, key, module):
             return
         if len(x) != len(quantized.elements):
             x = pad_rows(x, rows, mxfp8.BLOCK)

@@ -35,10 +35,12 @@ from model.precision.reference import Reference
 
 @dataclass(frozen=True)
 class TokenKeys:
-    """Which token each row of an operand is: int64 [rows], the global sample and the position in its sequence."""
+    """Which token each row of an operand is: int64 [rows], the global sample and the position in its sequence. depth: of multi-token
+    prediction, whose depths may share modules; 0: none."""
 
     sample: Tensor
     position: Tensor
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Site:
 
     name: canonical module name. seed: of the run. outputs: (first global index, count) of each run of local output features, where the
     output is sharded; empty: all, from 0. amax_group: over which amaxes are maximised (precision.amax_scope=tensor_parallel), or None.
-    first_expert: global index of group 0 of a grouped layer, or None for a plain one. backend: of NVFP4. weights: where quantised weights
+    first_expert: global index of group 0 of a grouped layer, or None for a plain one. own_tokens: other ranks of amax_group work on other
+    tokens, so that amaxes of rows have nothing to do with theirs. backend: of NVFP4. weights: where quantised weights
     are kept for the rest of the step. health: what measures operands, when it is active.
     """
 
@@ -103,6 +106,7 @@ class Site:
     outputs: tuple[tuple[int, int], ...] = ()
     amax_group: Any = None
     first_expert: int | None = None
+    own_tokens: bool = False
     backend: Backend = field(default_factory=Reference)
     weights: WeightCache = field(default_factory=WeightCache)
     health: Health = field(default_factory=Health)
@@ -144,7 +148,9 @@ def along_features(x: Tensor, rows: Rows, form: Format, site: Site, *, stream: p
     clipping = form.nvfp4.clipping if forward else "saturate"
     bound, backend = _bound(form, clipping), site.backend
     if forward and form.nvfp4.row_scaled:
-        amax = site.maximum(x.abs().amax(-1, keepdim=True).float())
+        amax = x.abs().amax(-1, keepdim=True).float()
+        if not site.own_tokens:
+            amax = site.maximum(amax)
     else:
         amax = site.maximum(backend.amax(x, rows))
     kept = backend.quantize_rows(x, amax, rows, stream=stream, clipping=clipping, bound=bound, packed=site.packed)
@@ -295,7 +301,7 @@ class _Call:
         if site.first_expert is not None:
             sizes = torch.tensor(self.rows.sizes, device=self.keys.sample.device)
             expert = (torch.arange(len(sizes), device=sizes.device) + site.first_expert).repeat_interleave(sizes)
-        key = philox.stream_key(site.seed, site.name, operand)
+        key = philox.stream_key(site.seed, site.name, f"{operand}@{self.keys.depth}" if self.keys.depth else operand)
         return philox.Stream(key, self.keys.sample, self.keys.position, self.step, site.outputs, expert)
 
     def times_weight(self, x: Operand, weight: Tensor, form: Format, *, dgrad: bool) -> Tensor:
@@ -337,13 +343,13 @@ class _Call:
             padded = self.rows.padded(nvfp4.BLOCK)
             for group, product in _tensor_cores(left, padded, x, padded, self.site, dgrad=False):
                 into[group] += product
-            return
-        dtype = _multiplied_in(form, dy.device)
-        a, b = left.values(backend, dtype), x.values(backend, dtype)
-        groups, outputs, inputs = into.shape
-        factors = [(a[i:j].T, b[i:j]) for i, j in self.rows.padded(_block(form)).bounds]
-        places = [(g * outputs, (g + 1) * outputs) for g in range(groups)]
-        _gemms(into.view(groups * outputs, inputs), factors, places, _alpha(left, x), add=True)
+        else:
+            dtype = _multiplied_in(form, dy.device)
+            a, b = left.values(backend, dtype), x.values(backend, dtype)
+            groups, outputs, inputs = into.shape
+            factors = [(a[i:j].T, b[i:j]) for i, j in self.rows.padded(_block(form)).bounds]
+            places = [(g * outputs, (g + 1) * outputs) for g in range(groups)]
+            _gemms(into.view(groups * outputs, inputs), factors, places, _alpha(left, x), add=True)
         if form.name in ("nvfp4", "mxfp8"):
             self.site.health.gradient(self.site.name, into)
 
@@ -387,6 +393,8 @@ class _Linear(torch.autograd.Function):
                 # Megatron's hook wants a gradient to fire on, and leaves main_grad alone when told it is complete.
                 ctx.target.grad_added_to_main_grad = True
                 dw = weight.new_zeros(1).expand(weight.shape)
+            # Autograd drops saved tensors now, but attributes only with the whole graph.
+            ctx.kept = None
         return dx, dw, None, None, None
 
 

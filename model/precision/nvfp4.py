@@ -120,18 +120,21 @@ def encode(
     if clipping == "saturate":
         return at(round_e4m3(block_amax * mult, bound=448.0))
 
+    # 4over6 rounds elsewhere than the plain path: its scale is (block_amax / 6) * S, and its error code * sf * amax / (6 * bound) - x.
     def error(encoded: Encoded) -> Tensor:
-        value = encoded.code * (encoded.scale * amax * _constant(1 / (MAX_CODE * bound), amax)).unsqueeze(-1)
-        difference = value - blocks
+        value = encoded.code * encoded.scale.unsqueeze(-1) * amax.unsqueeze(-1)
+        difference = torch.div(value, _constant(MAX_CODE * bound, amax)) - blocks
         each = difference.abs() if clipping == "4over6_mae" else difference * difference
-        total = _fold(each)
+        total = each[..., 0]
+        for j in range(1, BLOCK):
+            total = total + each[..., j]
         if tile:  # rows of one tile decide together
             rows = total.unflatten(-2, (-1, BLOCK))
             total = _fold(rows.transpose(-1, -2)).unsqueeze(-2).expand(rows.shape).flatten(-3, -2)
         return total
 
-    to_six = at(round_e4m3(block_amax * mult))
-    to_four = at(round_e4m3(block_amax * mult * _constant(1.5, amax)))
+    wanted = torch.div(block_amax, _constant(MAX_CODE, amax)) * scale
+    to_six, to_four = at(round_e4m3(wanted)), at(round_e4m3(wanted * _constant(1.5, amax)))
     choose_four = error(to_four) < error(to_six)
     return Encoded(
         torch.where(choose_four.unsqueeze(-1), to_four.code, to_six.code),

@@ -3,7 +3,8 @@
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) turns a 128-bit counter and a 64-bit key into four random
 32-bit words. There is no state: whoever knows the coordinates of an element can draw its bits, in any order, on any device, on any rank.
 
-    key      first 8 bytes of SHA-256 of "seed/module/operand"      operand: "dy" (rows, dgrad) or "dy_t" (columns, wgrad)
+    key      first 8 bytes of SHA-256 of "seed/module/operand"      operand: "dy" (rows, dgrad) or "dy_t" (columns, wgrad), with "@1", "@2"
+                                                                    at the depths of multi-token prediction, which may share a module
     counter  word 0   feature // 16  |  (expert + 1) << 20           global feature index; 0 in the upper bits: no expert
              word 1   position in the sequence
              word 2   global sample index, lower 32 bits
@@ -69,7 +70,7 @@ def random_bytes(
     # Two's complement keeps the 32 bits; the view reads them as bytes, little end first.
     as_bytes = torch.where(stacked > 0x7FFFFFFF, stacked - (1 << 32), stacked).int().view(torch.uint8)
     skip = first_feature - first * FEATURES_PER_CALL
-    return as_bytes.reshape(len(sample), -1)[:, skip : skip + features]
+    return as_bytes.flatten(1)[:, skip : skip + features]
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,10 @@ def moment(value: float | str) -> float:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """The recipe's `precision` group. compute: dtype of activations and of the weights in memory. backend: of NVFP4; auto: by device."""
+    """The recipe's `precision` group. compute: dtype of activations and of the weights in memory, fp32 or bf16; auto: bf16 on a GPU, fp32 on
+    a CPU, decided when the recipe is read. backend: of NVFP4; auto: by device."""
 
-    compute: str = "fp32"
+    compute: str = "auto"
     default: FormatName = "nvfp4"
     rules: tuple[Rule, ...] = ()
     schedule: tuple[Rule, ...] = ()
@@ -83,8 +84,8 @@ class PrecisionConfig:
 
     def validate(self) -> None:
         """Raises ValueError, in one sentence, for values that cannot be honoured."""
-        if self.compute not in ("fp32", "bf16"):
-            raise ValueError(f"precision.compute={self.compute!r} is unknown: use fp32 or bf16")
+        if self.compute not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision.compute={self.compute!r} is unknown: use auto, fp32 or bf16")
         if self.default not in FORMATS:
             raise ValueError(f"precision.default={self.default!r} is unknown: use one of {', '.join(FORMATS)}")
         if self.backend not in BACKENDS:
@@ -99,6 +100,11 @@ class PrecisionConfig:
         ):
             if value not in known:
                 raise ValueError(f"precision.nvfp4.{key}={value!r} is unknown: use {' or '.join(map(str, known))}")
+        if options.e4m3_bound != 448 and options.clipping == "saturate":
+            raise ValueError(
+                f"precision.nvfp4.e4m3_bound={options.e4m3_bound} is for 4over6_mae and 4over6_mse, but precision.nvfp4.clipping is saturate: "
+                "use 448, or another clipping"
+            )
         for group, rules in (("rules", self.rules), ("schedule", self.schedule)):
             for index, rule in enumerate(rules):
                 key = f"precision.{group}[{index}]"

@@ -220,13 +220,16 @@ def _error(
     x, code, block_scale, amax, TOP: tl.constexpr, CLIPPING: tl.constexpr, TILES: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
 ):
     """What 4over6 compares, [outer, 1, inner]."""
-    UNIT: tl.constexpr = 1 / TOP
-    difference = code * (block_scale * amax * UNIT) - x
+    difference = tl.div_rn(code * block_scale * amax, TOP) - x
     if CLIPPING == MAE:
         difference = tl.abs(difference)
     else:
         difference = difference * difference
-    total = _fold(difference, OUTER, INNER)
+    # One after another; a sum in which all but one are zero takes that one out.
+    index = tl.arange(0, 16)[None, :, None]
+    total = tl.sum(tl.where(index == 0, difference, 0.0), axis=1)
+    for j in tl.static_range(1, 16):
+        total = total + tl.sum(tl.where(index == j, difference, 0.0), axis=1)
     if TILES:
         total = _fold(tl.reshape(total, [1, 16, OUTER // 16]), 1, OUTER // 16)
         total = tl.broadcast_to(total, [16, OUTER // 16])
@@ -253,6 +256,8 @@ def _quantize(
     largest = tl.reshape(largest, [OUTER, 1, INNER]).to(tl.float32, bitcast=True)
     scale = _global_scale(amax, TOP)
     wanted = largest * (scale * SIXTH)
+    if CLIPPING != SATURATE:
+        wanted = tl.div_rn(largest, 6.0) * scale
     block_scale = _round_e4m3(wanted)
     code = _encode(x, block_scale, scale, random, RANDOM)
     if CLIPPING != SATURATE:

@@ -39,7 +39,7 @@ def test_we_read_megatrons(tmp_path: Path, dtype: type) -> None:
         builder.end_document()
     builder.finalize(str(tmp_path / "x.idx"))
     stream = indexed.read(tmp_path / "x")
-    assert [stream.document(i).tolist() for i in range(3)] == [document.tolist() for document in DOCUMENTS]
+    assert [stream.part(i).tolist() for i in range(3)] == [document.tolist() for document in DOCUMENTS]
 
 
 def damage_index(prefix: Path) -> None:
@@ -83,6 +83,22 @@ def test_prepared_text_is_the_text(tmp_path: Path, capsys: pytest.CaptureFixture
         return np.asarray(open_data(config, sequence_length=8, seed=1).sources[0].train.tokens[:]).tolist()
 
     assert opened(tmp_path / "out" / "p") == opened(tmp_path / "t")
+    for fraction in (0.1, 0.001):  # 0.001 holds nothing out of the shortest
+        streams = []
+        for path in (tmp_path / "out" / "p", tmp_path / "t"):
+            config = DataConfig(
+                phases=(PhaseConfig((SourceConfig(str(path)),)),), validation_fraction=fraction, cache=str(tmp_path / "cache")
+            )
+            if fraction == 0.001:
+                with pytest.raises(DataError, match="holds out nothing"):
+                    open_data(config, sequence_length=8, seed=1)
+                continue
+            data = open_data(config, sequence_length=8, seed=1)
+            train, held = data.sources[0].train, data.sources[0].validation
+            assert held is not None
+            streams.append((train.read(0, len(train)).tolist(), train.ordinals(0, len(train)).tolist(), held.read(0, len(held)).tolist()))
+        if streams:
+            assert streams[0] == streams[1] and streams[0][0].count(256) == 3
     assert main(arguments) == 2  # nothing is overwritten
     assert main(["input=nowhere", "to=x"]) == 2
     assert main(["inputs=a"]) == 2

@@ -17,6 +17,7 @@ from model.precision.policy import PrecisionConfig
 from parallel.layout import ParallelConfig
 from parallel.shards import Section, pieces_of
 from tests.model.build import CONFIG, microbatch, open_context, packed
+from tests.model.test_moe import CONFIG as ROUTED
 
 LENGTH = 72
 
@@ -164,6 +165,18 @@ def linears(rank: int, parallel: ParallelConfig, precision: PrecisionConfig) -> 
             parts.append(Part(f"{mode} dx", (32, 2, 64), x_offset, x.grad))
             parts += gradients(layer)
     return parts
+
+
+def scopes(rank: int, expert: int) -> tuple[bool, bool]:
+    """Whether plain and routed sites of this rank take the amaxes of the tensor group."""
+    precision = PrecisionConfig(default="nvfp4", amax_scope="tensor_parallel")
+    with open_context(ParallelConfig(tensor=2, expert=expert), config=ROUTED, precision=precision) as context:
+        return context.site("a").amax_group is not None, context.site("b", first_expert=0).amax_group is not None
+
+
+def test_different_experts_do_not_share_amaxes(ranks) -> None:
+    assert ranks(2)(scopes, 1) == [(True, True)] * 2  # the same experts, each with some of their tokens
+    assert ranks(2)(scopes, 2) == [(True, False)] * 2
 
 
 def test_quantised_layers_on_two_ranks_equal_one(ranks) -> None:

@@ -26,7 +26,7 @@ def test_the_backends_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixt
             line = compared[backend, what]
             assert line["good"] and line["unequal"] == 0 and line["values"] > 5000
     assert compared["cpu", "stochastic rounding: code values"]["values"] > 10**6
-    assert 0 < compared["cpu", "expectation of draws, 5 sigma"]["worst"] < 5
+    assert 0 < compared["cpu", "expectation of draws along rows, 5 sigma"]["worst"] < 5
 
 
 class OneScaleOff(FusedCPU):
@@ -73,7 +73,7 @@ class WrongAlpha(Reference):
     [
         (OneScaleOff(), "random tensors: scales", "rotated vectors: scales"),
         (OneCodeOff(), "rotated random tensors: code values", "random tensors: code values"),
-        (Biased(), "expectation of draws, 5 sigma", "vectors: code values"),
+        (Biased(), "expectation of draws along rows, 5 sigma", "vectors: code values"),
         (WrongAlpha(), "GEMMs, fprop, within 1e-05", "vectors: code values"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Reference | FusedCPU) else "",

@@ -1,11 +1,16 @@
 """The three GEMMs of a linear layer, and of routed experts, against explicit quantisation and fp64 products."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from model.precision import hadamard, mxfp8, nvfp4, philox
+from model.precision.cpu import FusedCPU
 from model.precision.formats import BF16, FP32, MXFP8, Format, NVFP4Options
 from model.precision.linear import Site, TokenKeys, grouped_linear, linear
+from model.precision.reference import Reference
 
 NVFP4 = Format("nvfp4")
 SEED, STEP = 5, 9
@@ -79,7 +84,7 @@ def test_weight_gradients_accumulate_in_fp32_in_main_grad() -> None:
 
 
 @pytest.mark.parametrize("forms", [(FP32,) * 3, (NVFP4,) * 3, (MXFP8,) * 3, (NVFP4, BF16, NVFP4)], ids=lambda f: "-".join(map(str, f)))
-@pytest.mark.parametrize("counts", [[16, 32, 16], [5, 0, 40, 19], [0, 0, 64], [64]], ids=str)
+@pytest.mark.parametrize("counts", [[16, 32, 16], [5, 0, 40, 19], [0, 0, 64], [64]], ids=str)  # no token at all: below
 def test_every_expert_is_an_operand_of_its_own(forms: tuple[Format, Format, Format], counts: list[int]) -> None:
     generator = torch.Generator().manual_seed(1)
     x, dy = torch.randn(64, 32, generator=generator), torch.randn(64, 48, generator=generator)
@@ -140,3 +145,29 @@ def test_four_over_six_and_row_scaling_reach_the_forward_operands() -> None:
     y = linear(x, w, (Format("nvfp4", NVFP4Options(row_scaled=True)),) * 3, Site("m", 0), keys(32), 0)
     exact = values(x, NVFP4, row_scaled=True) @ values(w, NVFP4, scaling="2d").T
     assert (y.double() - exact).abs().max() <= 2e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("backend", [Reference(), FusedCPU()], ids=lambda b: b.name)
+@pytest.mark.parametrize("form", [NVFP4, MXFP8, BF16], ids=str)
+def test_experts_without_any_token(form: Format, backend: Any) -> None:
+    x, w = torch.zeros(0, 32, requires_grad=True), torch.ones(2, 48, 32, requires_grad=True)
+    site = Site("m", SEED, first_expert=0, backend=backend)
+    site.health.start()
+    y = grouped_linear(x, w, [0, 0], (form,) * 3, site, keys(0), STEP)
+    assert y.shape == (0, 48)
+    y.backward(torch.zeros(0, 48))
+    assert x.grad is not None and x.grad.shape == (0, 32) and w.grad is not None and not w.grad.any()
+    assert not any("/x" in name or "/dy" in name for name in site.health.finish())
+
+
+def test_depths_that_share_a_module_draw_different_bits() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, w, dy = (torch.randn(*shape, generator=generator) for shape in ((32, 32), (32, 32), (32, 32)))
+    gradients = []
+    for depth in (0, 1, 2, 1):
+        inputs = x.clone().requires_grad_()
+        linear(inputs, w, (NVFP4,) * 3, Site("m", SEED), replace(keys(32), depth=depth), STEP).backward(dy)
+        gradients.append(inputs.grad)
+    assert torch.equal(gradients[1], gradients[3])  # type: ignore[arg-type]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (gradients[a] != gradients[b]).float().mean() > 0.5  # type: ignore[operator]

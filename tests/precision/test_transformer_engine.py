@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.precision import nvfp4
+from model.precision import certify, nvfp4
 from model.precision.backend import Packed, Rows, choose
 from model.precision.formats import BF16, FP32, GEMMS, MXFP8, Format, NVFP4Options
 from model.precision.hadamard import rotate
@@ -577,3 +577,10 @@ def test_what_no_recipe_can_say_runs_operand_by_operand(stand_in: SimpleNamespac
     assert WholeLinear.quantised_weights == 0
     reference = linear(x, w, formats, Site("m", 0), TokenKeys(index, index), 0, out_dtype)  # type: ignore[arg-type]
     assert (y - reference).abs().max() <= 2**-7 * reference.abs().max()
+
+
+def test_the_certificate_reaches_whole_layers(stand_in: SimpleNamespace) -> None:
+    WholeLinear.quantised_weights = 0
+    report = certify.Report()
+    certify.check_gemms(report, TransformerEngine(), torch.device("cpu"))
+    assert WholeLinear.quantised_weights == 2 and report.good, report.text()

@@ -1,13 +1,19 @@
 """Every record of Transformer Engine's own reference quantizer and GEMM, byte for byte."""
 
+from typing import Literal
+
+import numpy as np
 import pytest
 import torch
 
+from model.precision.certify import VECTORS as VECTORS_DIRECTORY
 from model.precision.certify import Vectors
+from model.precision.cpu import FusedCPU
 from model.precision.formats import Format, NVFP4Options
 from model.precision.hadamard import rotation
 from model.precision.linear import Site, TokenKeys, linear
 from model.precision.nvfp4 import GRID, Quantized, quantize, round_e2m1_stochastic
+from model.precision.reference import Reference
 
 VECTORS = Vectors()
 RECORDS, ARRAYS, QUANTIZED = VECTORS.records, VECTORS.arrays, VECTORS.quantized
@@ -38,6 +44,18 @@ def test_codes_scales_amax_and_values(record: str, transposed: bool) -> None:
 def test_all_records_are_covered() -> None:
     assert len(QUANTIZED) == 51
     assert sum(bool(RECORDS[name].get("error")) for name in QUANTIZED) == 3
+
+
+@pytest.mark.parametrize("scaling", ["1d", "2d"])
+@pytest.mark.parametrize("bound", [448, 256])
+@pytest.mark.parametrize("error", ["mae", "mse"])
+def test_four_over_six_rounds_where_the_reference_does(error: str, bound: int, scaling: Literal["1d", "2d"]) -> None:
+    arrays = np.load(VECTORS_DIRECTORY / "nvfp4_4over6_vectors.npz")
+    x = torch.from_numpy(arrays["input"]).view(torch.bfloat16)
+    codes, scales = (torch.from_numpy(arrays[f"{error}_{bound}_{scaling}/{name}"]) for name in ("qdata", "qscale"))
+    for backend in (Reference(), FusedCPU()):
+        ours = backend.quantize(x, scaling=scaling, clipping=f"4over6_{error}", e4m3_bound=bound)  # type: ignore[arg-type]
+        assert torch.equal(ours.scales, scales) and torch.equal(ours.codes, codes), backend.name
 
 
 def test_grid_and_rotation() -> None:

@@ -1,5 +1,7 @@
 """The real engine, saved by one kind of data parallelism and resumed by another."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from megatron.core.enums import ModelType
@@ -85,6 +87,50 @@ def run(rank: int, directory: str, sharded: bool, dtype: torch.dtype, save_at: i
         return losses, torch.cat([p.detach().float().flatten() for p in model.parameters()])
     finally:
         shutdown(leave_world=False)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """As Transformer Engine's and Apex's, which Megatron prefers where they are installed: steps are counted once for a group."""
+
+    made = 0
+
+    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode):
+        assert adam_w_mode
+        FusedAdam.made += 1
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "bias_correction": True})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+                assert state.keys() == {"exp_avg", "exp_avg_sq"}
+                first, second = group["betas"]
+                state["exp_avg"].lerp_(param.grad, 1 - first)
+                state["exp_avg_sq"].mul_(second).addcmul_(param.grad, param.grad, value=1 - second)
+                scale = (state["exp_avg_sq"] / (1 - second ** group["step"])).sqrt_().add_(group["eps"])
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                param.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - first ** group["step"]))
+
+
+def run_fused(rank: int, directory: str, save_at: int | None) -> tuple[list[float], Tensor]:
+    FusedAdam.made = 0
+    with patch("megatron.core.optimizer.Adam", FusedAdam), patch("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", False):
+        result = run(rank, directory, False, torch.bfloat16, save_at)
+    assert FusedAdam.made > 0
+    return result
+
+
+def test_an_optimizer_that_counts_steps_in_its_groups_is_saved_and_resumed(ranks, tmp_path):
+    ((losses, weights),) = ranks(1)(run_fused, str(tmp_path), 3)
+    assert int(open_checkpoint(tmp_path).read_full("step")) == 3
+    ((resumed, final),) = ranks(1)(run_fused, str(tmp_path), None)
+    assert resumed == losses[3:] and torch.equal(final, weights)
+    ((plain, _),) = ranks(1)(run, str(tmp_path), False, torch.bfloat16, None)  # and torch's goes on from it
+    assert plain == pytest.approx(losses[3:], rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -82,6 +82,17 @@ WRONG = [
     ),
     (["precision.compute=fp16"], ["precision.compute='fp16'", "bf16"]),
     (["precision.nvfp4.weight_scaling=3d"], ["precision.nvfp4.weight_scaling='3d'", "1d or 2d"]),
+    (["precision.nvfp4.e4m3_bound=256"], ["precision.nvfp4.e4m3_bound=256", "precision.nvfp4.clipping", "448"]),
+    (["optimizer.weight_decay=nan"], ["optimizer.weight_decay=nan", "finite"]),
+    (["optimizer.learning_rate=inf"], ["optimizer.learning_rate=inf", "finite"]),
+    (["model.mtp_loss_scale=nan"], ["model.mtp_loss_scale=nan", "finite"]),
+    (["parallel.timeout_minutes=1e9"], ["parallel.timeout_minutes=1000000000.0", "within a week"]),
+    (["monitor.wandb_timeout_seconds=1e12"], ["monitor.wandb_timeout_seconds=1000000000000.0", "within a day"]),
+    (
+        ["data.phases=[{tokens:100000,blend:[{path:'corpus:austen'}]}]"],
+        ["data.phases[0].tokens=100000", "782 samples", "480 steps takes 7680", "null"],
+    ),
+    (["-m", "run.seed=1,2", "run.dir=runs/x"], ["run.dir=runs/x", "every job of the sweep"]),
     (["data.validation_fraction=1.5"], ["data.validation_fraction=1.5", "[0, 1)"]),
     (["data.phases=[]"], ["data.phases", "data=austen"]),
     (["data.phases=[{blend:[{path:x,weight:-1.0}]}]"], ["data.phases[0].blend[0].weight=-1.0"]),
@@ -173,3 +184,6 @@ def test_a_sweep_runs_every_job_in_a_directory_of_its_own_and_skips_finished_one
     again = sweep()
     assert again.stdout.count("is finished, skipped") == 2 and "2 jobs, 2 finished, 0 failed" in again.stdout
     assert metrics == [(run / "metrics.jsonl").read_bytes() for run in runs]
+    longer = sweep("train.steps=3")
+    assert longer.returncode == 1 and "2 jobs, 0 finished, 2 failed" in longer.stdout
+    assert longer.stderr.count("error: train.steps=3 differs from 2, with which the run in runs/tiny-sweep/seed-") == 2

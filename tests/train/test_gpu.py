@@ -22,7 +22,7 @@ BF16 = ("precision.compute=bf16",)
 
 @pytest.mark.parametrize("precision", ["nvfp4", "mxfp8", "bf16"])
 def test_a_step_runs_on_the_gpu_in_bf16(precision: str) -> None:
-    made = loop.build(recipe(*BF16, f"precision={precision}"))
+    made = loop.build(recipe(f"precision={precision}"))  # bf16 is what precision.compute=auto means here
     try:
         assert torch.distributed.get_backend() == "nccl"
         assert {p.device.type for p in made.model.parameters()} == {"cuda"}
@@ -37,7 +37,7 @@ def test_a_step_runs_on_the_gpu_in_bf16(precision: str) -> None:
 
 
 def test_the_gpu_computes_what_the_cpu_computes(tmp_path: Path) -> None:
-    length = ("train.steps=5", "optimizer.warmup=2", "optimizer.decay=1", "precision=fp32")
+    length = ("train.steps=5", "optimizer.warmup=2", "optimizer.decay=1", "precision=fp32", "precision.compute=fp32")
     command = [sys.executable, "-m", "train", "-cn", "tiny", *SMALL, *length, f"run.dir={tmp_path / 'cpu'}"]
     subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert loop.run(recipe(*length, f"run.dir={tmp_path / 'gpu'}")) == 0

@@ -197,7 +197,7 @@ def test_console_tells_the_whole_story(tmp_path: Path) -> None:
         console.on_step(metrics_of(step))
     console.on_evaluation({"step": 5, "tokens": 1, "eval/loss": 2.0})
     console.on_checkpoint(5, tmp_path / "checkpoints" / "step-00000005")
-    console.on_end({"step": 10, "eval/loss": 1.8, "baseline/trigram": 1.9102, "seconds": 125.0})
+    console.on_end({"step": 10, "eval/loss": 1.8, "baseline/trigram": 1.9102, "seconds": 185.0, "session_seconds": 125.0})
     text = stream.getvalue()
     assert text == (tmp_path / "log.txt").read_text()
     for expected in (
@@ -210,7 +210,7 @@ def test_console_tells_the_whole_story(tmp_path: Path) -> None:
         "step  5/10  loss 1.0000  mtp 1.1000 1.2000  grad 0.500  lr 4.00e-03  12.3k tok/s  left 10s",
         "step  5/10  validation loss 2.0000 nats per token",
         "step-00000005",
-        "Finished 10 steps; this session took 2m 05s",
+        "Finished 10 steps; this session took 2m 05s of 3m 05s in all",
         "validation loss  1.8000 nats per token; 0.1102 below a trigram count model's 1.9102",
         "runs/x/report/loss.png",
         f"run directory    {tmp_path}",

@@ -86,6 +86,7 @@ def test_killed_and_continued(uninterrupted: Path, tmp_path: Path) -> None:
         *LENGTH,
         f"run.dir={run_dir}",
         "checkpoint.every=10",
+        "monitor.wandb=offline",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with (tmp_path / "output").open("wb") as output:
@@ -97,13 +98,43 @@ def test_killed_and_continued(uninterrupted: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (run_dir / "finished.json").exists()
-    assert loop.run(recipe(*LENGTH, f"run.dir={run_dir}", "checkpoint.every=10")) == 0
+    identity = (run_dir / "wandb_id").read_text()
+    assert loop.run(recipe(*LENGTH, f"run.dir={run_dir}", "checkpoint.every=10", "monitor.wandb=offline")) == 0
+    assert (run_dir / "wandb_id").read_text() == identity
     assert_same(run_dir, uninterrupted)
 
 
 def test_a_changed_recipe_is_refused_in_one_sentence(uninterrupted: Path) -> None:
     with pytest.raises(ValueError, match=r"run.seed=2 differs from 1, with which the run in .* began: set it back"):
         loop.run(recipe(*LENGTH, f"run.dir={uninterrupted}", "run.seed=2"))
+
+
+def test_places_that_cannot_be_used_are_one_sentence(uninterrupted: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run.dir=.*file cannot be used, because .* is no directory"):
+        loop.run(recipe(*LENGTH, f"run.dir={tmp_path / 'file'}"))
+    with pytest.raises(ValueError, match=r"nowhere"):
+        loop.run(recipe(*LENGTH, f"run.dir={tmp_path / 'new'}", f"checkpoint.initialize_from={tmp_path / 'nowhere'}"))
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "recipe.yaml").write_text((uninterrupted / "recipe.yaml").read_text())
+    for name, text in (("metrics.jsonl", '{"step": 1}\nnothing\n{"step": 2}\n'), ("finished.json", "{")):
+        (damaged / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name} is damaged") as error:
+            loop.run(recipe(*LENGTH, f"run.dir={damaged}"))
+        assert "\n" not in str(error.value)
+
+
+def test_a_secret_in_a_value_is_stored_nowhere_and_does_not_keep_a_run_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", "opensesame")
+    given = ("train.steps=4", "optimizer.warmup=1", "optimizer.decay=1", f"run.dir={tmp_path / 'run'}", "run.name=opensesame")
+    assert loop.run(recipe(*given, "run.stop_after=2steps")) == 0
+    assert loop.run(recipe(*given)) == 0
+    assert "opensesame" not in capsys.readouterr().out
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or b"opensesame" not in path.read_bytes(), path
 
 
 def test_a_finished_run_is_not_repeated(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:

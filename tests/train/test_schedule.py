@@ -55,6 +55,14 @@ def test_other_durations_are_refused(text: object) -> None:
         Duration.read(text)
 
 
+def test_decimal_numbers_are_whole_numbers_of_tokens() -> None:
+    for scale, unit in (("k", 10**3), ("M", 10**6), ("B", 10**9), ("T", 10**12)):
+        for hundredths in range(1, 1000):
+            duration = Duration.read(f"{hundredths // 100}.{hundredths % 100:02d}{scale} tokens")
+            assert duration.count == hundredths * unit // 100
+            assert Duration.read(str(duration)) == duration
+
+
 def test_tokens_become_steps_rounded_up() -> None:
     assert Duration(201, "tokens").steps(100) == 3
     assert Duration(7, "steps").steps(100) == 7

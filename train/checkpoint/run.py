@@ -121,16 +121,28 @@ def restore(checkpoint: Checkpoint, engine: TrainingEngine, model: nn.Module | S
         return names.union(part.name for part in parts)
 
     names = together(collect, doing)
-    surplus = sorted(checkpoint.manifest.tensors.keys() - set().union(*names))
-    if surplus:
-        others = f" and {len(surplus) - 1} more tensors" if len(surplus) > 1 else ""
-        raise CheckpointError(f"{doing}: it holds {surplus[0]}{others}, which this run does not have")
+    _refuse_surplus(checkpoint.manifest.tensors.keys() - set().union(*names), doing)
     together(lambda: checkpoint.load_into(parts), doing)
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module | Sequence[nn.Module]) -> None:
-    """Fills the model's weights and buffers alone, for evaluation and generation."""
-    together(lambda: checkpoint.load_into(_model_parts(model)), f"cannot load the weights of {checkpoint.path}")
+    """Fills the model's weights and buffers alone, for evaluation and generation. Raises CheckpointError where it holds others, too."""
+    doing = f"cannot load the weights of {checkpoint.path}"
+    parts: list[Part] = []
+
+    def collect() -> set[str]:
+        parts.extend(_model_parts(model))
+        return {part.name for part in parts}
+
+    stored = {name for name in checkpoint.manifest.tensors if name.startswith("model/")}
+    _refuse_surplus(stored - set().union(*together(collect, doing)), doing)
+    together(lambda: checkpoint.load_into(parts), doing)
+
+
+def _refuse_surplus(names: set[str], doing: str) -> None:
+    if names:
+        others = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        raise CheckpointError(f"{doing}: it holds {min(names)}{others}, which this run does not have")
 
 
 def _model_parts(model: nn.Module | Sequence[nn.Module]) -> Iterator[Part]:

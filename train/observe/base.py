@@ -39,8 +39,10 @@ class MonitorConfig:
             raise ValueError(f"monitor.wandb={self.wandb!r} is unknown: use offline, online or disabled")
         if not self.wandb_project.strip():
             raise ValueError(f"monitor.wandb_project={self.wandb_project!r} is empty: name a project, for instance nibble")
-        if not self.wandb_timeout_seconds > 0:
-            raise ValueError(f"monitor.wandb_timeout_seconds={self.wandb_timeout_seconds} must be positive: use for instance 60")
+        if not 0 < self.wandb_timeout_seconds <= 86400:
+            raise ValueError(
+                f"monitor.wandb_timeout_seconds={self.wandb_timeout_seconds} must lie above 0 and within a day: use for instance 60"
+            )
         if self.quantization.every < 0:
             raise ValueError(f"monitor.quantization.every={self.quantization.every} is negative: use 0 for never, or for instance 50")
 

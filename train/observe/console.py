@@ -105,7 +105,7 @@ class Console(Observer):
         if run is None:
             return
         step = int(summary.get("step", self._last_step))
-        seconds = float(summary.get("seconds", self._clock() - self._start_time))
+        seconds = float(summary.get("session_seconds", self._clock() - self._start_time))
         stopped = summary.get("stopped")
         self.say("")
         if stopped or step < run.total_steps:
@@ -113,7 +113,9 @@ class Console(Observer):
             self.say(f"Stopped{why} after step {step:,} of {run.total_steps:,}, {duration(seconds)} in this session.")
             self.say("Start the same command again to go on from the last checkpoint.")
         else:
-            self.say(f"Finished {step:,} steps; this session took {duration(seconds)}.")
+            whole = float(summary.get("seconds", seconds))
+            before = f" of {duration(whole)} in all" if round(whole) > round(seconds) else ""
+            self.say(f"Finished {step:,} steps; this session took {duration(seconds)}{before}.")
         loss = summary.get("eval/loss", self._validation.get("eval/loss"))
         if loss is not None:
             self.say(f"  validation loss  {loss:.4f} nats per token{_beside(loss, summary.get('baseline/trigram'))}")

@@ -37,6 +37,11 @@ def without_secrets(recipe: Mapping[str, Any], environment: Mapping[str, str] | 
     return {key: _clean(key, value, secrets) for key, value in recipe.items()}
 
 
+def redacted(text: str) -> str:
+    """A line for a person without the secrets of this process's environment and of URLs."""
+    return str(without_secrets({"line": text})["line"])
+
+
 def _clean(key: str, value: Any, secrets: list[str]) -> Any:
     if isinstance(value, Mapping):
         return {inner: _clean(str(inner), item, secrets) for inner, item in value.items()}
