@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                                 # tiny
     python -m benchmarks.step recipe=small rounds=3 contenders=[fp32,nvfp4,bf16]
+    python -m benchmarks.step contenders=[fp32,nvfp4,measured]       # measured: nvfp4, and the health of every operand is measured
 
 memory: the largest resident size after two steps (the second has optimizer states) above what the process had before the first. Compiled
 kernels and what runs them are loaded before that: they take the same room whatever the model, and are listed by themselves.
@@ -35,10 +36,14 @@ from train.recipe import read_recipe
 STEPS = 3
 
 
-def made(recipe: str, precision: str, directory: str) -> Run:
+MEASURED = "measured"
+
+
+def made(recipe: str, contender: str, directory: str) -> Run:
+    precision, every = ("nvfp4", 1) if contender == MEASURED else (contender, 0)
     ConfigStore.instance().store(name="base", node=base())
     with initialize_config_dir(str(RECIPES), version_base="1.3"):
-        config = compose(recipe, overrides=[f"precision={precision}", f"run.dir={directory}", "monitor.quantization.every=0"])
+        config = compose(recipe, overrides=[f"precision={precision}", f"run.dir={directory}", f"monitor.quantization.every={every}"])
     values: Any = given(OmegaConf.to_container(config))
     return build(read_recipe(values, 1))
 

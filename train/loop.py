@@ -241,6 +241,7 @@ def _backend(run: Run, step: int) -> str:
         plain = [module.name for module in linear_modules(run.recipe.model) if not module.routed]
         whole = sum(expressible(policy.formats(name, progress), name) for name in plain)
         line += f"; {whole} of {len(plain)} linear modules by layers of its own, the others and routed experts operand by operand"
+        line += " (where MXFP8 is multiplied in bf16)"
     return line
 
 

@@ -308,9 +308,9 @@ def _share_areas(runs: Sequence[Series], formats: Sequence[str], tables: Sequenc
 # --- heatmaps of quantisation and of the residual stream
 # ------------------------------------------------------------------------------------------------
 
-_OPERANDS = ("x", "x_t", "w", "w_t", "dy", "dy_t")
+_OPERANDS = ("x", "x_t", "w", "w_t", "dy", "dy_t", "wgrad")
 _MOST_ROWS = 48  # of a heatmap; more are merged by layer
-_HEALTH = re.compile(r"precision/(?P<module>[^/]+)/(?P<operand>x|x_t|w|w_t|dy|dy_t)/(?P<metric>[a-z0-9_]+)$")
+_HEALTH = re.compile(r"precision/(?P<module>[^/]+)/(?P<operand>x|x_t|w|w_t|dy|dy_t|wgrad)/(?P<metric>[a-z0-9_]+)$")
 _LAYER = re.compile(r"(?:mtp\.layers\.\d+\.)?(?:layers\.\d+|eh_proj)|lm_head")
 
 
@@ -324,8 +324,37 @@ def draw_underflow(runs: Sequence[Series], path: Path) -> Path:
     return _draw_operands(runs, path, "underflow", "Nonzero elements that became 0", "share", "magma_r", worst=max)
 
 
+def draw_clipped(runs: Sequence[Series], path: Path) -> Path:
+    """Share of the elements of every quantised operand above the largest value of their block. Raises ValueError when none was measured."""
+    return _draw_operands(runs, path, "clipped", "Elements that clip", "share", "magma_r", worst=max)
+
+
+def draw_bias(runs: Sequence[Series], path: Path) -> Path:
+    """Signed error of the magnitudes of every quantised operand. Raises ValueError when none was measured."""
+    title = "Bias of magnitudes (below 0: they shrink)"
+    return _draw_operands(runs, path, "bias", title, "of sum |x|", "RdBu", worst=lambda values: max(values, key=abs), around_zero=True)
+
+
+def draw_zero_scales(runs: Sequence[Series], path: Path) -> Path:
+    """Share of the block scales that are zero though their block is not. Raises ValueError when none was measured."""
+    return _draw_operands(runs, path, "scale_zero", "Block scales that became 0", "share", "magma_r", worst=max)
+
+
+def draw_zero_gradients(runs: Sequence[Series], path: Path) -> Path:
+    """Share of the elements of every weight gradient that are exactly zero. Raises ValueError when none was measured."""
+    return _draw_operands(runs, path, "zero", "Elements of weight gradients that are exactly 0", "share", "magma_r", worst=max)
+
+
 def _draw_operands(
-    runs: Sequence[Series], path: Path, metric: str, title: str, unit: str, colours: str, *, worst: Callable[[list[float]], float]
+    runs: Sequence[Series],
+    path: Path,
+    metric: str,
+    title: str,
+    unit: str,
+    colours: str,
+    *,
+    worst: Callable[[list[float]], float],
+    around_zero: bool = False,
 ) -> Path:
     run, found = _first_with(runs, _HEALTH, metric)
     steps = sorted({entry["step"] for entry in run.entries if found[0][2] in entry})
@@ -344,6 +373,9 @@ def _draw_operands(
         operand: np.array([[worst(values.get((operand, row, step), [math.nan])) for step in steps] for row in rows]) for operand in operands
     }
     known = np.concatenate([table[np.isfinite(table)] for table in tables.values()])
+    low, high = float(known.min()), float(known.max())
+    if around_zero:
+        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
     with plt.rc_context({**STYLE, "axes.grid": False}):
         width = 3.2 + len(operands) * max(1.5, min(2.6, 0.18 * len(steps)))
         figure, axes = plt.subplots(
@@ -351,7 +383,7 @@ def _draw_operands(
         )
         for axis, operand in zip(axes[0], operands, strict=True):
             axis.set_facecolor("#EEEEEE")  # not quantised
-            image = axis.imshow(tables[operand], aspect="auto", cmap=colours, vmin=known.min(), vmax=known.max(), interpolation="nearest")
+            image = axis.imshow(tables[operand], aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
             axis.set_title(operand)
             _step_ticks(axis, steps)
             axis.spines[:].set_visible(False)

@@ -282,6 +282,8 @@ def _validate_precision(recipe: Recipe) -> None:
     policy = recipe.policy
     modules = linear_modules(model, parallel.tensor)
     policy.check([module.name for module in modules])
+    if precision.backend == "transformer_engine":
+        _validate_transformer_engine(recipe, any("nvfp4" in map(str, policy.formats(m.name, t)) for m in modules for t in policy.times))
     tokens = recipe.train.micro_batch_size * recipe.train.sequence_length
     for time in policy.times:
         for module in modules:
@@ -306,6 +308,20 @@ def _validate_precision(recipe: Recipe) -> None:
                     f"gives {module.name} {local} tokens, but the Hadamard transform of its wgrad works on groups of 16: use a multiple "
                     "of 16 or precision.nvfp4.hadamard=false"
                 )
+
+
+def _validate_transformer_engine(recipe: Recipe, nvfp4: bool) -> None:
+    precision = recipe.precision
+    if nvfp4 and precision.nvfp4.hadamard and precision.compute != "bf16":
+        raise ValueError(
+            f"precision.compute={precision.compute} with precision.backend=transformer_engine cannot rotate operands, which Transformer Engine does "
+            "in bf16 only: use precision.compute=bf16, precision.nvfp4.hadamard=false or precision.backend=triton"
+        )
+    if nvfp4 and precision.nvfp4.row_scaled and precision.amax_scope == "tensor_parallel":
+        raise ValueError(
+            "precision.amax_scope=tensor_parallel with precision.nvfp4.row_scaled=true cannot run with precision.backend=transformer_engine, which "
+            "takes the amax of every row itself: use precision.amax_scope=local or precision.backend=triton"
+        )
 
 
 # Keys a resumed run may change; everything else describes the computation that is being continued.

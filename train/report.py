@@ -26,6 +26,8 @@ from train.page import page, picture, table
 from train.pictures import (
     RUN_COLOURS,
     Series,
+    draw_bias,
+    draw_clipped,
     draw_gap,
     draw_gradient_norms,
     draw_learning_rate,
@@ -35,6 +37,8 @@ from train.pictures import (
     draw_speed,
     draw_sqnr,
     draw_underflow,
+    draw_zero_gradients,
+    draw_zero_scales,
     final,
     gap,
 )
@@ -65,6 +69,10 @@ PICTURES = (
     Picture("sqnr", "Quantisation noise", "Of the first run that measured it; x_t, w_t, dy_t: blocks along the other dimension; grey: not quantised.",
             draw_sqnr),
     Picture("underflow", "Underflow", "The same operands.", draw_underflow),
+    Picture("clipped", "Clipping", "Block maxima whose scale was rounded down.", draw_clipped),
+    Picture("bias", "Rounding bias", "What is left after errors of both signs cancel.", draw_bias),
+    Picture("zero_scales", "Zero scales", "Blocks lost as a whole.", draw_zero_scales),
+    Picture("zero_gradients", "Zero gradients", "After the first microbatch of a measured step.", draw_zero_gradients),
     Picture("residual", "Residual stream", "Where magnitudes grow, and behind which kind of layer.", draw_residual),
     Picture("grad_norm", "Gradient norm", "Before clipping.", draw_gradient_norms),
     Picture("learning_rate", "Learning rate", "As the optimizer used it.", draw_learning_rate),

@@ -168,9 +168,17 @@ def per_row(values: Tensor, rows: Rows) -> Tensor:
     return values.repeat_interleave(torch.tensor(rows.sizes, device=values.device))[:, None]
 
 
+def _resolved(name: str, device: torch.device) -> str:
+    """What "auto" means on a device. Never transformer_engine: its random bits cannot be drawn again, so a resume would be another run."""
+    if name == "auto":
+        return "triton" if device.type == "cuda" else "cpu"
+    return name
+
+
 def missing(name: str, device: torch.device) -> str | None:
     """What keeps a backend from running on this device, as the end of a sentence; None when nothing does."""
-    if name in ("auto", "reference"):
+    name = _resolved(name, device)
+    if name == "reference":
         return None
     if name == "cpu":
         return None if device.type == "cpu" else f"it runs on CPUs, and this run is on {device.type}"
@@ -187,8 +195,7 @@ def missing(name: str, device: torch.device) -> str | None:
 
 def choose(name: str, device: torch.device) -> Any:
     """The backend `precision.backend` asks for on a device; "auto": cpu or triton. Raises ValueError saying what it lacks."""
-    if name == "auto":
-        name = "triton" if device.type == "cuda" else "cpu"
+    name = _resolved(name, device)
     lacking = missing(name, device)
     if lacking is not None:
         raise ValueError(f"precision.backend={name} cannot run: {lacking}")

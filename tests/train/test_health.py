@@ -78,7 +78,7 @@ def test_a_resumed_run_measures_the_same_steps(measured: Path, tmp_path: Path) -
 
 def test_the_report_shows_it(measured: Path, tmp_path: Path) -> None:
     page = write_report([measured], tmp_path / "report").read_text()
-    for name in ("sqnr", "underflow", "residual"):
+    for name in ("sqnr", "underflow", "clipped", "bias", "zero_scales", "zero_gradients", "residual"):
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 10_000
     assert "Residual stream" in page and "Underflow" in page
 
