@@ -291,12 +291,39 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 TYPES = {"x": "*bf16", "amax": "*fp32", "result": "*bf16", "feature_blocks": "*i32", "sample": "*i64", "position": "*i64"} | dict.fromkeys(
     ("key0", "key1", "step", "rows", "features"), "i32"
 )
+FLAGS = {"GROUPED": False, "ROW_SCALED": False, "RANDOM": 2, "EXPERT": False, "CLIPPING": 0, "TOP": 2688.0, "TILES": False, "PACKED": False}
+FLAGS |= {"HADAMARD": True, "SIGNED": True, "COLUMNS": False, "WIDTH": 32}
+PACKED = {"result": "*u8", "scales": "*u8"}
+GROUPED = {"block_map": "*i32", "expert": "*i64"}
+# What is compiled, with the widths and warps of a launch; every kernel, and every flag once.
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str], int]] = {
+    "rows": ("rows_kernel", {}, {}, 1),
+    "columns": ("columns_kernel", {}, {}, 1),
+    "rows, packed, routed": ("rows_kernel", {"GROUPED": True, "EXPERT": True, "PACKED": True, "WIDTH": 256}, PACKED | GROUPED, 4),
+    "rows, row-scaled": ("rows_kernel", {"ROW_SCALED": True, "RANDOM": 0, "WIDTH": 256}, {}, 4),
+    "tiles, packed, 4over6": (
+        "rows_kernel",
+        {"RANDOM": 0, "TILES": True, "PACKED": True, "CLIPPING": 1, "TOP": 1536.0, "WIDTH": 256},
+        PACKED,
+        4,
+    ),
+    "columns, packed, routed": ("columns_kernel", {"GROUPED": True, "EXPERT": True, "PACKED": True, "WIDTH": 128}, PACKED | GROUPED, 1),
+    "columns, given bits, 4over6": (
+        *("columns_kernel", {"RANDOM": 1, "CLIPPING": 2, "TOP": 1536.0, "HADAMARD": False, "WIDTH": 128}, {"bits": "*u8"}, 1),
+    ),
+    "amax": ("amax_kernel", {"HADAMARD": False, "TILES": 4, "WIDTH": 256}, {"result": "*i32"}, 4),
+    "amax, rotated, routed": ("amax_kernel", {"GROUPED": True, "TILES": 4, "WIDTH": 128}, {"result": "*i32", "block_map": "*i32"}, 1),
+    "unpack rows": ("unpack_kernel", {"WIDTH": 256}, {"codes": "*u8", "scales": "*u8"}, 4),
+    "unpack columns": ("unpack_kernel", {"COLUMNS": True, "WIDTH": 128}, {"codes": "*u8", "scales": "*u8"}, 1),
+}
 
 
 @compiles
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", ["rows_kernel", "columns_kernel"])
-def test_compiled_kernels_round_as_written(name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variant", "capability"),
+    [(variant, capability) for variant in VARIANTS for capability in ((80, 90, 100) if variant in ("rows", "columns") else (90,))],
+)
+def test_compiled_kernels_round_as_written(variant: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler, which needs no GPU, neither fuses nor approximates; the rotation's fused multiply-adds are those of the source."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -305,16 +332,17 @@ def test_compiled_kernels_round_as_written(name: str, capability: int, tmp_path:
     from model.precision import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(triton_kernels, name)
-    flags: dict[str, Any] = {"GROUPED": False, "ROW_SCALED": False, "RANDOM": 2, "EXPERT": False, "CLIPPING": 0, "TOP": 2688.0}
-    flags |= {"TILES": False, "PACKED": False, "HADAMARD": True, "SIGNED": True, "WIDTH": 32}
-    constants = {(i,): flags.get(argument) for i, argument in enumerate(kernel.arg_names) if argument not in TYPES}
-    signature = {argument: TYPES.get(argument, "constexpr") for argument in kernel.arg_names}
+    name, changed, pointers, warps = VARIANTS[variant]
+    kernel, flags, types = getattr(triton_kernels, name), FLAGS | changed, TYPES | pointers
+    constants = {(i,): flags.get(argument) for i, argument in enumerate(kernel.arg_names) if argument not in types}
+    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1, "enable_fp_fusion": False})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": False})
     ptx = compiled.asm["ptx"]
-    assert "div.rn.f32" in ptx and not re.search(r"div\.(full|approx)|rcp|(add|mul|sub|fma|div)\.\w+\.ftz", ptx)
-    assert bool(re.search(r"\bfma\.rn\.f32", ptx)) == (name == "columns_kernel")
+    assert not re.search(r"div\.(full|approx)|rcp|(add|mul|sub|fma|div)\.\w+\.ftz", ptx)
+    assert ("div.rn.f32" in ptx) == (name in ("rows_kernel", "columns_kernel"))
+    rotates = flags["HADAMARD"] and name in ("columns_kernel", "amax_kernel")
+    assert bool(re.search(r"\bfma\.rn\.f32", ptx)) == rotates
 
 
 # -- compiled, on a GPU --------------------------------------------------------------------------------------------------------------------
