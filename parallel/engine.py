@@ -128,22 +128,25 @@ class Engine:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._run(forward_step, microbatches, sequence_length, micro_batch_size, forward_only=False)
+        self._run(forward_step, iter(microbatches), len(microbatches), sequence_length, micro_batch_size, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
         return self._update()
 
-    def evaluate(self, forward_step: ForwardStep, microbatches: Sequence[Any], *, sequence_length: int, micro_batch_size: int) -> None:
-        """Forward passes alone, through the same schedule; results are left in `forward_step`."""
+    def evaluate(
+        self, forward_step: ForwardStep, microbatches: Iterator[Any], count: int, *, sequence_length: int, micro_batch_size: int
+    ) -> None:
+        """Forward passes alone over `count` microbatches, through the same schedule; results are left in `forward_step`."""
         self.model.eval()
         with torch.no_grad():
-            self._run(forward_step, microbatches, sequence_length, micro_batch_size, forward_only=True)
+            self._run(forward_step, microbatches, count, sequence_length, micro_batch_size, forward_only=True)
 
     def _run(
         self,
         forward_step: ForwardStep,
-        microbatches: Sequence[Any],
+        microbatches: Iterator[Any],
+        count: int,
         sequence_length: int,
         micro_batch_size: int,
         *,
@@ -151,9 +154,9 @@ class Engine:
     ) -> None:
         self._schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
+            data_iterator=microbatches,
             model=[self.model],
-            num_microbatches=len(microbatches),
+            num_microbatches=count,
             seq_length=sequence_length,
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,

@@ -4,11 +4,12 @@ python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoin
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
+from model.batch import Microbatch
 from parallel import layout as layouts
 from train.arguments import key_values
 from train.build import Run, build
@@ -29,19 +30,21 @@ def evaluate(run: Run, step: int) -> float | None:
     if not batches:
         return None
     layout = run.layout
-    mine = batches[layout.data_rank :: layout.data_size]
     progress = min(step / run.recipe.total_steps, 1.0)
-    microbatches = [to_microbatch(batch, layout.device, progress) for batch in mine]
-    counts = torch.tensor([sum(int(batch.loss_mask.sum()) for batch in batches)], device=layout.device)
     rounds = -(-len(batches) // layout.data_size)
-    if len(mine) < rounds:
-        spare = to_microbatch(batches[0], layout.device, progress)
-        spare = replace(spare, loss_mask=torch.zeros_like(spare.loss_mask))
-        microbatches += [spare] * (rounds - len(mine))
-    losses = LossStep(layout, torch.cat((counts, counts.new_ones(run.recipe.model.mtp_depths))), 0.0)
+
+    def microbatches() -> Iterator[Microbatch]:
+        for place in range(layout.data_rank, rounds * layout.data_size, layout.data_size):
+            microbatch = to_microbatch(batches[min(place, len(batches) - 1)], layout.device, progress)
+            masked = torch.zeros_like(microbatch.loss_mask)
+            yield microbatch if place < len(batches) else replace(microbatch, loss_mask=masked)
+
+    counts = torch.tensor([run.data.validation_tokens, *[1] * run.recipe.model.mtp_depths], device=layout.device)
+    losses = LossStep(layout, counts, 0.0)
     run.engine.evaluate(
         losses,
-        microbatches,
+        microbatches(),
+        rounds,
         sequence_length=run.recipe.train.sequence_length,
         micro_batch_size=run.recipe.train.micro_batch_size,
     )
