@@ -4,7 +4,7 @@
     python -m experiments.nvfp4_gap runs=runs/nvfp4_gap-sweep to=docs/nvfp4_gap
 
 Runs are compared in pairs: the same seed has the same initial weights and the same data, so a gap is that of one pair and its spread is that of
-the pairs. `worth` is the same against the nvfp4 group: positive, where giving up a technique costs loss. Writes results.json, gap.png,
+the pairs. The same against the nvfp4 group says what a technique is worth: above 0, giving it up costs loss. Writes results.json, gap.png,
 final.png and a page, index.html, that holds them, and prints a table.
 """
 
@@ -121,7 +121,9 @@ def _panel(axis: Axes, found: Mapping[str, Gap]) -> list[tuple[float, str, str]]
     """Where the lines end: value, label and colour."""
     axis.axhline(0, color="#555555", linewidth=1)
     ends = []
-    for (arm, gap), colour in zip(found.items(), COLOURS, strict=False):
+    others = iter(COLOURS[1:])
+    for arm, gap in found.items():
+        colour = COLOURS[0] if arm == RECIPE else next(others)
         skipped = gap.steps > WINDOW // 2  # the first losses say nothing yet
         mean = gap.curves.mean(0)[skipped]
         axis.plot(gap.steps[skipped], mean, color=colour, linewidth=2)
@@ -154,18 +156,18 @@ def _save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-HEAD = ("precision", "seeds", "validation loss", "gap to fp32, %", "standard error", "worth, %", "standard error")
+HEAD = ("precision", "seeds", "validation loss", "gap to fp32, %", "standard error", "against nvfp4, %", "standard error")
 
 
-def rows(runs: Mapping[str, Mapping[int, Run]], found: Mapping[str, Gap], worth: Mapping[str, Gap]) -> list[list[str]]:
+def rows(runs: Mapping[str, Mapping[int, Run]], found: Mapping[str, Gap], against: Mapping[str, Gap]) -> list[list[str]]:
     """Of the table, its columns as HEAD."""
     reference = [run.validation for run in runs[REFERENCE].values()]
     lines = [[REFERENCE, str(len(reference)), f"{np.mean(reference):.4f}", "0", "", "", ""]]
     for arm, gap in found.items():
         mean = np.mean([runs[arm][seed].validation for seed in gap.seeds])
-        of = worth.get(arm)
-        against = ["", ""] if of is None else [f"{of.mean:+.2f}", f"{of.error:.2f}"]
-        lines.append([arm, str(len(gap.seeds)), f"{mean:.4f}", f"{gap.mean:+.2f}", f"{gap.error:.2f}", *against])
+        of = against.get(arm)
+        last = ["", ""] if of is None else [f"{of.mean:+.2f}", f"{of.error:.2f}"]
+        lines.append([arm, str(len(gap.seeds)), f"{mean:.4f}", f"{gap.mean:+.2f}", f"{gap.error:.2f}", *last])
     return lines
 
 
@@ -179,7 +181,7 @@ def main(arguments: Sequence[str]) -> int:
         values = key_values(arguments, ("runs", "to"))
         directory = Path(str(values.get("runs", "runs/nvfp4_gap-sweep")))
         runs = read_runs(directory)
-        found, worth = gaps(runs), gaps(runs, RECIPE)
+        found, against = gaps(runs), gaps(runs, RECIPE)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -193,16 +195,16 @@ def main(arguments: Sequence[str]) -> int:
             "validation_gap_percent": gap.final.tolist(),
             "mean": gap.mean,
             "standard_error": None if np.isnan(gap.error) else gap.error,
-            "worth_percent": worth[arm].final.tolist() if arm in worth else None,
+            "against_nvfp4_percent": against[arm].final.tolist() if arm in against else None,
             "steps": gap.steps[::10].tolist(),
             "training_gap_percent": np.round(gap.curves[:, ::10], 4).tolist(),
         }
         for arm, gap in found.items()
     }
     (to / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    lines = rows(runs, found, worth)
+    lines = rows(runs, found, against)
     parts = [
-        f"<p>Gap: loss against {REFERENCE} of the same seed; worth: against {RECIPE} of the same seed.</p>",
+        f"<p>Validation loss against {REFERENCE} and against {RECIPE} of the same seed; standard errors over seeds.</p>",
         page.table(HEAD, lines),
         page.picture("Gap over training", f"Running mean over {WINDOW} steps; bands: standard error over seeds.", to / "gap.png"),
         page.picture("Gap at the end", "Validation loss on the same text for all.", to / "final.png"),
