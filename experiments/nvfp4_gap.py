@@ -166,9 +166,12 @@ def rows(runs: Mapping[str, Mapping[int, Run]], found: Mapping[str, Gap], agains
     for arm, gap in found.items():
         mean = np.mean([runs[arm][seed].validation for seed in gap.seeds])
         of = against.get(arm)
-        last = ["", ""] if of is None else [f"{of.mean:+.2f}", f"{of.error:.2f}"]
-        lines.append([arm, str(len(gap.seeds)), f"{mean:.4f}", f"{gap.mean:+.2f}", f"{gap.error:.2f}", *last])
+        lines.append([arm, str(len(gap.seeds)), f"{mean:.4f}", *_with_error(gap), *(_with_error(of) if of is not None else ("", ""))])
     return lines
+
+
+def _with_error(gap: Gap) -> tuple[str, str]:
+    return f"{gap.mean:+.2f}", "" if np.isnan(gap.error) else f"{gap.error:.2f}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
