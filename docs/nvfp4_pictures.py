@@ -232,7 +232,7 @@ def draw_block(seen: Seen, path: Path, *, token: int, block: int) -> None:
         top.plot([place, place], [0.0, 1.0], color=BLUE, linewidth=2.2)
         top.text(place, 1.06, f"{place:g}", ha="center", va="bottom", color=BLUE, weight="bold", fontsize=12)
     top.scatter(scaled.abs(), np.full(16, 0.42), s=46, color=RED, zorder=4, edgecolor="white", linewidth=0.8)
-    top.text(4.9, 0.42, "the 16 elements\nbelow, |x| · enc", ha="center", va="center", color=RED, weight="bold", fontsize=10)
+    top.text(5.0, 0.76, "the 16 elements\nbelow, |x| · enc", ha="center", va="center", color=RED, weight="bold", fontsize=10)
     top.set_xlim(-0.12, 7.0)
     top.set_ylim(0.0, 1.38)
     top.set_yticks([])

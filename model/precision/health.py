@@ -21,8 +21,9 @@ over all ranks: shards of one operand, of one layer's experts and of the batch a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Health:
         limit = at_limit.flatten(-2) if packed.along != "columns" else at_limit.movedim(-1, 1).flatten(0, 1)
         q = backend.unpack(packed, torch.float32) * (factor / (MAX_CODE * bound))
         scale = packed.scales.view(torch.float8_e4m3fn).float()
-        blocks = _any_in_block(x, packed.along, BLOCK)
+        blocks = partial(_any_in_block, x, packed.along, BLOCK)
         self._operands[key] = _sums(x.float(), q, limit[:, : x.shape[1]], scale, blocks, bound)
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class Health:
         # The smallest E8M0 counts as zero: nothing smaller can be told apart.
         scale = torch.where(exponent > -mxfp8.BIAS, torch.exp2(exponent.clamp(min=-126).float()), torch.zeros(()))
         limit = quantized.elements.float().abs() == 448
-        blocks = _any_in_block(x, quantized.along, mxfp8.BLOCK)
+        blocks = partial(_any_in_block, x, quantized.along, mxfp8.BLOCK)
         self._operands[key] = _sums(x.float(), quantized.dequantize(), limit, scale, blocks, 2.0**127)
 
     @torch.no_grad()
@@ -156,23 +157,26 @@ def _any_in_block(x: Tensor, along: str, block: int) -> Tensor:
     return torch.nn.functional.max_pool2d(present, size, ceil_mode=True)[0, 0] > 0
 
 
-def _sums(x: Tensor, q: Tensor, at_limit: Tensor, scale: Tensor, blocks: Tensor, bound: float) -> Tensor:
-    """fp64: what `_operand_metrics` reads."""
-    error, nonzero = q - x, x != 0
+def _sums(x: Tensor, q: Tensor, at_limit: Tensor, scale: Tensor, blocks: Callable[[], Tensor], bound: float) -> Tensor:
+    """fp64: what `_operand_metrics` reads. blocks: which hold anything but zeros; asked for where there is a scale of 0."""
+    magnitude, kept = x.abs(), q.abs()
+    lost = kept == 0
     exponent = torch.frexp(scale)[1] - 1
     present = scale > 0
+    zero = torch.zeros((), device=x.device) if present.all() else (blocks() & ~present).sum()
+    whole = magnitude.sum(dtype=torch.float64)
     counts = torch.bincount((exponent[present].long() - LOWEST).clamp(0, EXPONENTS - 1), minlength=EXPONENTS)
     first = (
         torch.linalg.vector_norm(x, dtype=torch.float64).square(),
-        torch.linalg.vector_norm(error, dtype=torch.float64).square(),
-        nonzero.sum(),
-        (nonzero & (q == 0)).sum(),
+        torch.linalg.vector_norm(q - x, dtype=torch.float64).square(),
+        magnitude.count_nonzero(),
+        magnitude[lost].count_nonzero(),
         torch.tensor(x.numel(), device=x.device),
-        (at_limit & (q != 0) & (x.abs() > q.abs())).sum(),  # a block of scale 0 underflowed
-        (x.sign() * error).sum(dtype=torch.float64),
-        x.abs().sum(dtype=torch.float64),
+        (at_limit & ~lost & (magnitude > kept)).sum(),  # a block of scale 0 underflowed
+        kept.sum(dtype=torch.float64) - whole,  # q has the sign of x, or is 0
+        whole,
         torch.tensor(scale.numel(), device=x.device),
-        (blocks & ~present).sum(),
+        zero,
         (scale >= bound).sum(),
     )
     return torch.cat((torch.stack([value.double() for value in first]), counts.double()))
