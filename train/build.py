@@ -15,7 +15,7 @@ from parallel.engine import AdamW, Engine
 from parallel.layout import Layout
 from train.precision_table import PrecisionTable
 from train.reading import RecipeError
-from train.recipe import Recipe
+from train.recipe import Recipe, validate_transformer_engine
 from train.step import BatchPlan
 
 
@@ -43,6 +43,8 @@ def build(recipe: Recipe) -> Run:
     wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if (lacking := missing(recipe.precision.backend, torch.device(wanted))) is not None:
         raise RecipeError(f"precision.backend={recipe.precision.backend} cannot run: {lacking}")
+    if recipe.precision.backend == "transformer_engine":
+        validate_transformer_engine(recipe)
     if recipe.precision.compute == "bf16" and wanted == "cpu":
         raise RecipeError("precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32")
     data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)

@@ -282,8 +282,6 @@ def _validate_precision(recipe: Recipe) -> None:
     policy = recipe.policy
     modules = linear_modules(model, parallel.tensor)
     policy.check([module.name for module in modules])
-    if precision.backend == "transformer_engine":
-        _validate_transformer_engine(recipe, any("nvfp4" in map(str, policy.formats(m.name, t)) for m in modules for t in policy.times))
     tokens = recipe.train.micro_batch_size * recipe.train.sequence_length
     for time in policy.times:
         for module in modules:
@@ -310,8 +308,11 @@ def _validate_precision(recipe: Recipe) -> None:
                 )
 
 
-def _validate_transformer_engine(recipe: Recipe, nvfp4: bool) -> None:
-    precision = recipe.precision
+def validate_transformer_engine(recipe: Recipe) -> None:
+    """Raises ValueError for what Transformer Engine cannot do, where it is there."""
+    precision, policy = recipe.precision, recipe.policy
+    modules = linear_modules(recipe.model)
+    nvfp4 = any("nvfp4" in map(str, policy.formats(module.name, time)) for module in modules for time in policy.times)
     if nvfp4 and precision.nvfp4.hadamard and precision.compute != "bf16":
         raise ValueError(
             f"precision.compute={precision.compute} with precision.backend=transformer_engine cannot rotate operands, which Transformer Engine does "

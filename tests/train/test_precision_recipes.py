@@ -10,6 +10,7 @@ from tests.train.test_resume import outcome
 from train import loop
 from train.cli import RECIPES
 from train.observe.metrics import read_metrics
+from train.recipe import validate_transformer_engine
 
 # Of tiny's first Mamba layer: in_proj and out_proj in fprop / dgrad / wgrad.
 WHAT_RUNS = {
@@ -27,10 +28,10 @@ WHAT_RUNS = {
     "fp32": ("fp32/fp32/fp32", "fp32/fp32/fp32"),
 }
 OPTIONS = {
-    "nvfp4_no_sr": ("stochastic_rounding", False),
-    "nvfp4_no_rht": ("hadamard", False),
-    "nvfp4_1d": ("weight_scaling", "1d"),
-    "nvfp4_4over6": ("clipping", "4over6_mae"),
+    "nvfp4_no_sr": {"stochastic_rounding": False},
+    "nvfp4_no_rht": {"hadamard": False},
+    "nvfp4_1d": {"weight_scaling": "1d"},
+    "nvfp4_4over6": {"clipping": "4over6_mae", "e4m3_bound": 256},
 }
 
 
@@ -53,7 +54,24 @@ def test_what_a_group_runs(group: str) -> None:
     standard = Format("nvfp4").nvfp4
     ours = policy.config.nvfp4
     changed = {field: getattr(ours, field) for field in vars(standard) if getattr(ours, field) != getattr(standard, field)}
-    assert changed == dict([OPTIONS[group]] if group in OPTIONS else [])
+    assert changed == OPTIONS.get(group, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("precision.compute=fp32",), ["precision.compute=fp32", "bf16", "precision.backend=triton"]),
+        (
+            ("precision.compute=bf16", "precision.nvfp4.row_scaled=true", "precision.amax_scope=tensor_parallel"),
+            ["precision.amax_scope=tensor_parallel", "precision.nvfp4.row_scaled=true"],
+        ),
+    ],
+)
+def test_what_transformer_engine_cannot_do_is_said_before_the_run(options: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        validate_transformer_engine(recipe("precision.backend=transformer_engine", *options))
+    assert all(word in str(error.value) for word in words)
+    validate_transformer_engine(recipe("precision.backend=transformer_engine", "precision.compute=fp32", "precision=bf16"))
 
 
 @pytest.mark.parametrize(
