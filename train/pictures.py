@@ -342,7 +342,7 @@ def draw_zero_scales(runs: Sequence[Series], path: Path) -> Path:
 
 def draw_zero_gradients(runs: Sequence[Series], path: Path) -> Path:
     """Share of the elements of every weight gradient that are exactly zero. Raises ValueError when none was measured."""
-    return _draw_operands(runs, path, "zero", "Elements of weight gradients that are exactly 0", "share", "magma_r", worst=max)
+    return _draw_operands(runs, path, "zero", "Weight-gradient elements that are exactly 0", "share", "magma_r", worst=max)
 
 
 def _draw_operands(
@@ -377,7 +377,7 @@ def _draw_operands(
     if around_zero:
         low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        width = 3.2 + len(operands) * max(1.5, min(2.6, 0.18 * len(steps)))
+        width = max(7.0, 3.2 + len(operands) * max(1.5, min(2.6, 0.18 * len(steps))))  # room for the title above a single operand
         figure, axes = plt.subplots(
             1, len(operands), figsize=(width, 1.9 + 0.24 * len(rows)), layout="constrained", sharey=True, squeeze=False
         )
