@@ -72,7 +72,7 @@ PICTURES = (
     Picture("clipped", "Clipping", "Block maxima whose scale was rounded down.", draw_clipped),
     Picture("bias", "Rounding bias", "What is left after errors of both signs cancel.", draw_bias),
     Picture("zero_scales", "Zero scales", "Blocks lost as a whole.", draw_zero_scales),
-    Picture("zero_gradients", "Zero gradients", "After the first microbatch of a measured step; an expert without a token there counts too.", draw_zero_gradients),
+    Picture("zero_gradients", "Zero gradients", "After the first microbatch; experts without a token count, too.", draw_zero_gradients),
     Picture("residual", "Residual stream", "Where magnitudes grow, and behind which kind of layer.", draw_residual),
     Picture("grad_norm", "Gradient norm", "Before clipping.", draw_gradient_norms),
     Picture("learning_rate", "Learning rate", "As the optimizer used it.", draw_learning_rate),
