@@ -11,6 +11,8 @@ The arithmetic is that of `model.precision.nvfp4`, operation by operation: Numba
 alone uses fused multiply-adds in the order of k, as an fp32 GEMM does.
 
 bf16 comes as uint16 (NumPy has no bf16); `widen` reads both.
+
+All in one file: of what a compiled kernel calls, Numba notices changes in the kernel's own file only.
 """
 # mypy: ignore-errors
 # What Numba compiles is its own dialect: a kernel's types are those it is called with.
