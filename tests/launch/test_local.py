@@ -58,12 +58,12 @@ def test_two_ranks_train_and_finish(tmp_path: Path) -> None:
         ("parallel.pipeline=2",),
         ("parallel.distributed_optimizer=false",),
         ("parallel.distributed_optimizer=true",),
-        ("parallel.tensor=2", "parallel.expert=2"),
+        ("parallel.tensor=2", "parallel.expert=2", "precision=bf16"),  # halves of so small a model are no multiples of 16
     ],
     ids=" ".join,
 )
 def test_every_layout_stops_resumes_and_finishes(tmp_path: Path, layout: tuple[str, ...]) -> None:
-    ranks = 4 if len(layout) == 2 else 2
+    ranks = 4 if "parallel.tensor=2" in layout else 2
     start(tmp_path / "whole", ranks, *layout)
     assert "Stopped" in start(tmp_path / "halves", ranks, *layout, "run.stop_after=2")
     start(tmp_path / "halves", ranks, *layout)
