@@ -79,6 +79,11 @@ def some_steps(recipe: str, precision: str) -> list[float]:
 
 
 def run(recipe: str, contenders: list[str], rounds: int, to: str) -> None:
+    recipes, groups = (sorted(path.stem for path in place.glob("*.yaml")) for place in (RECIPES, RECIPES / "precision"))
+    if recipe not in recipes:
+        raise ValueError(f"recipe={recipe} is no recipe: use one of {', '.join(recipes)}")
+    if unknown := [name for name in contenders if name not in (*groups, MEASURED)]:
+        raise ValueError(f"contenders={unknown} are no precision groups: use some of {', '.join((*groups, MEASURED))}")
     if contenders[0] != "fp32":
         contenders = ["fp32", *contenders]
     peak, kernels = {}, 0

@@ -33,6 +33,8 @@ def test_linear(tmp_path: Path) -> None:
         (linear, ["sizes=[64,0]"], ["sizes=[64, 0]", "[1024, 2048]"]),
         (linear, ["rounds=soon"], ["rounds=soon", "whole number"]),
         (step, ["recepi=tiny"], ["recepi", "recipe"]),
+        (step, ["recipe=tinny"], ["recipe=tinny", "tiny"]),
+        (step, ["contenders=[fp32,fp5]"], ["fp5", "measured"]),
     ],
 )
 def test_wrong_arguments_are_one_sentence(module: Any, arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
