@@ -12,7 +12,7 @@ train: $(KERNELS)
 	$(BIN)/python -m train -cn tiny $(ARGS)
 
 compare: $(KERNELS)
-	$(BIN)/python -m train.compare $(ARGS)
+	$(BIN)/python -m train.report.compare $(ARGS)
 
 setup: $(KERNELS)
 

@@ -15,23 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
 
 import psutil
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 from benchmarks.arguments import main
 from benchmarks.timing import machine, save, table
 from model.precision.cpu import compile_all
 from parallel import layout
-from train.build import Run
-from train.cli import RECIPES, base
-from train.cli import _without_missing as given
-from train.loop import build, train_step
-from train.recipe import read_recipe
+from train.build import Run, build
+from train.loop import train_step
+from train.recipe.load import RECIPES, load_recipe
 
 STEPS = 3
 
@@ -41,11 +35,7 @@ MEASURED = "measured"
 
 def made(recipe: str, contender: str, directory: str) -> Run:
     precision, every = ("nvfp4", 1) if contender == MEASURED else (contender, 0)
-    ConfigStore.instance().store(name="base", node=base())
-    with initialize_config_dir(str(RECIPES), version_base="1.3"):
-        config = compose(recipe, overrides=[f"precision={precision}", f"run.dir={directory}", f"monitor.quantization.every={every}"])
-    values: Any = given(OmegaConf.to_container(config))
-    return build(read_recipe(values, 1))
+    return build(load_recipe(recipe, f"precision={precision}", f"run.dir={directory}", f"monitor.quantization.every={every}"))
 
 
 def memory(recipe: str, precision: str) -> tuple[int, int]:

@@ -33,8 +33,8 @@ from train.arguments import key_values
 from train.build import build
 from train.checkpoint.reader import open_checkpoint
 from train.checkpoint.run import load_weights
-from train.export import stored_recipe
-from train.recipe import read_recipe
+from train.recipe.load import read_recipe
+from train.run_directory import stored_recipe
 from train.step import LossStep, to_microbatch
 
 BACKEND = Reference()

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from train import page
 from train.arguments import key_values
 from train.observe.metrics import read_metrics
-from train.pictures import RUN_COLOURS, STYLE, label_ends, smooth
+from train.report.drawing import RUN_COLOURS, STYLE, label_ends, smooth
 
 REFERENCE, RECIPE = "fp32", "nvfp4"
 NAME = re.compile(r"precision-(?P<arm>[a-z0-9_]+)__seed-(?P<seed>\d+)$")

@@ -1,7 +1,7 @@
 """`python -m train -cn tiny key=value ...` trains; started again with the same run.dir, it continues."""
 
-from train.cli import main
 from train.loop import run
+from train.recipe.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main(run, "train"))

@@ -14,8 +14,9 @@ from parallel import layout as layouts
 from parallel.engine import AdamW, Engine
 from parallel.layout import Layout
 from train.precision_table import PrecisionTable
-from train.reading import RecipeError
-from train.recipe import Recipe, validate_transformer_engine
+from train.recipe.precision_checks import validate_transformer_engine
+from train.recipe.reading import RecipeError
+from train.recipe.tree import Recipe
 from train.step import BatchPlan
 
 

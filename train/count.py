@@ -4,8 +4,8 @@ python -m train.count -cn nemotron3_super
 """
 
 from model.count import count, linear_modules, other_flops
-from train.cli import main
-from train.recipe import Recipe
+from train.recipe.cli import main
+from train.recipe.tree import Recipe
 
 
 def run(recipe: Recipe) -> int:

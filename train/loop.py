@@ -25,14 +25,15 @@ from train.build import Run, build
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import open_checkpoint
 from train.checkpoint.run import load_weights, restore_run, save_run
-from train.evaluate import evaluate
+from train.evaluation.validation import evaluate
 from train.observe import Observers, RunInfo, open_observers
 from train.observe.metrics import FILE_NAME, decode_lines
 from train.observe.redact import redacted, without_secrets
+from train.optimizer import learning_rate
 from train.precision_table import LinearRow, OtherRow, PrecisionTable, precision_table
-from train.reading import RecipeError, plain
-from train.recipe import Recipe, changed_keys
-from train.schedule import learning_rate
+from train.recipe.reading import RecipeError, plain
+from train.recipe.resume import changed_keys
+from train.recipe.tree import Recipe
 from train.step import LossStep, sum_over_ranks, to_microbatch
 
 MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run gives up

@@ -5,7 +5,7 @@ import yaml
 
 from model.config import ModelConfig
 from model.count import count, linear_modules, on_meta
-from train.cli import RECIPES
+from train.recipe.load import RECIPES
 
 
 def config(name: str) -> ModelConfig:

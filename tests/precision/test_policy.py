@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from model.precision.policy import Policy, PrecisionConfig, Rule, shares
-from train.cli import RECIPES
-from train.reading import read
+from train.recipe.load import RECIPES
+from train.recipe.reading import read
 
 
 def group(name: str) -> PrecisionConfig:

@@ -1,12 +1,7 @@
 """Recipes for tests: the real `tiny`, composed by Hydra as the command line does, with overrides."""
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
-
-from train.cli import RECIPES, base
-from train.cli import _without_missing as given
-from train.recipe import Recipe, read_recipe
+from train.recipe.load import load_recipe
+from train.recipe.tree import Recipe
 
 # A model with every kind of layer that takes a few milliseconds a step.
 SMALL = (
@@ -38,9 +33,4 @@ SMALL = (
 
 def recipe(*overrides: str, name: str = "tiny", world_size: int = 1) -> Recipe:
     """The recipe `name` with SMALL and these overrides."""
-    ConfigStore.instance().store(name="base", node=base())
-    with initialize_config_dir(str(RECIPES), version_base="1.3"):
-        config = compose(name, overrides=[*SMALL, *overrides])
-    values = given(OmegaConf.to_container(config))
-    assert isinstance(values, dict)
-    return read_recipe(values, world_size)
+    return load_recipe(name, *SMALL, *overrides, world_size=world_size)

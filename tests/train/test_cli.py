@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.cli import main
-from train.recipe import Recipe
+from train.recipe.cli import main
+from train.recipe.tree import Recipe
 
 WRONG = [
     # what a person typed, and what the sentence must name

@@ -11,7 +11,8 @@ import torch
 from parallel import layout
 from tests.train.recipes import recipe
 from train import loop
-from train.evaluate import evaluate, main
+from train.evaluate import main
+from train.evaluation.validation import evaluate
 from train.observe.metrics import read_metrics
 from train.step import to_microbatch
 

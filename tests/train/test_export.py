@@ -14,9 +14,10 @@ from tests.train.recipes import recipe
 from train import loop
 from train.checkpoint.reader import open_checkpoint
 from train.checkpoint.run import load_weights
-from train.export import export, main
-from train.import_hf import import_hf
-from train.recipe import Recipe
+from train.export import main
+from train.huggingface.export import export
+from train.huggingface.load import import_hf
+from train.recipe.tree import Recipe
 
 MODELS = {
     "latent": ("model.pattern='ME*-E/*E/*E'",),

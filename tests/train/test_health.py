@@ -14,7 +14,7 @@ from tests.train.test_resume import DETERMINISTIC
 from train import loop
 from train.checkpoint.reader import open_checkpoint
 from train.observe.metrics import read_metrics
-from train.report import write_report
+from train.report.report import write_report
 
 OPERAND = ("sqnr_db", "underflow", "clipped", "bias", "scale_zero", "scale_saturated", "scale_p05", "scale_p50", "scale_p95")
 LENGTH = ("train.steps=12", "optimizer.decay=4", "train.log_every=4")

@@ -8,9 +8,9 @@ from model.precision.formats import Format
 from tests.train.recipes import recipe
 from tests.train.test_resume import outcome
 from train import loop
-from train.cli import RECIPES
 from train.observe.metrics import read_metrics
-from train.recipe import validate_transformer_engine
+from train.recipe.load import RECIPES
+from train.recipe.precision_checks import validate_transformer_engine
 
 # Of tiny's first Mamba layer: in_proj and out_proj in fprop / dgrad / wgrad.
 WHAT_RUNS = {

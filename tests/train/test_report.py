@@ -17,8 +17,8 @@ import yaml
 
 from train import compare, report
 from train.arguments import key_values
-from train.pictures import Series, draw_losses, final, gap, smooth, spread
-from train.report import draw_loss_curve, load_run, write_report
+from train.report.drawing import Series, draw_losses, final, gap, smooth, spread
+from train.report.report import draw_loss_curve, load_run, write_report
 
 
 def make_run(directory: Path, steps: int = 60, factor: float = 1.0, recipe: dict[str, Any] | None = None, **changes: Any) -> Path:

@@ -6,10 +6,10 @@ from typing import Literal
 
 import pytest
 
-from train.duration import Duration
-from train.reading import RecipeError, defaults, plain, read
-from train.recipe import Recipe
-from train.schedule import OptimizerConfig, learning_rate
+from train.optimizer import OptimizerConfig, learning_rate
+from train.recipe.duration import Duration
+from train.recipe.reading import RecipeError, defaults, plain, read
+from train.recipe.tree import Recipe
 
 
 def rates(style: str, steps: int = 20) -> list[float]:

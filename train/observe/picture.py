@@ -23,7 +23,7 @@ class LossPicture(Observer):
     def on_end(self, summary: Mapping[str, Any]) -> None:
         if self._run_dir is None:
             return
-        from train.report import draw_loss_curve  # here: matplotlib takes a second that only the end should pay
+        from train.report.report import draw_loss_curve  # here: matplotlib takes a second that only the end should pay
 
         try:
             self.path = draw_loss_curve(self._run_dir)

@@ -9,7 +9,6 @@ The first run is the reference: gaps are relative to it. Up to six runs, so that
 from __future__ import annotations
 
 import html
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from train.arguments import key_values
 from train.observe.facts import read_facts
 from train.observe.metrics import read_metrics
 from train.observe.redact import without_secrets
-from train.page import page, picture, table
-from train.pictures import (
+from train.report.drawing import (
     RUN_COLOURS,
     Series,
     draw_bias,
@@ -42,6 +39,7 @@ from train.pictures import (
     final,
     gap,
 )
+from train.report.page import page, picture, table
 
 MOST_RUNS = len(RUN_COLOURS)
 
@@ -252,25 +250,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command; returns the exit status (2 after one sentence about what is wrong with the arguments or the
-    runs)."""
-    try:
-        values = key_values(arguments, ("runs", "to"))
-        runs = values.get("runs", [])
-        run_dirs = [Path(str(run)) for run in (runs if isinstance(runs, list) else [runs])]
-        to = Path(str(values["to"])) if "to" in values else (run_dirs[0] if run_dirs else Path()) / "report"
-        index = write_report(run_dirs, to)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path in sorted(to.glob("*.png")):
-        print(path)
-    print(index)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

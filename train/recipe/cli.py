@@ -17,11 +17,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 import yaml
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -31,16 +29,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from parallel.layout import world_size
 from train.observe.redact import redacted
-from train.reading import RecipeError, defaults, flatten
-from train.recipe import Recipe, changed_keys, read_recipe
+from train.recipe.load import RECIPES, base, read_recipe, store_base, without_missing
+from train.recipe.reading import RecipeError, flatten
+from train.recipe.resume import changed_keys
+from train.recipe.tree import Recipe
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-REQUIRED = {  # keys without a default: null in the base, so that they too can be overridden without `+`
-    "train": ("global_batch_size", "micro_batch_size", "sequence_length"),
-    "model": ("pattern", "vocab_size", "hidden_size"),
-    "optimizer": ("learning_rate",),
-}
-MISSING = "???"
 # Hydra neither changes directories nor writes files or log lines of its own; of a sweep, it writes multirun.yaml beside the jobs.
 QUIET = (
     "hydra.output_subdir=null",
@@ -50,15 +43,6 @@ QUIET = (
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 )
-
-
-def base() -> dict[str, Any]:
-    """Every key of a recipe; those a recipe must give are missing."""
-    tree = defaults(Recipe)
-    for group, keys in REQUIRED.items():
-        for key in keys:
-            tree.setdefault(group, {}).setdefault(key, MISSING)
-    return tree
 
 
 def one_sentence(error: BaseException, arguments: Sequence[str]) -> str:
@@ -97,8 +81,7 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
     were started; False: it is only looked at, so it may ask for as many as it needs.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    store = ConfigStore.instance()
-    store.store(name="base", node=base())
+    store_base()
     status = 0
     failed: list[str] = []
     swept = 0
@@ -112,7 +95,7 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
             return
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
         try:
-            status = run(read_recipe(_without_missing(values), world_size() if on_this_machine else None))
+            status = run(read_recipe(without_missing(values), world_size() if on_this_machine else None))
         except RecipeError as error:  # Hydra would print a line of its own around an exception
             status = _fail(str(error))
 
@@ -151,12 +134,6 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _without_missing(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _without_missing(value) for key, value in values.items() if value != MISSING}
-    return values
-
-
 def _shared_directory(overrides: Sequence[str]) -> str | None:
     """A run.dir that does not vary, as it was given."""
     try:
@@ -171,7 +148,7 @@ def _is_finished(config: DictConfig, run_dir: Path) -> bool:
     marker, stored = run_dir / "finished.json", run_dir / "recipe.yaml"
     if not (marker.exists() and stored.exists()):
         return False
-    values = _without_missing(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+    values = without_missing(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
     values.setdefault("run", {})["dir"] = str(run_dir)
     recipe = read_recipe(values, None)
     changed_keys(yaml.safe_load(stored.read_text()), recipe)

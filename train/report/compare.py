@@ -1,8 +1,8 @@
 """What does NVFP4 cost? Trains one recipe twice, in fp32 and in its own precision, and draws both and their gap.
 
     make compare                                         # tiny
-    python -m train.compare train.steps=200              # any key of the recipe, given to both runs
-    python -m train.compare recipe=small to=runs/small_precision
+    python -m train.report.compare train.steps=200              # any key of the recipe, given to both runs
+    python -m train.report.compare recipe=small to=runs/small_precision
 
 Seed, data and initial weights are the same, so the two runs differ by precision alone. Each is a run of its own below
 `to`, made by `python -m train`: an interrupted comparison goes on where it stopped, and a finished run is not
@@ -19,7 +19,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from train.report import write_report
+from train.report.report import write_report
 
 # name of the run -> what it adds to the recipe; the first is the reference of the gap
 RUNS = {"fp32": ("precision=fp32",), "nvfp4": ()}

@@ -1,0 +1,1 @@
+"""What is measured on a model beside its training loss: evaluators behind one interface."""

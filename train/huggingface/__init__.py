@@ -1,0 +1,1 @@
+"""Hugging Face: a checkpoint to a directory others can load, and back."""

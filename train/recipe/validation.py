@@ -1,0 +1,119 @@
+"""The checks that need more than one group of a recipe."""
+
+from train.recipe.layout_checks import validate_layout
+from train.recipe.precision_checks import validate_precision
+from train.recipe.tree import Recipe
+
+
+def validate(recipe: Recipe, world_size: int) -> None:
+    """Raises ValueError for values that contradict each other or that nothing here can honour."""
+    recipe.model.validate()
+    recipe.data.validate()
+    recipe.monitor.validate()
+    _validate_train(recipe, world_size)
+    _validate_phases(recipe)
+    recipe.parallel.validate(world_size)
+    _validate_optimizer(recipe)
+    _validate_rest(recipe)
+    validate_layout(recipe)
+    validate_precision(recipe)
+    vocabulary = recipe.data.tokenizer.known_vocab_size()
+    if vocabulary is not None and vocabulary > recipe.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {vocabulary} tokens: set model.vocab_size to at "
+            f"least {vocabulary}"
+        )
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key}={value} must be at least {least}")
+
+
+def _validate_train(recipe: Recipe, world_size: int) -> None:
+    train = recipe.train
+    for key in ("global_batch_size", "micro_batch_size", "sequence_length"):
+        _at_least(f"train.{key}", getattr(train, key), 1)
+    for key in ("log_every", "eval_every"):
+        _at_least(f"train.{key}", getattr(train, key), 0)
+    if train.threads is not None:
+        _at_least("train.threads", train.threads, 1)
+    if train.steps is not None and train.tokens is not None:
+        raise ValueError(
+            f"train.steps={train.steps} and train.tokens={train.tokens} are both given, but one follows from the other: set one to null"
+        )
+    if train.steps is None and train.tokens is None:
+        raise ValueError("train.steps is missing: give the length of the run as train.steps or as train.tokens")
+    if train.tokens is not None and train.tokens.unit != "tokens":
+        raise ValueError(f"train.tokens={train.tokens} counts steps: write it in tokens, or use train.steps")
+    _at_least("train.steps" if train.steps is not None else "train.tokens", recipe.total_steps, 1)
+    depths = recipe.model.mtp_depths
+    if train.sequence_length <= depths + 1:
+        raise ValueError(
+            f"train.sequence_length={train.sequence_length} is too short for the {depths} MTP depths of model.pattern: use more tokens"
+        )
+    parallel = recipe.parallel
+    dense = parallel.tensor * parallel.pipeline * parallel.context
+    if dense >= 1 and world_size % dense == 0:
+        unit = train.micro_batch_size * parallel.data(world_size)
+        if unit and train.global_batch_size % unit:
+            raise ValueError(
+                f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size} "
+                f"times {parallel.data(world_size)} data-parallel ranks: use a multiple of {unit}"
+            )
+
+
+def _validate_phases(recipe: Recipe) -> None:
+    """Phases that end must reach the end of the run."""
+    phases, length = recipe.data.phases, recipe.train.sequence_length
+    if phases[-1].tokens is None:
+        return
+    samples = sum(-(-phase.tokens // length) for phase in phases if phase.tokens is not None)
+    needed = recipe.total_steps * recipe.train.global_batch_size
+    if samples < needed:
+        last = f"data.phases[{len(phases) - 1}].tokens"
+        raise ValueError(
+            f"data.phases end after {samples} samples of train.sequence_length={length}, but the run of {recipe.total_steps} steps takes {needed}: "
+            f"lengthen {last}={phases[-1].tokens}, set it to null, or train shorter"
+        )
+
+
+def _validate_optimizer(recipe: Recipe) -> None:
+    optimizer, per_step = recipe.optimizer, recipe.tokens_per_step
+    if not optimizer.learning_rate > 0:
+        raise ValueError(f"optimizer.learning_rate={optimizer.learning_rate} must be positive")
+    if not 0 <= optimizer.min_learning_rate <= optimizer.learning_rate:
+        raise ValueError(
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate} must lie between 0 and optimizer.learning_rate="
+            f"{optimizer.learning_rate}"
+        )
+    warmup, decay = optimizer.warmup.steps(per_step), optimizer.decay.steps(per_step)
+    if warmup + decay > recipe.total_steps:
+        raise ValueError(
+            f"optimizer.warmup={optimizer.warmup} ({warmup} steps) and optimizer.decay={optimizer.decay} ({decay} steps) are longer than "
+            f"the run of {recipe.total_steps} steps: shorten them or train longer"
+        )
+    for i, beta in enumerate(optimizer.betas):
+        if not 0 <= beta < 1:
+            raise ValueError(f"optimizer.betas[{i}]={beta} must lie in [0, 1): use for instance 0.9 and 0.95")
+    if not optimizer.eps > 0:
+        raise ValueError(f"optimizer.eps={optimizer.eps} must be positive")
+    if optimizer.weight_decay < 0:
+        raise ValueError(f"optimizer.weight_decay={optimizer.weight_decay} must not be negative: use 0 for none")
+    if not optimizer.clip > 0:
+        raise ValueError(f"optimizer.clip={optimizer.clip} must be positive: use a large norm to clip nothing")
+
+
+def _validate_rest(recipe: Recipe) -> None:
+    checkpoint, run = recipe.checkpoint, recipe.run
+    if checkpoint.asynchronous:
+        raise ValueError("checkpoint.asynchronous=true is not available: use checkpoint.asynchronous=false")
+    if checkpoint.keep is not None:
+        _at_least("checkpoint.keep", checkpoint.keep, 1)
+    for key, duration in (("checkpoint.every", checkpoint.every), ("run.stop_after", run.stop_after)):
+        if duration is not None and duration.count < 1:
+            raise ValueError(f"{key}={duration} must be at least one step: use null for never")
+    if not 0 <= run.seed < 2**63:
+        raise ValueError(f"run.seed={run.seed} must lie between 0 and 2^63 - 1")
+    if not run.name.strip() or "/" in run.name:
+        raise ValueError(f"run.name={run.name!r} must be a plain name without slashes: use run.dir for a place")

@@ -1,0 +1,1 @@
+"""Pictures and a page of one run, or of several beside each other."""
