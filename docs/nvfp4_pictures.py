@@ -28,12 +28,12 @@ from model.precision.formats import FP32, MXFP8, Format, NVFP4Options
 from model.precision.linear import Site, TokenKeys, grouped_linear, linear
 from model.precision.reference import Reference
 from parallel import layout as layouts
-from train import pictures
 from train.arguments import key_values
 from train.build import build
 from train.checkpoint.reader import open_checkpoint
 from train.checkpoint.run import load_weights
 from train.recipe.load import read_recipe
+from train.report import drawing as pictures
 from train.run_directory import stored_recipe
 from train.step import LossStep, to_microbatch
 

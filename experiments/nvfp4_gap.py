@@ -19,9 +19,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from train import page
 from train.arguments import key_values
 from train.observe.metrics import read_metrics
+from train.report import page
 from train.report.drawing import RUN_COLOURS, STYLE, label_ends, smooth
 
 REFERENCE, RECIPE = "fp32", "nvfp4"

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import yaml
 
-from train import compare, report
 from train.arguments import key_values
+from train.report import __main__ as report
+from train.report import compare
 from train.report.drawing import Series, draw_losses, final, gap, smooth, spread
 from train.report.report import draw_loss_curve, load_run, write_report
 

@@ -1,4 +1,14 @@
-"""From the plain containers of a composed recipe to frozen dataclasses, with an error that names key, value and remedy."""
+"""From the plain containers of a composed recipe to frozen dataclasses, with an error that names key, value and remedy.
+
+A group may be open: what is registered (mixers, formats, optimizers) brings keys of its own, as dataclasses. A field that holds them says so
+in its metadata, and is no key itself:
+
+    kinds     a function without arguments: {name: dataclass}
+    flat      True: their keys stand directly in the group (`model.mamba_heads`); False: in a group of their own name (`precision.nvfp4.clipping`)
+    partial   only what was given is kept, and what was not has no default (`precision.rules[0].nvfp4.clipping`)
+
+The field's value is {name: instance of the dataclass}, or, partial, {name: {key: value}}.
+"""
 
 import dataclasses
 import difflib
@@ -25,22 +35,61 @@ def read(cls: type[T], value: object, key: str = "") -> T:
     """
     if not isinstance(value, Mapping):
         raise RecipeError(f"{key or 'the recipe'}={value!r} must be a group of keys such as {_first_key(cls)}")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    own, opened = _fields(cls)
+    known = {**own, **{name: None for name in _open_keys(opened)}}
     for name in value:
-        if name not in fields:
+        if name not in known:
             full = f"{key}.{name}" if key else str(name)
-            near = difflib.get_close_matches(str(name), fields, n=1)
-            hint = f"did you mean {f'{key}.{near[0]}' if key else near[0]}?" if near else f"known keys are {', '.join(fields)}"
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {f'{key}.{near[0]}' if key else near[0]}?" if near else f"known keys are {', '.join(known)}"
             raise RecipeError(f"{full} is no key of a recipe ({full}={value[name]!r}): {hint}")
-    arguments = {}
-    for name, field in fields.items():
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for name, field in own.items():
         full = f"{key}.{name}" if key else name
         if name in value:
             arguments[name] = _convert(hints[name], value[name], full)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise RecipeError(f"{full} is missing: give it in the recipe, or as {full}=... on the command line")
+    for field in opened:
+        arguments[field.name] = _read_open(field, value, key)
     return cls(**arguments)
+
+
+def _fields(cls: type) -> tuple[dict[str, dataclasses.Field[Any]], list[dataclasses.Field[Any]]]:
+    """The fields that are keys themselves, by name, and those that hold what is registered."""
+    own, opened = {}, []
+    for field in dataclasses.fields(cls):
+        if "kinds" in field.metadata:
+            opened.append(field)
+        else:
+            own[field.name] = field
+    return own, opened
+
+
+def _open_keys(opened: list[dataclasses.Field[Any]]) -> Iterator[str]:
+    for field in opened:
+        for name, kind in field.metadata["kinds"]().items():
+            if field.metadata.get("flat"):
+                yield from (inner.name for inner in dataclasses.fields(kind))
+            else:
+                yield name
+
+
+def _read_open(field: dataclasses.Field[Any], value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, kind in field.metadata["kinds"]().items():
+        inside = f"{key}.{name}" if key else name
+        if field.metadata.get("flat"):
+            names = {inner.name for inner in dataclasses.fields(kind)}
+            result[name] = read(kind, {k: v for k, v in value.items() if k in names}, key)
+        elif not field.metadata.get("partial"):
+            result[name] = read(kind, value.get(name, {}), inside)
+        elif name in value:
+            given = value[name]
+            complete = read(kind, given, inside)
+            result[name] = {k: getattr(complete, k) for k in given}
+    return result
 
 
 def _first_key(cls: type) -> str:
@@ -99,7 +148,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, Duration):
         return value.count if value.unit == "steps" else str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        own, opened = _fields(type(value))
+        result = {name: plain(getattr(value, name)) for name in own}
+        for field in opened:
+            for name, inner in getattr(value, field.name).items():
+                result |= plain(inner) if field.metadata.get("flat") else {name: plain(inner)}
+        return result
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
@@ -107,15 +163,19 @@ def plain(value: Any) -> Any:
 
 def defaults(cls: type) -> dict[str, Any]:
     """Every key of a dataclass with its default, recursively; keys without one are left out."""
-    result = {}
+    result: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    own, opened = _fields(cls)
+    for name, field in own.items():
         if field.default is not dataclasses.MISSING:
-            result[field.name] = plain(field.default)
+            result[name] = plain(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            result[field.name] = plain(field.default_factory())
-        elif dataclasses.is_dataclass(hints[field.name]):
-            result[field.name] = defaults(hints[field.name])  # type: ignore[arg-type]
+            result[name] = plain(field.default_factory())
+        elif dataclasses.is_dataclass(hints[name]):
+            result[name] = defaults(hints[name])  # type: ignore[arg-type]
+    for field in opened:
+        for name, kind in {} if field.metadata.get("partial") else field.metadata["kinds"]().items():
+            result |= defaults(kind) if field.metadata.get("flat") else {name: defaults(kind)}
     return result
 
 
