@@ -28,9 +28,10 @@ test-gpu: $(TESTED)
 lint: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 types: $(TESTED)
-	$(BIN)/mypy model parallel data train launch benchmarks
+	$(BIN)/mypy
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || { echo "Nibble needs Python 3.11 or newer; $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 2; }
