@@ -19,7 +19,7 @@ import yaml
 from data.documents import DataError
 from data.text_data import TextData
 from model.count import count, linear_modules, other_flops
-from model.precision.transformer_engine_layers import expressible
+from model.precision.backends.transformer_engine_layers import expressible
 from parallel import layout as layouts
 from train.build import Run, build
 from train.checkpoint.manifest import CheckpointError
