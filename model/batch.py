@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.precision.linear import TokenKeys
+from model.precision.site import TokenKeys
 
 
 @dataclass(frozen=True)

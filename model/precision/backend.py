@@ -58,6 +58,7 @@ class Backend(Protocol):
     @classmethod
     def check(cls, formats: Iterable[Asked], *, compute: str, amax_scope: str) -> None:
         """Raises ValueError, in one sentence, for formats it cannot run with these settings of `precision`."""
+        return None
 
     @classmethod
     def describe(cls, modules: Sequence[tuple[str, tuple[Asked, Asked, Asked], bool]]) -> str:
@@ -91,11 +92,9 @@ class Backend(Protocol):
 
         Blocks of both run along the inner dimension. amax: fp32 of one element. across: use the tiles of `right` along their other side.
         """
-        raise NotImplementedError(f"{self.name} does not multiply packed operands")
+        raise ValueError(f"the backend {self.name} does not multiply packed operands")
 
     def layer(self, name: str, x: Tensor, weight: Tensor, formats: tuple[Asked, Asked, Asked]) -> Layer | None:
         """A layer of its own for module `name`, x [tokens, K] times the transpose of weight [N, K]; None where it has none that does just
         what the formats of fprop, dgrad and wgrad say."""
         return None
-
-

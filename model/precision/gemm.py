@@ -96,9 +96,7 @@ def _on_tensor_cores(gemm: Gemm, left: Operand, right: Operand, into: Tensor, ba
         if j == i:
             continue
         one = slice(group, group + 1)
-        product = backend.multiply(
-            a.part(i, j), left.amax[one], left.largest, b.part(k, m), right.amax[one], right.largest, across=across
-        )
+        product = backend.multiply(a.part(i, j), left.amax[one], left.largest, b.part(k, m), right.amax[one], right.largest, across=across)
         if gemm == "wgrad":
             into[group] += product
         else:

@@ -75,5 +75,5 @@ def rotate(x: Tensor, rotation: Rotation = FIXED) -> Tensor:
     n = rotation.size
     if x.shape[-1] % n:
         raise ValueError(f"the Hadamard transform works on groups of {n} tokens, but there are {x.shape[-1]}: pad them")
-    groups = x.reshape(*x.shape[:-1], -1, n).float()
+    groups = x.unflatten(-1, (x.shape[-1] // n, n)).float()
     return (groups @ rotation.matrix(x.device)).reshape(x.shape).to(x.dtype)

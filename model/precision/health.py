@@ -16,8 +16,8 @@ never writes, so a step gives the same bits with and without it.
     residual/<layer>/                    of the residual stream behind a layer
         rms, outlier_ratio (largest magnitude / rms), outlier_position (in its sequence), outlier_feature
 
-x is what the quantiser saw, after the Hadamard transform where there is one; a format describes it as `Seen`. Every number comes from sums, which `finish` adds
-over all ranks: shards of one operand, of one layer's experts and of the batch are seen as one, and copies do not change a ratio.
+x is what the quantiser saw, after the Hadamard transform where there is one; a format describes it as `Seen`. Every number comes from sums,
+which `finish` adds over all ranks: shards of one operand, of one layer's experts and of the batch are seen as one, and copies do not change a ratio.
 """
 
 import math

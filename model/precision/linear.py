@@ -29,9 +29,7 @@ class _Linear(torch.autograd.Function):
     """x [rows, K], weight [groups, N, K] -> [rows, N]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, target: Tensor, formats: Formats, call: Call, out_dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, formats: Formats, call: Call, out_dtype: torch.dtype) -> Tensor:
         fprop, _, wgrad = formats
         left, right = fprop.fprop(x, weight, call)
         y = torch.empty(len(x), weight.shape[1], device=weight.device)

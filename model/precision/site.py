@@ -1,8 +1,8 @@
 """Where a linear layer stands, and one call of it: what a number format has to work with.
 
-    Site       a linear module of this rank: fixed when the model is built
-    TokenKeys  which token each row of an operand is
-    Call       one microbatch through one module, kept from its forward to its backward pass
+Site       a linear module of this rank: fixed when the model is built
+TokenKeys  which token each row of an operand is
+Call       one microbatch through one module, kept from its forward to its backward pass
 """
 
 from collections.abc import Callable, Hashable

@@ -48,9 +48,7 @@ class Reference(Backend):
             amax = per_row(amax, Rows(tuple(size // BLOCK for size in encoding.stored(rows).sizes))).T
         elif not encoding.row_scaled:
             amax = per_row(amax, rows)
-        encoded = nvfp4.encode(
-            blocks, block_amax, amax, random_bits=bits, clipping=encoding.clipping, bound=encoding.bound, tile=tiles
-        )
+        encoded = nvfp4.encode(blocks, block_amax, amax, random_bits=bits, clipping=encoding.clipping, bound=encoding.bound, tile=tiles)
         if not packed:
             products = encoded.products()
             return (products.T.contiguous() if columns else products[:, :features]).to(gemm_dtype(x.device))

@@ -107,7 +107,9 @@ class TransformerEngine(Backend):
         try:
             _, extension = _modules()
         except Exception as error:  # TE raises many kinds when its parts do not fit each other or the driver
-            return f"the transformer-engine package does not import ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
+            return (
+                f"the transformer-engine package does not import ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
+            )
         if not hasattr(extension, "nvfp4_quantize_with_amax"):
             return "this version of transformer-engine cannot quantise with a given amax: pip install 'nibble[te]' installs 2.20.2"
         return None

@@ -100,7 +100,9 @@ def _load_rotated(x, first, count, column, features, rotation, ROTATE: tl.conste
     total = tl.zeros([16, WIDTH], tl.float32)
     for k in tl.static_range(16):
         if ROTATE == DOWN:
-            one = tl.load(x + (first + k) * features + column, mask=(column < features) & (tl.full([WIDTH], k, tl.int32) < count), other=0.0)
+            one = tl.load(
+                x + (first + k) * features + column, mask=(column < features) & (tl.full([WIDTH], k, tl.int32) < count), other=0.0
+            )
             values = tl.broadcast_to(_widen(one)[None, :], [16, WIDTH])
             entry = _entry(k, row[:, None], rotation)
         else:

@@ -124,10 +124,12 @@ class Format(ABC):
             )
 
     changes_weights: ClassVar[bool] = False
-    """Whether `after_step` does anything."""
+    """Whether `after_step` is to be asked at all."""
 
-    def after_step(self, weight: Tensor, site: Site, step: int) -> None:
-        """Changes a weight [groups, N, K] of a module that runs fprop in this format, in place, after optimizer step `step` (from 0)."""
+    def after_step(self, weight: Tensor, site: Site, step: int) -> bool:
+        """May change a weight [groups, N, K] of a module that runs fprop in this format, in place, after an optimizer step (`step` of them are
+        done). Returns whether it did; fp32 masters then take over what it holds."""
+        return False
 
 
 Formats = tuple[Format, Format, Format]  # of fprop, dgrad, wgrad

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from model.precision.formats.base import Format
+from model.precision.formats.base import Format, FormatOptions
 from model.precision.formats.bf16 import BF16
 from model.precision.formats.fp32 import FP32
 from model.precision.formats.mxfp8 import MXFP8
@@ -39,3 +39,8 @@ def format_class(name: str) -> type[Format]:
 def option_kinds() -> Mapping[str, type[Any]]:
     """The dataclass of options of every format that has some, by name."""
     return {name: cls.Options for name, cls in _formats.items() if fields(cls.Options)}
+
+
+def usual_options() -> dict[str, FormatOptions]:
+    """The defaults of all those."""
+    return {name: kind() for name, kind in option_kinds().items()}
