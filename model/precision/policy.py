@@ -71,7 +71,9 @@ class PrecisionConfig:
     """Exceptions; the last one that matches decides."""
     schedule: tuple[Rule, ...] = ()
     """Rules with a start, read after the others."""
-    options: dict[str, FormatOptions] = field(default_factory=usual_options, metadata={"kinds": option_kinds, "flat": False, "partial": False})
+    options: dict[str, FormatOptions] = field(
+        default_factory=usual_options, metadata={"kinds": option_kinds, "flat": False, "partial": False}
+    )
     """Options of every format, which a rule may override."""
     amax_scope: str = "local"
     """Over what amaxes are taken: local, what a rank holds; tensor_parallel, whole tensors, so that values are those of one rank."""

@@ -65,7 +65,7 @@ class FewerBits(Stream):
         return super().bytes(features) & 0xF0
 
 
-class WrongAlpha(Reference):
+class WrongAmax(Reference):
     def amax(self, *arguments: Any, **how: Any) -> torch.Tensor:
         return super().amax(*arguments, **how) * 1.25
 
@@ -76,11 +76,11 @@ class WrongAlpha(Reference):
         (OneScaleOff(), "random tensors: scales", "rotated vectors: scales"),
         (OneCodeOff(), "rotated random tensors: code values", "random tensors: code values"),
         (Biased(), "expectation of draws along rows, 5 sigma", "vectors: code values"),
-        (WrongAlpha(), "GEMMs, fprop, within 1e-05", "vectors: code values"),
+        (WrongAmax(), "GEMMs, fprop, within 1e-05", None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Reference | FusedCPU) else "",
 )
-def test_a_wrong_backend_is_told_apart(backend: Any, differs: str, agrees: str) -> None:
+def test_a_wrong_backend_is_told_apart(backend: Any, differs: str, agrees: str | None) -> None:
     report = Report()
     checks.check_vectors(report, backend, CPU, Vectors())
     if isinstance(backend, FusedCPU):
@@ -88,7 +88,7 @@ def test_a_wrong_backend_is_told_apart(backend: Any, differs: str, agrees: str) 
     checks.check_draws(report, backend, CPU)
     checks.check_gemms(report, backend, CPU)
     assert not report.good and not report.lines[backend.name, differs].good
-    assert report.lines[backend.name, agrees].good
+    assert agrees is None or report.lines[backend.name, agrees].good
     assert "MISMATCH" in report.text()
 
 
