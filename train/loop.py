@@ -19,12 +19,13 @@ import yaml
 from data.documents import DataError
 from data.text_data import TextData
 from model.count import count, linear_modules, other_flops
+from model.hybrid import end_step
 from model.precision.transformer_engine_layers import expressible
-from parallel import layout as layouts
+from parallel import groups
 from train.build import Run, build
+from train.checkpoint.checkpointer import Checkpointer, load_weights
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import open_checkpoint
-from train.checkpoint.run import load_weights, restore_run, save_run
 from train.evaluation.validation import evaluate
 from train.observe import Observers, RunInfo, open_observers
 from train.observe.metrics import FILE_NAME, decode_lines
@@ -58,7 +59,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         micro_batch_size=recipe.train.micro_batch_size,
         learning_rate=rate,
     )
-    moe = run.model.end_step(update=result.taken)
+    moe = end_step(run.chunks, update=result.taken)
     means = losses.means().tolist()
     metrics = {"loss/lm": means[0]}
     metrics |= {f"loss/mtp_{depth}": value for depth, value in enumerate(means[1:], start=1)}
@@ -86,7 +87,7 @@ def run(recipe: Recipe) -> int:
         except (DataError, CheckpointError) as error:
             raise RecipeError(str(error)) from None
         finally:
-            layouts.shutdown()
+            groups.shutdown()
     return 0
 
 
@@ -98,7 +99,9 @@ def _train(run: Run, changes: list[str]) -> None:
         _store_tokenizer(run.data, run.run_dir / "tokenizer")
     observers = open_observers(recipe.monitor) if is_main else Observers(())
 
-    step, elapsed, state = _restore(run)
+    report = print if is_main else (lambda line: None)
+    checkpointer = Checkpointer(run.run_dir, run.engine, run.chunks, keep=recipe.checkpoint.keep, report=report)
+    step, elapsed, state = _restore(run, checkpointer)
     observers.load_state(state.get("observers", {}))
     table = _table(run, step)
     counted = count(recipe.model)
@@ -164,15 +167,7 @@ def _train(run: Run, changes: list[str]) -> None:
                 observers.on_evaluation({"step": step, "tokens": step * recipe.tokens_per_step, "eval/loss": evaluated})
         if (save_every and step % save_every == 0) or step == last:
             kept = {"elapsed": time.perf_counter() - started, "observers": observers.state()}
-            path = save_run(
-                run.run_dir,
-                run.engine,
-                run.model,
-                step,
-                kept,
-                tokens=step * recipe.tokens_per_step,
-                keep=recipe.checkpoint.keep,
-            )
+            path = checkpointer.save(step, kept, tokens=step * recipe.tokens_per_step)
             saved = step
             observers.on_checkpoint(step, path)
     assert saved == step
@@ -200,19 +195,14 @@ def _train(run: Run, changes: list[str]) -> None:
 # -- pieces of the above --------------------------------------------------------------------------------------------------------------
 
 
-def _restore(run: Run) -> tuple[int, float, dict[str, Any]]:
+def _restore(run: Run, checkpointer: Checkpointer) -> tuple[int, float, dict[str, Any]]:
     """(steps done, seconds spent, the loop's state) from the newest valid checkpoint; zeros for a new run."""
-    report = print if run.layout.rank == 0 else (lambda line: None)
-    checkpoint = restore_run(run.run_dir, run.engine, run.model, report=report)
+    checkpoint = checkpointer.load_newest()
     if checkpoint is not None:
         return checkpoint.step, float(checkpoint.state.get("elapsed", 0.0)), dict(checkpoint.state)
-    if any(run.run_dir.glob("checkpoints/step-*")):
-        raise RecipeError(
-            f"{run.run_dir} holds checkpoints, but none of them is valid (see the reasons above): repair one, or choose another run.dir"
-        )
     source = run.recipe.checkpoint.initialize_from
     if source is not None:
-        load_weights(open_checkpoint(source), run.model)
+        load_weights(open_checkpoint(source), run.chunks)
         run.engine.reload_masters()
     return 0, 0.0, {}
 
