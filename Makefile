@@ -41,8 +41,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 # Numba keeps compiled kernels by their source: a changed one is compiled here, not in the first step of a run.
-$(KERNELS): $(READY) model/precision/cpu.py model/precision/cpu_kernels.py
-	$(BIN)/python -m model.precision.cpu
+$(KERNELS): $(READY) model/precision/backends/cpu.py model/precision/backends/cpu_kernels.py
+	$(BIN)/python -m model.precision.backends.cpu
 	@touch $@
 
 $(TESTED): $(KERNELS)

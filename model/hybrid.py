@@ -43,7 +43,7 @@ class HybridModel(Stage):
         self.depths = config.mtp_depths
         self.embeddings: Embedding | None = None
         if self.is_first or (self.is_last and self.depths):
-            self.embeddings = Embedding(context, copy=not self.is_first)
+            self.embeddings = Embedding(context)
         mine = stage_layers(len(config.layers), layout.pipeline_size)[layout.pipeline_rank]
         self.layers = nn.ModuleDict({str(i): Layer(context, f"layers.{i}", config.layers[i]) for i in mine})
         if self.is_last:

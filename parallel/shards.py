@@ -1,4 +1,4 @@
-"""Pieces: where a rank's parameter lies in the global tensors the checkpoint knows.
+"""Pieces: where a rank's parameter lies in the global tensors the checkpoint knows; and over which ranks it is spread.
 
 A parameter in memory may hold several tensors on disk (query, key and value fused into one matrix; experts stacked),
 or several parts of one (the sections of a Mamba input projection, each split over the tensor group by itself).
@@ -6,8 +6,13 @@ or several parts of one (the sections of a Mamba input projection, each split ov
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
+
+Spread = Literal["rows", "columns", "everywhere", "experts"]
+"""How a parameter lies on the ranks: split along dimension 0 or 1 over the tensor group, whole on each of its ranks, or stacked experts, some
+on each rank of the expert group."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,16 @@ def set_pieces(param: Tensor, pieces: Sequence[Piece]) -> None:
 def pieces_of(param: Tensor) -> tuple[Piece, ...]:
     """The pieces attached to a parameter or buffer; empty if there are none."""
     return getattr(param, "pieces", ())
+
+
+def set_spread(param: Tensor, spread: Spread) -> None:
+    """Says over which ranks a parameter is spread, so that an engine knows whose gradients to sum and where its norm counts once."""
+    param.spread = spread  # type: ignore[attr-defined]
+
+
+def spread_of(param: Tensor) -> Spread | None:
+    """Over which ranks a parameter is spread; None where nothing was said: every rank holds it whole and sees all of its gradient."""
+    return getattr(param, "spread", None)
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,6 @@ def split_sections(sections: Sequence[Section], trailing: tuple[int, ...], rank:
     return pieces
 
 
-def mark_sharded(param: Tensor, dim: int) -> None:
-    """Tells Megatron that the parameter is split over the tensor group, so that its norm is summed over it."""
-    param.tensor_model_parallel = True  # type: ignore[attr-defined]
-    param.partition_dim = dim  # type: ignore[attr-defined]
-    param.partition_stride = 1  # type: ignore[attr-defined]
+def whole(name: str, shape: tuple[int, ...]) -> Piece:
+    """The piece of a parameter that is the global tensor `name`."""
+    return Piece(name, shape, tuple(0 for _ in shape), tuple(slice(None) for _ in shape))

@@ -72,5 +72,5 @@ def build(recipe: Recipe) -> Run:
     )
     chunks = [HybridModel(context)]
     engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
-    plan = BatchPlan(train.global_batch_size, train.micro_batch_size, layout.data_rank, layout.data_size)
+    plan = BatchPlan(train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
     return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))

@@ -5,8 +5,14 @@ Megatron's schedules, DDP and optimizers ask a model chunk for attributes and me
     set_input_tensor                               the schedules hand over what the stage before sent
     config, model_type, pre_process, post_process  what they and DDP look for
     share_embeddings_and_output_weights,           set where the first and the last stage hold copies of one weight: Megatron then sums the
-    shared_embedding_or_output_weight,             gradients of both
-    shared_embedding
+    shared_embedding_or_output_weight              gradients of both
+
+and of a parameter
+
+    allreduce                                      False: an expert, whose gradients are reduced over the expert-data-parallel ranks
+    sequence_parallel                              its gradients are summed over the tensor group
+    tensor_model_parallel, partition_*             split over the tensor group: its norm is summed over it
+    shared_embedding, shared                       one of two copies; the one whose norm the first stage already counts
 """
 
 from typing import Any
@@ -16,7 +22,26 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parallel.layout import Layout
+from parallel.shards import Spread, spread_of
 from parallel.stage import Stage
+
+
+def mark(param: nn.Parameter, spread: Spread, layout: Layout) -> None:
+    """Tells Megatron over which ranks the parameter is spread."""
+    if spread == "experts":
+        # Whenever expert and dense modules are not replicated alike (tensor 2, expert 1, expert tensor 1, say) this must be False; 0.16.1
+        # itself only looks at expert > 1, and replicas drift apart.
+        alike = layout.expert_size == 1 and layout.expert_tensor_size == layout.tensor_size
+        param.allreduce = alike  # type: ignore[attr-defined]
+        if alike:
+            return
+    if spread == "everywhere":
+        # With sequence parallelism every rank sees other tokens.
+        param.sequence_parallel = layout.sequence_parallel  # type: ignore[attr-defined]
+    else:
+        param.tensor_model_parallel = True  # type: ignore[attr-defined]
+        param.partition_dim = 1 if spread == "columns" else 0  # type: ignore[attr-defined]
+        param.partition_stride = 1  # type: ignore[attr-defined]
 
 
 class MegatronStage(nn.Module):
@@ -32,6 +57,11 @@ class MegatronStage(nn.Module):
         self.share_embeddings_and_output_weights = weight is not None
         if weight is not None:
             weight.shared_embedding = True  # type: ignore[attr-defined]
+            if not layout.is_first_stage:
+                weight.shared = True  # type: ignore[attr-defined]
+        for param in stage.parameters():
+            if (spread := spread_of(param)) is not None:
+                mark(param, spread, layout)
         self._input: Tensor | None = None
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
