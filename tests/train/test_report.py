@@ -18,8 +18,10 @@ import yaml
 from train.arguments import key_values
 from train.report import __main__ as report
 from train.report import compare
-from train.report.drawing import Series, draw_losses, final, gap, smooth, spread
-from train.report.report import draw_loss_curve, load_run, write_report
+from train.report.curves import draw_losses
+from train.report.drawing import spread
+from train.report.report import draw_loss_curve, write_report
+from train.report.series import Series, final, gap, load_run, smooth
 
 
 def make_run(directory: Path, steps: int = 60, factor: float = 1.0, recipe: dict[str, Any] | None = None, **changes: Any) -> Path:
