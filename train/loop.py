@@ -35,6 +35,7 @@ from train.recipe.reading import RecipeError, plain
 from train.recipe.resume import changed_keys
 from train.recipe.tree import Recipe
 from train.step import LossStep, sum_over_ranks, to_microbatch
+from train.utilisation import open_utilisation
 
 MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run gives up
 
@@ -101,6 +102,7 @@ def _train(run: Run, changes: list[str]) -> None:
     step, elapsed, state = _restore(run)
     observers.load_state(state.get("observers", {}))
     table = _table(run, step)
+    utilisation = open_utilisation(recipe, layout.device, layout.world_size) if is_main else None
     counted = count(recipe.model)
     observers.on_start(
         RunInfo(
@@ -118,6 +120,7 @@ def _train(run: Run, changes: list[str]) -> None:
                     layout.describe(),
                     *run.data.describe(),
                     _backend(run, step),
+                    *([] if utilisation is None else [utilisation.line]),
                     *(f"changed since the run began: {line}" for line in changes),
                 )
             ),
@@ -155,6 +158,7 @@ def _train(run: Run, changes: list[str]) -> None:
                     "tokens": step * recipe.tokens_per_step,
                     **metrics,
                     **_pace(run, seconds),
+                    **({} if utilisation is None else utilisation.metrics(table.shares, seconds)),
                     **table.metrics(),
                 }
             )

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "train.threads",
     "checkpoint.*",
     "monitor.*",
+    "cluster.*",
     "data.cache",
     "parallel.timeout_minutes",
 )

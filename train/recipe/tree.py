@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from data.config import DataConfig
 from model.config import ModelConfig
 from model.precision.policy import Policy, PrecisionConfig
+from parallel.cluster import ClusterConfig
 from parallel.layout import ParallelConfig
 from train.observe import MonitorConfig
 from train.optimizer import OptimizerConfig
@@ -62,6 +63,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     @property
     def tokens_per_step(self) -> int:
