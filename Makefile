@@ -28,9 +28,10 @@ test-gpu: $(TESTED)
 lint: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 types: $(TESTED)
-	$(BIN)/mypy model parallel data train launch benchmarks
+	$(BIN)/mypy
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || { echo "Nibble needs Python 3.11 or newer; $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 2; }
@@ -40,8 +41,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 # Numba keeps compiled kernels by their source: a changed one is compiled here, not in the first step of a run.
-$(KERNELS): $(READY) model/precision/cpu.py model/precision/cpu_kernels.py
-	$(BIN)/python -m model.precision.cpu
+$(KERNELS): $(READY) model/precision/backends/cpu.py model/precision/backends/cpu_kernels.py
+	$(BIN)/python -m model.precision.backends.cpu
 	@touch $@
 
 $(TESTED): $(KERNELS)

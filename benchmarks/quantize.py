@@ -24,8 +24,8 @@ from benchmarks.arguments import main
 from benchmarks.timing import machine, medians, save, table
 from model.precision import nvfp4
 from model.precision.backend import Backend, Packed, Rows, choose
+from model.precision.backends.reference import Reference
 from model.precision.philox import Stream, stream_key
-from model.precision.reference import Reference
 
 LAYERS = {  # tokens x features
     "tiny in_proj x": (2048, 128),

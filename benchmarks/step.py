@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.arguments import main
 from benchmarks.timing import machine, save, table
-from model.precision.cpu import compile_all
+from model.precision.backends.cpu import compile_all
 from parallel import layout
 from train.build import Run, build
 from train.loop import train_step

@@ -24,9 +24,9 @@ import model.moe
 from model.precision import hadamard as rht
 from model.precision import mxfp8, nvfp4, philox
 from model.precision.backend import Rows, pad_rows, per_row
+from model.precision.backends.reference import Reference
 from model.precision.formats import FP32, MXFP8, Format, NVFP4Options
 from model.precision.linear import Site, TokenKeys, grouped_linear, linear
-from model.precision.reference import Reference
 from parallel import layout as layouts
 from train.arguments import key_values
 from train.build import build
@@ -137,7 +137,7 @@ def capture(path: str) -> dict[str, Seen]:
             losses,
             [microbatch],
             sequence_length=recipe.train.sequence_length,
-            micro_batch_size=recipe.train.micro_batch_size,
+            micro_batch_size=recipe.micro_batch_size,
             learning_rate=0.0,
         )
     say(f"checkpoint of step {checkpoint.step}, microbatch of step {step}: {microbatch.tokens.numel()} tokens, LM loss", losses.means()[0])

@@ -8,10 +8,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model.config import ModelConfig
 from model.precision.backend import Backend, choose
+from model.precision.backends.reference import Reference
 from model.precision.health import Health
 from model.precision.linear import Site, WeightCache
 from model.precision.policy import Policy
-from model.precision.reference import Reference
 from parallel.layout import Layout
 from parallel.megatron import transformer_config
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from model import init
 from model.context import ModelContext
-from parallel.shards import Section, mark_sharded, set_pieces, split_sections
+from model.parameter import sharded_parameter
+from parallel.shards import Section, split_sections
 
 
 class _Lookup(torch.autograd.Function):
@@ -48,20 +49,12 @@ class Embedding(nn.Module):
         config, layout = context.config, context.layout
         shape = (config.vocab_size // layout.tensor_size, config.hidden_size)
         self.first = layout.tensor_rank * shape[0]
-        self.weight = nn.Parameter(torch.empty(shape, device=context.device, dtype=context.params_dtype))
-        set_pieces(
-            self.weight,
-            split_sections(
-                [Section("embeddings.weight", config.vocab_size)],
-                (config.hidden_size,),
-                layout.tensor_rank,
-                layout.tensor_size,
-            ),
+        pieces = split_sections(
+            [Section("embeddings.weight", config.vocab_size)], (config.hidden_size,), layout.tensor_rank, layout.tensor_size
         )
-        mark_sharded(self.weight, 0)
+        self.weight = sharded_parameter(context, shape, pieces, init.normal(config.init_std), "rows")
         if copy:
             self.weight.shared = True  # type: ignore[attr-defined]
-        init.initialize(self.weight, context.seed, init.normal(config.init_std))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [batch, sequence] -> [sequence, batch, hidden], or this rank's part of the sequence."""

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from model import init
 from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
+from model.parameter import sharded_parameter
 from model.precision.linear import linear
-from parallel.shards import Piece, Section, mark_sharded, set_pieces, split_sections
+from parallel.shards import Piece, Section, Spread, split_sections
 
 Mode = Literal["column", "row", "replicated"]
+SPREAD: dict[Mode, Spread] = {"column": "rows", "row": "columns", "replicated": "everywhere"}  # of the weight [out, in]
 
 
 class Linear(nn.Module):
@@ -58,20 +60,14 @@ class Linear(nn.Module):
                 start += section.rows
             outputs = tuple(runs) if size > 1 else ()
         else:
-            whole = split_sections(sections, (in_features,), 0, 1)
+            parts = split_sections(sections, (in_features,), 0, 1)
             if mode == "row":
                 if in_features % size:
                     raise ValueError(f"{name} has {in_features} input features, which parallel.tensor={size} does not divide")
                 columns //= size
-                whole = [Piece(p.name, p.shape, (p.offset[0], rank * columns), p.local) for p in whole]
-            pieces = whole
-        self.weight = nn.Parameter(torch.empty(rows, columns, device=context.device, dtype=context.params_dtype))
-        set_pieces(self.weight, pieces)
-        init.initialize(self.weight, context.seed, init.normal(std))
-        if mode == "replicated":
-            self.weight.sequence_parallel = layout.sequence_parallel  # type: ignore[attr-defined]
-        else:
-            mark_sharded(self.weight, 0 if mode == "column" else 1)
+                parts = [Piece(p.name, p.shape, (p.offset[0], rank * columns), p.local) for p in parts]
+            pieces = parts
+        self.weight = sharded_parameter(context, (rows, columns), pieces, init.normal(std), SPREAD[mode])
         self.site = context.site(name, outputs=outputs, own_tokens=mode == "replicated" and layout.sequence_parallel)
         context.linears.append(LinearUse(name, 2.0 * in_features * out_features * active_share))
 

@@ -10,8 +10,9 @@ from model.convolution import causal_convolution
 from model.linear import Linear
 from model.mlp import output_std
 from model.norm import gated_group_norm
+from model.parameter import sharded_parameter
 from model.ssd import ssd
-from parallel.shards import Section, mark_sharded, set_pieces, split_sections
+from parallel.shards import Section, split_sections
 
 
 class MambaMixer(nn.Module):
@@ -49,12 +50,8 @@ class MambaMixer(nn.Module):
         width = config.mamba_conv_width
 
         def parameter(tensor: str, sizes: tuple[int, ...], trailing: tuple[int, ...], draw: init.Draw) -> nn.Parameter:
-            local = (sum(sizes) // size, *trailing)
-            param = nn.Parameter(torch.empty(local, device=context.device, dtype=context.params_dtype))
-            set_pieces(param, split_sections(sections(tensor, sizes), trailing, rank, size))
-            mark_sharded(param, 0)
-            init.initialize(param, context.seed, draw)
-            return param
+            pieces = split_sections(sections(tensor, sizes), trailing, rank, size)
+            return sharded_parameter(context, (sum(sizes) // size, *trailing), pieces, draw, "rows")
 
         self.conv_weight = parameter("conv1d.weight", convolved, (1, width), init.uniform(width**-0.5))
         self.conv_bias = parameter("conv1d.bias", convolved, (), init.uniform(width**-0.5))

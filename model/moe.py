@@ -19,10 +19,11 @@ from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
 from model.linear import Linear
 from model.mlp import MLP, output_std, squared_relu
+from model.parameter import sharded_parameter
 from model.precision.formats import Formats
 from model.precision.linear import TokenKeys, grouped_linear
 from model.router import Router
-from parallel.shards import Piece, mark_sharded, set_pieces
+from parallel.shards import Piece
 
 SAMPLE_BITS, POSITION_BITS = 32, 32
 
@@ -69,23 +70,11 @@ class Experts(nn.Module):
             context.linears.append(LinearUse(f"{name}.{kind}", 2.0 * width * ffn * config.top_k))
 
     def _stack(self, kind: str, rows: int, columns: int, std: float) -> nn.Parameter:
-        context, layout = self.context, self.context.layout
-        param = nn.Parameter(torch.empty(self.local, rows, columns, device=context.device, dtype=context.params_dtype))
-        set_pieces(
-            param,
-            [
-                Piece(f"{self.name}.{self.first + e}.{kind}.weight", (rows, columns), (0, 0), (e, slice(None), slice(None)))
-                for e in range(self.local)
-            ],
-        )
-        # Megatron reduces expert gradients over the expert-data-parallel ranks exactly when this is False. Whenever expert and dense
-        # modules are not replicated alike (tensor 2, expert 1, expert tensor 1, say) it must be; 0.16.1 itself only looks at expert > 1,
-        # and replicas drift apart.
-        param.allreduce = layout.expert_size == 1 and layout.expert_tensor_size == layout.tensor_size  # type: ignore[attr-defined]
-        if not param.allreduce:  # type: ignore[attr-defined]
-            mark_sharded(param, 0)
-        init.initialize(param, context.seed, init.normal(std))
-        return param
+        everything = (slice(None), slice(None))
+        pieces = [
+            Piece(f"{self.name}.{self.first + e}.{kind}.weight", (rows, columns), (0, 0), (e, *everything)) for e in range(self.local)
+        ]
+        return sharded_parameter(self.context, (self.local, rows, columns), pieces, init.normal(std), "experts")
 
     def formats(self, kind: str, microbatch: Microbatch) -> Formats:
         return self.context.policy.formats(f"{self.name}.{kind}", microbatch.progress)

@@ -1,28 +1,24 @@
 """RMSNorm, in fp32 inside."""
 
-import torch
 from torch import Tensor, nn
 
 from model import init
 from model.context import ModelContext
-from parallel.shards import Piece, set_pieces
+from model.parameter import sharded_parameter
+from parallel.shards import whole
 
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, returned in x's dtype.
 
-    The weight is replicated over the tensor group; with sequence parallelism every rank sees other tokens, so its
-    gradient must be summed there, which Megatron does for parameters marked `sequence_parallel`.
+    The weight is whole on every rank of the tensor group.
     """
 
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
         size = context.config.hidden_size
         self.eps = context.config.norm_eps
-        self.weight = nn.Parameter(torch.empty(size, device=context.device, dtype=context.params_dtype))
-        self.weight.sequence_parallel = context.layout.sequence_parallel  # type: ignore[attr-defined]
-        set_pieces(self.weight, [Piece(f"{name}.weight", (size,), (0,), (slice(None),))])
-        init.initialize(self.weight, context.seed, init.constant(1.0))
+        self.weight = sharded_parameter(context, (size,), [whole(f"{name}.weight", (size,))], init.constant(1.0), "everywhere")
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)

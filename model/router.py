@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model.batch import Microbatch
 from model.context import ModelContext
 from model.linear import Linear
-from parallel.shards import Piece, set_pieces
+from parallel.shards import set_pieces, whole
 
 
 class Router(nn.Module):
@@ -35,7 +35,7 @@ class Router(nn.Module):
         self.context, self.experts, self.top_k = context, config.experts, config.top_k
         self.gate = Linear(context, name, config.hidden_size, config.experts, "replicated", std=config.init_std, out_dtype=torch.float32)
         bias = torch.zeros(config.experts, dtype=torch.float32, device=context.device)
-        set_pieces(bias, [Piece(f"{name}.e_score_correction_bias", (config.experts,), (0,), (slice(None),))])
+        set_pieces(bias, [whole(f"{name}.e_score_correction_bias", (config.experts,))])
         self.register_buffer("bias", bias)
         # Of the current optimizer step, on this rank: choices per expert, and the sum of the auxiliary loss.
         self.register_buffer("load", torch.zeros_like(bias), persistent=False)

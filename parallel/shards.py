@@ -1,4 +1,4 @@
-"""Pieces: where a rank's parameter lies in the global tensors the checkpoint knows.
+"""Pieces: where a rank's parameter lies in the global tensors the checkpoint knows; and over which ranks it is spread.
 
 A parameter in memory may hold several tensors on disk (query, key and value fused into one matrix; experts stacked),
 or several parts of one (the sections of a Mamba input projection, each split over the tensor group by itself).
@@ -6,8 +6,15 @@ or several parts of one (the sections of a Mamba input projection, each split ov
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
+
+from parallel.layout import Layout
+
+Spread = Literal["rows", "columns", "everywhere", "experts"]
+"""How a parameter lies on the ranks: split along dimension 0 or 1 over the tensor group, whole on each of its ranks, or stacked experts, some
+on each rank of the expert group."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,25 @@ def split_sections(sections: Sequence[Section], trailing: tuple[int, ...], rank:
     return pieces
 
 
-def mark_sharded(param: Tensor, dim: int) -> None:
-    """Tells Megatron that the parameter is split over the tensor group, so that its norm is summed over it."""
-    param.tensor_model_parallel = True  # type: ignore[attr-defined]
-    param.partition_dim = dim  # type: ignore[attr-defined]
-    param.partition_stride = 1  # type: ignore[attr-defined]
+def whole(name: str, shape: tuple[int, ...]) -> Piece:
+    """The piece of a parameter that is the global tensor `name`."""
+    return Piece(name, shape, tuple(0 for _ in shape), tuple(slice(None) for _ in shape))
+
+
+def mark_spread(param: Tensor, spread: Spread, layout: Layout) -> None:
+    """Tells Megatron over which ranks the parameter is spread: whose gradients it sums, and where its norm counts once."""
+    if spread == "experts":
+        # Megatron reduces expert gradients over the expert-data-parallel ranks exactly when this is False. Whenever expert and dense
+        # modules are not replicated alike (tensor 2, expert 1, expert tensor 1, say) it must be; 0.16.1 itself only looks at expert > 1,
+        # and replicas drift apart.
+        alike = layout.expert_size == 1 and layout.expert_tensor_size == layout.tensor_size
+        param.allreduce = alike  # type: ignore[attr-defined]
+        if alike:
+            return
+    if spread == "everywhere":
+        # With sequence parallelism every rank sees other tokens, and their gradients are summed over the tensor group.
+        param.sequence_parallel = layout.sequence_parallel  # type: ignore[attr-defined]
+    else:
+        param.tensor_model_parallel = True  # type: ignore[attr-defined]
+        param.partition_dim = 1 if spread == "columns" else 0  # type: ignore[attr-defined]
+        param.partition_stride = 1  # type: ignore[attr-defined]

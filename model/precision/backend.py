@@ -5,7 +5,7 @@ All backends give the same values; `reference` defines them. They differ in wher
     reference            plain PyTorch, any device                  readable, slow
     cpu                  fused kernels compiled by Numba, CPUs      the default on a CPU
     triton               fused kernels, Ampere, Hopper, Blackwell   the default on a GPU
-    transformer_engine   FP4 tensor cores, Blackwell                see model/precision/transformer_engine.py
+    transformer_engine   FP4 tensor cores, Blackwell                see model/precision/backends/transformer_engine.py
 
 An operand is a matrix whose rows are tokens, or output features of a weight. Rows belong to groups that follow one another (`Rows`): the
 routed experts' tokens, the experts of a stacked weight; a plain matrix is one group. Every group has an amax of its own.
@@ -183,11 +183,11 @@ def missing(name: str, device: torch.device) -> str | None:
     if name == "cpu":
         return None if device.type == "cpu" else f"it runs on CPUs, and this run is on {device.type}"
     if name == "triton":
-        from model.precision.triton_backend import missing as of_triton
+        from model.precision.backends.triton import missing as of_triton
 
         return of_triton(device)
     if name == "transformer_engine":
-        from model.precision.transformer_engine import missing as of_transformer_engine
+        from model.precision.backends.transformer_engine import missing as of_transformer_engine
 
         return of_transformer_engine(device)
     return f"it does not exist: use one of {', '.join(BACKENDS)}"
@@ -200,17 +200,17 @@ def choose(name: str, device: torch.device) -> Any:
     if lacking is not None:
         raise ValueError(f"precision.backend={name} cannot run: {lacking}")
     if name == "reference":
-        from model.precision.reference import Reference
+        from model.precision.backends.reference import Reference
 
         return Reference()
     if name == "cpu":
-        from model.precision.cpu import FusedCPU
+        from model.precision.backends.cpu import FusedCPU
 
         return FusedCPU()
     if name == "triton":
-        from model.precision.triton_backend import Triton
+        from model.precision.backends.triton import Triton
 
         return Triton()
-    from model.precision.transformer_engine import TransformerEngine
+    from model.precision.backends.transformer_engine import TransformerEngine
 
     return TransformerEngine()

@@ -28,9 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from model.precision import mxfp8, nvfp4, philox
 from model.precision.backend import Backend, Packed, Rows, pad_rows
+from model.precision.backends.reference import Reference
 from model.precision.formats import Format, Formats
 from model.precision.health import Health
-from model.precision.reference import Reference
 
 
 @dataclass(frozen=True)

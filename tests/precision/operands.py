@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from model.precision.backend import Backend, Packed, Rows
-from model.precision.certify import REFERENCE, operations, stream, tensor
+from model.precision.certify.command import REFERENCE, operations, stream, tensor
 
 __all__ = ["REFERENCE", "assert_equals_reference", "assert_same", "operations", "stream", "tensor"]
 

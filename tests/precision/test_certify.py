@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from model.precision import certify
 from model.precision.backend import Packed
-from model.precision.cpu import FusedCPU
-from model.precision.reference import Reference
+from model.precision.backends.cpu import FusedCPU
+from model.precision.backends.reference import Reference
+from model.precision.certify import command as certify
 
 CPU = torch.device("cpu")
 

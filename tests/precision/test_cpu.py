@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.precision.backend import Packed, Rows
-from model.precision.cpu import FusedCPU
+from model.precision.backends.cpu import FusedCPU
 from model.precision.nvfp4 import quantize
 from tests.precision.operands import assert_equals_reference, tensor
 from tests.precision.test_vectors import QUANTIZED, RECORDS, assert_equal, field, options
@@ -112,8 +112,8 @@ def test_packed_operands_take_four_and_a_half_bits_an_element() -> None:
 def test_the_kernels_import_late_and_start_within_three_seconds() -> None:
     CPU.quantize(torch.randn(32, 32))  # compiled and on disk from here on
     program = (
-        "import sys, time, torch; import model.precision.linear, model.precision.cpu; assert 'numba' not in sys.modules; "
-        "t = time.perf_counter(); model.precision.cpu.FusedCPU().quantize(torch.randn(32, 32)); print(time.perf_counter() - t)"
+        "import sys, time, torch; import model.precision.linear, model.precision.backends.cpu; assert 'numba' not in sys.modules; "
+        "t = time.perf_counter(); model.precision.backends.cpu.FusedCPU().quantize(torch.randn(32, 32)); print(time.perf_counter() - t)"
     )
     seconds = [float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout) for _ in range(2)]
     assert min(seconds) < 3, seconds

@@ -9,9 +9,9 @@ import torch
 
 from model.precision import mxfp8, nvfp4
 from model.precision.backend import Packed, Rows
+from model.precision.backends.reference import Reference
 from model.precision.hadamard import rotate
 from model.precision.health import Health
-from model.precision.reference import Reference
 from tests.precision.operands import tensor
 
 REFERENCE = Reference()

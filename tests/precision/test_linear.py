@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from model.precision import hadamard, mxfp8, nvfp4, philox
-from model.precision.cpu import FusedCPU
+from model.precision.backends.cpu import FusedCPU
+from model.precision.backends.reference import Reference
 from model.precision.formats import BF16, FP32, MXFP8, Format, NVFP4Options
 from model.precision.linear import Site, TokenKeys, grouped_linear, linear
-from model.precision.reference import Reference
 
 NVFP4 = Format("nvfp4")
 SEED, STEP = 5, 9

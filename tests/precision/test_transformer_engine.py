@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from model.precision import certify, nvfp4
+from model.precision import nvfp4
 from model.precision.backend import Packed, Rows, choose
+from model.precision.backends.reference import Reference
+from model.precision.backends.transformer_engine import TransformerEngine, missing
+from model.precision.backends.transformer_engine_layers import arguments, recipe, translate
+from model.precision.certify import command as certify
 from model.precision.formats import BF16, FP32, GEMMS, MXFP8, Format, NVFP4Options
 from model.precision.hadamard import rotate
 from model.precision.linear import Site, TokenKeys, WeightCache, grouped_linear, linear
 from model.precision.philox import Stream
-from model.precision.reference import Reference
-from model.precision.transformer_engine import TransformerEngine, missing
-from model.precision.transformer_engine_layers import arguments, recipe, translate
 
 NVFP4 = Format("nvfp4")
 REFERENCE = Reference()

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.precision import nvfp4, philox, triton_backend
+from model.precision import nvfp4, philox
 from model.precision.backend import Packed, Rows
+from model.precision.backends import triton as triton_backend
 from model.precision.nvfp4 import Quantized, quantize
 from tests.precision.operands import REFERENCE, assert_same, operations, stream, tensor
 from tests.precision.test_vectors import QUANTIZED, RECORDS, assert_equal, field, options
@@ -329,7 +330,7 @@ def test_compiled_kernels_round_as_written(variant: str, capability: int, tmp_pa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from model.precision import triton_kernels
+    from model.precision.backends import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     name, changed, pointers, warps = VARIANTS[variant]

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from model.precision.certify import VECTORS as VECTORS_DIRECTORY
-from model.precision.certify import Vectors
-from model.precision.cpu import FusedCPU
+from model.precision.backends.cpu import FusedCPU
+from model.precision.backends.reference import Reference
+from model.precision.certify.command import VECTORS as VECTORS_DIRECTORY
+from model.precision.certify.command import Vectors
 from model.precision.formats import Format, NVFP4Options
 from model.precision.hadamard import rotation
 from model.precision.linear import Site, TokenKeys, linear
 from model.precision.nvfp4 import GRID, Quantized, quantize, round_e2m1_stochastic
-from model.precision.reference import Reference
 
 VECTORS = Vectors()
 RECORDS, ARRAYS, QUANTIZED = VECTORS.records, VECTORS.arrays, VECTORS.quantized

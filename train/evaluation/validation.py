@@ -19,7 +19,7 @@ def evaluate(run: Run, step: int) -> float | None:
     Windows are dealt out to the data-parallel ranks in turn; ranks that run out of them go on with masked ones, because every rank must take
     part in every collective.
     """
-    batches = run.data.validation_batches(run.recipe.train.micro_batch_size)
+    batches = run.data.validation_batches(run.recipe.micro_batch_size)
     if not batches:
         return None
     layout = run.layout
@@ -39,6 +39,6 @@ def evaluate(run: Run, step: int) -> float | None:
         microbatches(),
         rounds,
         sequence_length=run.recipe.train.sequence_length,
-        micro_batch_size=run.recipe.train.micro_batch_size,
+        micro_batch_size=run.recipe.micro_batch_size,
     )
     return float(losses.means()[0])

@@ -1,7 +1,7 @@
 """Transformer Engine's own linear layers, entered with a recipe of its own, where one recipe can say what a module's formats ask for.
 
 A recipe holds for a whole module. Ours become one field by field (`translate`); what a recipe cannot express is a ValueError that names the
-module and the option (`arguments`), and `model.precision.transformer_engine` then runs that module operand by operand.
+module and the option (`arguments`), and `model.precision.backends.transformer_engine` then runs that module operand by operand.
 
     one format in all three GEMMs                    its recipe class; without clipping=4over6_* and row_scaled, which mean fprop alone
     a format in fprop, bf16 in dgrad and wgrad       the same with backward_override="high_precision"

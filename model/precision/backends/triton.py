@@ -16,7 +16,7 @@ Trade-off: the rotation runs as 16 fused multiply-adds an element on ordinary co
 equal bits let a GPU run be checked against, or continued from, a CPU run.
 
 With TRITON_INTERPRET=1 in the environment (before Triton is first imported) the kernels run on a CPU, slowly, for tests.
-Source of the numerics: see `model.precision.nvfp4`. The kernels: `model.precision.triton_kernels`.
+Source of the numerics: see `model.precision.nvfp4`. The kernels: `model.precision.backends.triton_kernels`.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ class Triton:
     bf16 = staticmethod(rounded_to_bf16)
 
     def __init__(self) -> None:
-        from model.precision import triton_kernels
+        from model.precision.backends import triton_kernels
 
         self._kernels = triton_kernels
         self._clipping = {"saturate": triton_kernels.SATURATE, "4over6_mae": triton_kernels.MAE, "4over6_mse": triton_kernels.MSE}

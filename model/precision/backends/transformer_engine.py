@@ -34,11 +34,11 @@ from torch import Tensor
 from model.precision import hadamard as rht
 from model.precision import nvfp4
 from model.precision.backend import Packed, Rows, gemm_dtype, pad_rows, rounded_to_bf16
+from model.precision.backends.reference import Reference
+from model.precision.backends.transformer_engine_layers import Layer, Layers
 from model.precision.formats import Formats
 from model.precision.nvfp4 import BLOCK, Clipping, Quantized
 from model.precision.philox import Stream
-from model.precision.reference import Reference
-from model.precision.transformer_engine_layers import Layer, Layers
 
 CAPABILITIES = ((10, 0), (10, 3))  # TE's NVFP4 training kernels: B200, B300
 ALIGNED_INNER = 32  # FP4 GEMMs load 16 bytes

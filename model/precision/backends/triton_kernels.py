@@ -1,4 +1,4 @@
-"""The Triton kernels of `model.precision.triton_backend`; imported only where Triton is installed.
+"""The Triton kernels of `model.precision.backends.triton`; imported only where Triton is installed.
 
 A program works on 16 rows of one group by WIDTH columns: `program_id(0)` counts blocks of 16 rows, `program_id(1)` tiles of columns. Inside,
 elements are seen as [outer, 16, inner], so that one piece of code quantises both kinds of operand along dimension 1:

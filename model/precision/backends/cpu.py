@@ -1,6 +1,6 @@
-"""The CPU backend: NVFP4 by the kernels of `model.precision.cpu_kernels`, over the threads PyTorch is allowed.
+"""The CPU backend: NVFP4 by the kernels of `model.precision.backends.cpu_kernels`, over the threads PyTorch is allowed.
 
-python -m model.precision.cpu        compiles every kernel once and keeps it on disk
+python -m model.precision.backends.cpu        compiles every kernel once and keeps it on disk
 """
 
 import threading
@@ -33,7 +33,7 @@ _pool_lock = threading.Lock()
 
 def _kernels() -> Any:
     # Numba takes most of a second to import: only who quantises pays it.
-    from model.precision import cpu_kernels
+    from model.precision.backends import cpu_kernels
 
     return cpu_kernels
 

@@ -6,7 +6,7 @@
 Three kinds of evidence, a line of the table each for what was compared:
 
     vectors        codes, scales and amaxes Transformer Engine's reference quantizer gave (in tests/vectors of a checkout)
-    random tensors every operation of the interface against `model.precision.reference` on the CPU: dtypes, magnitudes from 1e-30 to 1e30,
+    random tensors every operation of the interface against `model.precision.backends.reference` on the CPU: dtypes, magnitudes from 1e-30 to 1e30,
                    heavy tails, zeros, ties, groups of rows; stochastic rounding with the same random bits, or, for a backend that draws its
                    own, by its two neighbours and by its expectation
     GEMMs          fprop, dgrad and wgrad of a linear layer against fp64 products of the dequantised operands, within TOLERANCE; once more in
@@ -30,18 +30,18 @@ from torch import Tensor
 
 from model.precision import nvfp4
 from model.precision.backend import BACKENDS, Backend, Packed, Rows, choose, missing
+from model.precision.backends.reference import Reference
 from model.precision.formats import Format, NVFP4Options
 from model.precision.linear import Site, TokenKeys, linear
 from model.precision.nvfp4 import Quantized
 from model.precision.philox import Stream, stream_key
-from model.precision.reference import Reference
 
 TOLERANCE = 1e-5  # of a GEMM: difference over the largest element; fp32 accumulation in any order stays below
 ROUNDED = 2.0**-8  # of a result in bf16: half a step between neighbours, at most
 SIGMAS = 5.0
 ROTATED = 0.02  # share of codes that may differ where a backend sums the rotation in its own order
 REFERENCE = Reference()
-VECTORS = Path(__file__).resolve().parents[2] / "tests" / "vectors"
+VECTORS = Path(__file__).resolve().parents[3] / "tests" / "vectors"
 
 
 # -- what is compared ------------------------------------------------------------------------------------------------------------------------
@@ -431,7 +431,3 @@ def main(arguments: Sequence[str]) -> int:
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(json.dumps({"device": device, "lines": lines, "skipped": report.skipped}, indent=1) + "\n")
     return 0 if report.good else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """NVFP4 on CPUs, compiled by Numba: one pass over memory where eager PyTorch takes twenty.
 
 Why Numba: it installs with pip alone and brings its own compiler, so a machine without one gets the same speed; compiled kernels are cached
-on disk (`python -m model.precision.cpu` fills the cache; `make setup` does), so a fresh process only loads them. torch.compile and C++
+on disk (`python -m model.precision.backends.cpu` fills the cache; `make setup` does), so a fresh process only loads them. torch.compile and C++
 extensions need a C++ compiler on the user's machine.
 
 A tile of 16 rows x LANES columns is held in L1 as fp32 [16, lanes], element j of a block in row j, so that every step (rotation, block
