@@ -130,8 +130,8 @@ def capture(path: str) -> dict[str, Seen]:
     recipe = run.recipe
     step = min(checkpoint.step, recipe.total_steps - 1)
     batch = run.data.batch(run.plan.samples(step)[0], step)
-    microbatch = to_microbatch(batch, run.layout.device, step / recipe.total_steps)
-    losses = LossStep(run.layout, microbatch.loss_counts(recipe.model.mtp_depths), recipe.model.mtp_loss_scale)
+    microbatch = to_microbatch(batch, run.layout.device, step / recipe.total_steps, recipe.model.mtp_depths)
+    losses = LossStep(run.layout, microbatch.loss_counts(), recipe.model.mtp_loss_scale)
     with recording() as seen:
         run.engine.train_step(
             losses,
@@ -140,7 +140,10 @@ def capture(path: str) -> dict[str, Seen]:
             micro_batch_size=recipe.micro_batch_size,
             learning_rate=0.0,
         )
-    say(f"checkpoint of step {checkpoint.step}, microbatch of step {step}: {microbatch.tokens.numel()} tokens, LM loss", losses.means()[0])
+    say(
+        f"checkpoint of step {checkpoint.step}, microbatch of step {step}: {microbatch.documents.numel()} tokens, LM loss",
+        losses.means()[0],
+    )
     return seen
 
 

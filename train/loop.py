@@ -44,9 +44,9 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """Optimizer step `step` (from 0); its metrics, the same on every rank. `taken` is 0 when gradients were not finite."""
     recipe, layout = run.recipe, run.layout
     progress = step / recipe.total_steps
-    microbatches = [to_microbatch(run.data.batch(s, step), layout.device, progress) for s in run.plan.samples(step)]
     depths = recipe.model.mtp_depths
-    counts = sum_over_ranks(torch.stack([m.loss_counts(depths) for m in microbatches]).sum(0), layout, pipeline=False)
+    microbatches = [to_microbatch(run.data.batch(s, step), layout.device, progress, depths) for s in run.plan.samples(step)]
+    counts = sum_over_ranks(torch.stack([m.loss_counts() for m in microbatches]).sum(0), layout, pipeline=False)
     losses = LossStep(layout, counts, recipe.model.mtp_loss_scale)
     rate = learning_rate(recipe.optimizer, step, recipe.total_steps, recipe.tokens_per_step)
     measured = recipe.monitor.quantization.due(step + 1)

@@ -12,9 +12,9 @@ from model.config import ModelConfig
 from model.precision.policy import Policy, PrecisionConfig
 from parallel.cluster import ClusterConfig
 from parallel.layout import ParallelConfig
+from train.duration import Duration
 from train.observe import MonitorConfig
 from train.optimizer import OptimizerConfig
-from train.recipe.duration import Duration
 
 
 @dataclass(frozen=True)
