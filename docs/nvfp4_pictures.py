@@ -31,11 +31,12 @@ from model.precision.formats.nvfp4 import NVFP4, NVFP4Options
 from model.precision.linear import grouped_linear, linear
 from model.precision.operand import Encoding, Rows, pad_rows, per_row
 from model.precision.site import Site, TokenKeys
-from parallel import layout as layouts
+from parallel import groups
+from parallel.layout import world_size
 from train.arguments import key_values
 from train.build import build
+from train.checkpoint.checkpointer import load_weights
 from train.checkpoint.reader import open_checkpoint
-from train.checkpoint.run import load_weights
 from train.recipe.load import read_recipe
 from train.report import drawing as pictures
 from train.run_directory import stored_recipe
@@ -129,13 +130,13 @@ def recording() -> Iterator[dict[str, Seen]]:
 def capture(path: str) -> dict[str, Seen]:
     """What the linear layers of a checkpoint see in one training microbatch; weights are not changed."""
     checkpoint = open_checkpoint(path)
-    run = build(read_recipe(stored_recipe(checkpoint), layouts.world_size()))
-    load_weights(checkpoint, run.model)
+    run = build(read_recipe(stored_recipe(checkpoint), world_size()))
+    load_weights(checkpoint, run.chunks)
     recipe = run.recipe
     step = min(checkpoint.step, recipe.total_steps - 1)
     batch = run.data.batch(run.plan.samples(step)[0], step)
-    microbatch = to_microbatch(batch, run.layout.device, step / recipe.total_steps)
-    losses = LossStep(run.layout, microbatch.loss_counts(recipe.model.mtp_depths), recipe.model.mtp_loss_scale)
+    microbatch = to_microbatch(batch, run.layout.device, step / recipe.total_steps, recipe.model.mtp_depths)
+    losses = LossStep(run.layout, microbatch.loss_counts(), recipe.model.mtp_loss_scale)
     with recording() as seen:
         run.engine.train_step(
             losses,
@@ -144,7 +145,10 @@ def capture(path: str) -> dict[str, Seen]:
             micro_batch_size=recipe.micro_batch_size,
             learning_rate=0.0,
         )
-    say(f"checkpoint of step {checkpoint.step}, microbatch of step {step}: {microbatch.tokens.numel()} tokens, LM loss", losses.means()[0])
+    say(
+        f"checkpoint of step {checkpoint.step}, microbatch of step {step}: {microbatch.documents.numel()} tokens, LM loss",
+        losses.means()[0],
+    )
     return seen
 
 
@@ -263,7 +267,7 @@ def draw_block(seen: Seen, path: Path, *, token: int, block: int) -> None:
     bottom.grid(False, axis="x")
     bottom.set_title(f"One block of x, {SHOWN}:  sf = {scale:g},  amax = {float(amax):.4f},  SQNR {sqnr(x, value):.1f} dB")
     bottom.legend(loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, -0.02))
-    pictures._save(figure, path)
+    pictures.save(figure, path)
 
 
 def groups_of(x: Tensor) -> Tensor:
@@ -341,7 +345,7 @@ def draw_hadamard(seen: Seen, path: Path) -> None:
     grid[2].set_xlabel("SQNR after − before, in dB")
     grid[2].set_ylabel("groups")
     grid[2].grid(False, axis="x")
-    pictures._save(figure, path)
+    pictures.save(figure, path)
 
 
 def mean_over_bytes(round_with: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
@@ -442,7 +446,7 @@ def draw_stochastic(seen: Seen, path: Path, *, token: int, draws: int = 4096) ->
     right.set_xlabel("draws  (dashed: true; triangle: nearest)")
     right.set_ylabel("mean code so far")
     right.set_title("Three of them, draw by draw")
-    pictures._save(figure, path)
+    pictures.save(figure, path)
 
 
 def _errors(seen: Seen) -> dict[str, dict[str, float]]:
@@ -513,7 +517,7 @@ def draw_errors(seen: dict[str, Seen], path: Path) -> None:
         for place in places[1:]:
             axes.axhline(place - 0.5, color="#DDDDDD", linewidth=0.8, zorder=0)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, handletextpad=0.2, fontsize=10)
-    pictures._save(figure, path)
+    pictures.save(figure, path)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------------------------
@@ -672,7 +676,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        layouts.shutdown()
+        groups.shutdown()
     to = Path(str(values.get("to", "docs/nvfp4")))
     one = seen[SHOWN]
     with plt.rc_context(pictures.STYLE):

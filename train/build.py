@@ -11,9 +11,11 @@ from model.count import linear_modules
 from model.hybrid import HybridModel
 from model.precision.backends.choice import check
 from model.precision.health import Health
-from parallel import layout as layouts
-from parallel.engine import AdamW, Engine
+from parallel import groups
+from parallel.engine import Engine
+from parallel.engines import open_engine
 from parallel.layout import Layout
+from train.optimizer import open_optimizer
 from train.recipe.reading import RecipeError
 from train.recipe.tree import Recipe
 from train.step import BatchPlan
@@ -27,7 +29,7 @@ class Run:
     layout: Layout
     data: TextData
     context: ModelContext
-    model: HybridModel
+    chunks: list[HybridModel]  # of this rank: one, or several with a virtual pipeline
     engine: Engine
     plan: BatchPlan
     run_dir: Path
@@ -54,7 +56,7 @@ def build(recipe: Recipe) -> Run:
             f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size} tokens: set "
             f"model.vocab_size to at least {data.tokenizer.vocab_size}"
         )
-    layout = layouts.initialize(recipe.parallel, recipe.run.seed)
+    layout = groups.initialize(recipe.parallel, recipe.run.seed)
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     train = recipe.train
@@ -68,8 +70,7 @@ def build(recipe: Recipe) -> Run:
         train.global_batch_size,
         health=Health(recipe.monitor.quantization.modules),
     )
-    model = HybridModel(context)
-    o = recipe.optimizer
-    engine = Engine(model, layout, context.megatron, AdamW(o.betas, o.eps, o.weight_decay, o.clip))
+    chunks = [HybridModel(context)]
+    engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
     plan = BatchPlan(train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
-    return Run(recipe, layout, data, context, model, engine, plan, Path(recipe.run_dir))
+    return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))
