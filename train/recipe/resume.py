@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "train.threads",
     "checkpoint.*",
     "monitor.*",
+    "cluster.*",
     "data.cache",
     "parallel.timeout_minutes",
 )
