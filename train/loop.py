@@ -35,6 +35,7 @@ from train.recipe.reading import RecipeError, plain
 from train.recipe.resume import changed_keys
 from train.recipe.tree import Recipe
 from train.step import LossStep, sum_over_ranks, to_microbatch
+from train.utilisation import open_utilisation
 
 MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run gives up
 
@@ -43,9 +44,9 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """Optimizer step `step` (from 0); its metrics, the same on every rank. `taken` is 0 when gradients were not finite."""
     recipe, layout = run.recipe, run.layout
     progress = step / recipe.total_steps
-    microbatches = [to_microbatch(run.data.batch(s, step), layout.device, progress) for s in run.plan.samples(step)]
     depths = recipe.model.mtp_depths
-    counts = sum_over_ranks(torch.stack([m.loss_counts(depths) for m in microbatches]).sum(0), layout, pipeline=False)
+    microbatches = [to_microbatch(run.data.batch(s, step), layout.device, progress, depths) for s in run.plan.samples(step)]
+    counts = sum_over_ranks(torch.stack([m.loss_counts() for m in microbatches]).sum(0), layout, pipeline=False)
     losses = LossStep(layout, counts, recipe.model.mtp_loss_scale)
     rate = learning_rate(recipe.optimizer, step, recipe.total_steps, recipe.tokens_per_step)
     measured = recipe.monitor.quantization.due(step + 1)
@@ -101,6 +102,7 @@ def _train(run: Run, changes: list[str]) -> None:
     step, elapsed, state = _restore(run)
     observers.load_state(state.get("observers", {}))
     table = _table(run, step)
+    utilisation = open_utilisation(recipe, layout.device, layout.world_size) if is_main else None
     counted = count(recipe.model)
     observers.on_start(
         RunInfo(
@@ -118,6 +120,7 @@ def _train(run: Run, changes: list[str]) -> None:
                     layout.describe(),
                     *run.data.describe(),
                     _backend(run, step),
+                    *([] if utilisation is None else [utilisation.line]),
                     *(f"changed since the run began: {line}" for line in changes),
                 )
             ),
@@ -152,6 +155,7 @@ def _train(run: Run, changes: list[str]) -> None:
                     "tokens": step * recipe.tokens_per_step,
                     **metrics,
                     **_pace(run, seconds),
+                    **({} if utilisation is None else utilisation.metrics(table.shares, seconds)),
                     **table.metrics(),
                 }
             )

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from train.recipe.duration import Duration
+from train.duration import Duration
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 
+from train.duration import Duration
 from train.optimizer import OptimizerConfig, learning_rate
-from train.recipe.duration import Duration
 from train.recipe.load import load_recipe
 from train.recipe.reading import RecipeError, defaults, plain, read
 from train.recipe.tree import Recipe

@@ -22,17 +22,17 @@ def evaluate(run: Run, step: int) -> float | None:
     batches = run.data.validation_batches(run.recipe.micro_batch_size)
     if not batches:
         return None
-    layout = run.layout
+    layout, depths = run.layout, run.recipe.model.mtp_depths
     progress = min(step / run.recipe.total_steps, 1.0)
     rounds = -(-len(batches) // layout.data_size)
 
     def microbatches() -> Iterator[Microbatch]:
         for place in range(layout.data_rank, rounds * layout.data_size, layout.data_size):
-            microbatch = to_microbatch(batches[min(place, len(batches) - 1)], layout.device, progress)
+            microbatch = to_microbatch(batches[min(place, len(batches) - 1)], layout.device, progress, depths)
             masked = torch.zeros_like(microbatch.loss_mask)
             yield microbatch if place < len(batches) else replace(microbatch, loss_mask=masked)
 
-    counts = torch.tensor([run.data.validation_tokens, *[1] * run.recipe.model.mtp_depths], device=layout.device)
+    counts = torch.tensor([run.data.validation_tokens, *[1] * depths], device=layout.device)
     losses = LossStep(layout, counts, 0.0)
     run.engine.evaluate(
         losses,

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from train.recipe.duration import Duration
+from train.duration import Duration
 
 T = TypeVar("T")
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

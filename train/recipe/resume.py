@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from train.duration import Duration
 from train.observe.redact import without_secrets
-from train.recipe.duration import Duration
 from train.recipe.reading import RecipeError, flatten, plain
 from train.recipe.tree import Recipe
 
@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "train.threads",
     "checkpoint.*",
     "monitor.*",
+    "cluster.*",
     "data.cache",
     "parallel.timeout_minutes",
 )

@@ -10,10 +10,11 @@ from typing import Literal
 from data.config import DataConfig
 from model.config import ModelConfig
 from model.precision.policy import Policy, PrecisionConfig
+from parallel.cluster import ClusterConfig
 from parallel.layout import ParallelConfig
+from train.duration import Duration
 from train.observe import MonitorConfig
 from train.optimizer import OptimizerConfig
-from train.recipe.duration import Duration
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Recipe:
     """When a run is saved."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """What is watched and drawn."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The hardware, for launching, planning and the MFU."""
 
     @property
     def tokens_per_step(self) -> int:

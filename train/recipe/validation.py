@@ -10,6 +10,7 @@ def validate(recipe: Recipe, world_size: int) -> None:
     recipe.model.validate()
     recipe.data.validate()
     recipe.monitor.validate()
+    recipe.cluster.validate()
     _validate_train(recipe, world_size)
     _validate_phases(recipe)
     recipe.parallel.validate(world_size)
