@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.layout import world_size
+from train.recipe.help import help_text
 from train.recipe.load import RECIPES, plain_values, read_recipe, store_base
 from train.recipe.reading import RecipeError
 from train.recipe.sentences import one_sentence
@@ -71,6 +72,13 @@ def main(
         except RecipeError as error:  # Hydra would print a line of its own around an exception
             status = refuse(str(error))
 
+    if {"-h", "--help"} & set(options):
+        within = next((a for a in options[options.index("-h" if "-h" in options else "--help") + 1 :] if not a.startswith("-")), None)
+        try:
+            print(help_text(module, within))
+        except ValueError as error:
+            return refuse(str(error))
+        return 0
     if {"-m", "--multirun"} & set(options) and (shared := shared_directory(overrides)) is not None:
         return refuse(f"{shared} would be the run directory of every job of the sweep: leave it out, each job gets one of its own")
     try:
