@@ -18,9 +18,8 @@ import yaml
 
 from data.documents import DataError
 from data.text_data import TextData
-from model.count import count, linear_modules, other_flops
+from model.count import count, linear_modules
 from model.hybrid import end_step
-from model.precision.backends.transformer_engine_layers import expressible
 from parallel import groups
 from train.build import Run, build
 from train.checkpoint.checkpointer import Checkpointer, load_weights
@@ -31,7 +30,7 @@ from train.observe import Observers, RunInfo, open_observers
 from train.observe.metrics import FILE_NAME, decode_lines
 from train.observe.redact import redacted, without_secrets
 from train.optimizer import learning_rate
-from train.precision_table import LinearRow, OtherRow, PrecisionTable, precision_table
+from train.precision_table import precision_tables, table_at
 from train.recipe.reading import RecipeError, plain
 from train.recipe.resume import changed_keys
 from train.recipe.tree import Recipe
@@ -104,7 +103,8 @@ def _train(run: Run, changes: list[str]) -> None:
     checkpointer = Checkpointer(run.run_dir, run.engine, run.chunks, keep=recipe.checkpoint.keep, report=report)
     step, elapsed, state = _restore(run, checkpointer)
     observers.load_state(state.get("observers", {}))
-    table = _table(run, step)
+    tables = precision_tables(recipe)
+    table = table_at(tables, step / recipe.total_steps)
     utilisation = open_utilisation(recipe, layout.device, layout.world_size) if is_main else None
     counted = count(recipe.model)
     observers.on_start(
@@ -122,7 +122,7 @@ def _train(run: Run, changes: list[str]) -> None:
                 for line in (
                     layout.describe(),
                     *run.data.describe(),
-                    _backend(run, step),
+                    _describe_backend(run, step),
                     *([] if utilisation is None else [utilisation.line]),
                     *(f"changed since the run began: {line}" for line in changes),
                 )
@@ -135,8 +135,8 @@ def _train(run: Run, changes: list[str]) -> None:
     started, evaluated, skipped = time.perf_counter() - elapsed, None, 0
     saved = step
     while step < last:
-        table = _table(run, step)
-        formats_change = step > 0 and table is not _table(run, step - 1)
+        table = table_at(tables, step / recipe.total_steps)
+        formats_change = step > 0 and table is not table_at(tables, (step - 1) / recipe.total_steps)
         if formats_change:
             observers.on_formats(step + 1, table.text)
         begin = time.perf_counter()
@@ -208,33 +208,11 @@ def _restore(run: Run, checkpointer: Checkpointer) -> tuple[int, float, dict[str
     return 0, 0.0, {}
 
 
-def _table(run: Run, step: int) -> PrecisionTable:
-    """Which module runs which GEMM in which format at this step (from 0)."""
-    config, policy, recipe = run.recipe.model, run.context.policy, run.recipe
-    if not run.tables:
-        modules = linear_modules(config)
-        formats = {time: [tuple(str(f) for f in policy.formats(m.name, time)) for m in modules] for time in policy.times}
-        known = {name for rows in formats.values() for row in rows for name in row}
-        other = [
-            OtherRow(what, module, flops, "fp32" if what == "SSD" else recipe.precision.compute)
-            for what, module, flops in other_flops(config, recipe.train.sequence_length)
-        ]
-        for time, rows in formats.items():
-            linear = [LinearRow(m.name, m.flops, (row[0], row[1], row[2])) for m, row in zip(modules, rows, strict=True)]
-            run.tables[time] = precision_table(linear, other, known)
-    return run.tables[max(time for time in run.tables if time <= step / recipe.total_steps)]
-
-
-def _backend(run: Run, step: int) -> str:
+def _describe_backend(run: Run, step: int) -> str:
     """What computes NVFP4, for the head of the run."""
-    backend, policy, progress = run.context.backend, run.context.policy, step / run.recipe.total_steps
-    line = f"NVFP4 backend: {backend.name}"
-    if hasattr(backend, "layer"):
-        plain = [module.name for module in linear_modules(run.recipe.model) if not module.routed]
-        whole = sum(expressible(policy.formats(name, progress), name) for name in plain)
-        line += f"; {whole} of {len(plain)} linear modules by layers of its own, the others and routed experts operand by operand"
-        line += " (where MXFP8 is multiplied in bf16)"
-    return line
+    policy, progress = run.context.policy, step / run.recipe.total_steps
+    modules = linear_modules(run.recipe.model)
+    return run.context.backend.describe([(module.name, policy.formats(module.name, progress), module.routed) for module in modules])
 
 
 def _pace(run: Run, seconds: float) -> dict[str, float | int]:
