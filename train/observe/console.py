@@ -51,8 +51,12 @@ class Console(Observer):
             self._waiting.append(text)
             return
         print(text, file=self._stream or sys.stdout, flush=True)
-        with (self._run.run_dir / FILE_NAME).open("a", encoding="utf-8") as log:
-            log.write(text + "\n")
+        self._log(text)
+
+    def _log(self, text: str) -> None:
+        if self._run is not None:
+            with (self._run.run_dir / FILE_NAME).open("a", encoding="utf-8") as log:
+                log.write(text + "\n")
 
     def on_start(self, run: RunInfo) -> None:
         run.run_dir.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,7 @@ class Console(Observer):
 
     def on_evaluation(self, metrics: Metrics) -> None:
         self._validation = dict(metrics)
-        self.say(f"{_step_column(metrics, self._run)}  validation loss {metrics['eval/loss']:.4f} nats per token")
+        self.say(f"{_step_column(metrics, self._run)}  {evaluation_text(metrics)}")
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self.say(f"{_step_column({'step': step}, self._run)}  checkpoint {path}")
@@ -107,6 +111,9 @@ class Console(Observer):
         step = int(summary.get("step", self._last_step))
         seconds = float(summary.get("session_seconds", self._clock() - self._start_time))
         stopped = summary.get("stopped")
+        if "signal" in summary:
+            self.say(f"Stopped by {summary['signal']} after step {step:,} of {run.total_steps:,}: start the same command again to go on from there.")
+            return
         self.say("")
         if stopped or step < run.total_steps:
             why = f" ({stopped})" if stopped else ""
@@ -122,6 +129,9 @@ class Console(Observer):
         if self._picture is not None and self._picture.path is not None:
             self.say(f"  loss curves      {self._picture.path}")
         self.say(f"  run directory    {run.run_dir}")
+
+    def on_error(self, error: BaseException) -> None:
+        self._log(f"Failed: {error}")  # what a person sees is printed by whoever ends the run, on the rank that failed
 
     def _seconds_left(self, step: int) -> float | None:
         """Smoothed wall time per step (evaluations and checkpoints included) times the steps left."""
@@ -156,6 +166,14 @@ def step_line(metrics: Metrics, total_steps: int, seconds_left: float | None) ->
         parts.append(f"{_count(metrics['tokens_per_second'])} tok/s")
     if seconds_left is not None:
         parts.append(f"left {duration(seconds_left)}")
+    return "  ".join(parts)
+
+
+def evaluation_text(metrics: Metrics) -> str:
+    """What was measured, for a person: `validation loss 1.3381 nats per token`, and other evaluators' metrics by name."""
+    parts = [f"validation loss {metrics['eval/loss']:.4f} nats per token"] if "eval/loss" in metrics else []
+    known = ("step", "tokens", "eval/loss", "eval/bits_per_byte")
+    parts += [f"{name} {value:.4g}" for name, value in metrics.items() if name not in known and not name.startswith("seconds/")]
     return "  ".join(parts)
 
 
