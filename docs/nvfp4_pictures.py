@@ -137,7 +137,7 @@ def capture(path: str) -> dict[str, Seen]:
             losses,
             [microbatch],
             sequence_length=recipe.train.sequence_length,
-            micro_batch_size=recipe.train.micro_batch_size,
+            micro_batch_size=recipe.micro_batch_size,
             learning_rate=0.0,
         )
     say(f"checkpoint of step {checkpoint.step}, microbatch of step {step}: {microbatch.tokens.numel()} tokens, LM loss", losses.means()[0])

@@ -136,8 +136,16 @@ class Layout:
 
 
 def world_size() -> int:
-    """Ranks this run was started with: WORLD_SIZE as torchrun and Slurm set it, else 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Ranks this run was started with: WORLD_SIZE as torchrun sets it, else 1. Raises ValueError for ranks that could not find each other."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdigit() or int(size) < 1:
+        raise ValueError(f"WORLD_SIZE={size!r} is no number of ranks: use torchrun, or unset it")
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
+    if int(size) > 1 and lacking:
+        raise ValueError(
+            f"WORLD_SIZE={size} is set without {' and '.join(lacking)}, so every rank would be a run of its own: use torchrun, or set them too"
+        )
+    return int(size)
 
 
 def initialize(config: ParallelConfig, seed: int) -> Layout:

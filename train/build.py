@@ -71,5 +71,5 @@ def build(recipe: Recipe) -> Run:
     model = HybridModel(context)
     o = recipe.optimizer
     engine = Engine(model, layout, context.megatron, AdamW(o.betas, o.eps, o.weight_decay, o.clip))
-    plan = BatchPlan(train.global_batch_size, train.micro_batch_size, layout.data_rank, layout.data_size)
+    plan = BatchPlan(train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
     return Run(recipe, layout, data, context, model, engine, plan, Path(recipe.run_dir))

@@ -55,7 +55,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         losses,
         microbatches,
         sequence_length=recipe.train.sequence_length,
-        micro_batch_size=recipe.train.micro_batch_size,
+        micro_batch_size=recipe.micro_batch_size,
         learning_rate=rate,
     )
     moe = run.model.end_step(update=result.taken)
@@ -124,10 +124,7 @@ def _train(run: Run, changes: list[str]) -> None:
             precision_table=table.text,
         )
     )
-    last = recipe.total_steps
-    if recipe.run.stop_after is not None:
-        last = min(last, recipe.run.stop_after.steps(recipe.tokens_per_step))
-    save_every = recipe.checkpoint.every.steps(recipe.tokens_per_step) if recipe.checkpoint.every else 0
+    last, save_every = recipe.last_step, recipe.save_every
     eval_every, log_every = recipe.train.eval_every, recipe.train.log_every
     started, evaluated, skipped = time.perf_counter() - elapsed, None, 0
     saved = step

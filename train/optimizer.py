@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from train.recipe.duration import Duration
+from train.duration import Duration
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int, tokens_p
     Warm-up rises linearly and reaches the peak on its last step; the decay falls from the peak and reaches the minimum with the last step of
     the run. minus_sqrt: 1 - sqrt(fraction of the decay done).
     """
-    warmup, decay = config.warmup.steps(tokens_per_step), config.decay.steps(tokens_per_step)
+    warmup, decay = config.warmup.steps(tokens_per_step, total_steps), config.decay.steps(tokens_per_step, total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     done = step + 1 - (total_steps - decay)

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import pytest
 
+from train.duration import Duration
 from train.optimizer import OptimizerConfig, learning_rate
-from train.recipe.duration import Duration
+from train.recipe.load import load_recipe
 from train.recipe.reading import RecipeError, defaults, plain, read
 from train.recipe.tree import Recipe
 
@@ -41,6 +43,8 @@ def test_without_warmup_and_decay_it_is_constant() -> None:
         ("1 step", 1, "steps"),
         ("200B tokens", 200 * 10**9, "tokens"),
         ("2.5k tokens", 2500, "tokens"),
+        ("54%", 54, "%"),
+        ("4.17 %", Fraction(417, 100), "%"),
     ],
 )
 def test_durations_are_read(text: object, count: int, unit: str) -> None:
@@ -49,7 +53,7 @@ def test_durations_are_read(text: object, count: int, unit: str) -> None:
     assert Duration.read(plain(duration)) == duration
 
 
-@pytest.mark.parametrize("text", ["", "12", "steps", "1.5 steps", "-3 steps", -3, 1.5, True, "3 weeks"])
+@pytest.mark.parametrize("text", ["", "12", "steps", "1.5 steps", "-3 steps", -3, 1.5, True, "3 weeks", "%", "2k%", "100.1%", "-4%"])
 def test_other_durations_are_refused(text: object) -> None:
     with pytest.raises(ValueError):
         Duration.read(text)
@@ -64,8 +68,42 @@ def test_decimal_numbers_are_whole_numbers_of_tokens() -> None:
 
 
 def test_tokens_become_steps_rounded_up() -> None:
-    assert Duration(201, "tokens").steps(100) == 3
-    assert Duration(7, "steps").steps(100) == 7
+    assert Duration(201, "tokens").steps(100, 480) == 3
+    assert Duration(7, "steps").steps(100, 480) == 7
+
+
+def test_shares_become_steps_rounded_down_and_never_exceed_the_run() -> None:
+    assert [Duration.read(text).steps(100, 480) for text in ("4.2%", "54.2%", "50%", "100%", "0%")] == [20, 260, 240, 480, 0]
+    assert Duration.read("29%").steps(1, 100) == 29  # 0.29 * 100 is 28.999999999999996 in binary
+    for total in range(1, 300):
+        for first in range(0, 101, 7):
+            parts = (Duration.read(f"{first}%"), Duration.read(f"{100 - first}%"))
+            assert total - 1 <= sum(part.steps(1, total) for part in parts) <= total
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "warmup", "decay"), [("tiny", 480, 20, 260), ("small", 2000, 100, 400), ("nvfp4_gap", 300, 20, 60)]
+)
+def test_shipped_recipes_scale_to_any_length(name: str, steps: int, warmup: int, decay: int) -> None:
+    recipe = load_recipe(name)
+    assert recipe.total_steps == steps
+    assert (recipe.in_steps(recipe.optimizer.warmup), recipe.in_steps(recipe.optimizer.decay)) == (warmup, decay)
+    for length in (1, 2, 3, 10, 200, 7777):
+        scaled = load_recipe(name, f"train.steps={length}")
+        assert 0 <= scaled.save_every <= length and scaled.last_step == length
+
+
+def test_where_a_run_is_saved_and_stopped() -> None:
+    recipe = load_recipe("tiny", "checkpoint.every=10%", "run.stop_after=25%")
+    assert (recipe.save_every, recipe.last_step) == (48, 120)
+    recipe = load_recipe("tiny", "train.steps=5", "checkpoint.every=1%", "run.stop_after=1%")
+    assert (recipe.save_every, recipe.last_step) == (1, 1)
+
+
+def test_a_schedule_takes_shares_exactly() -> None:
+    for start in ("0.82", "82%"):
+        recipe = load_recipe("tiny", f"precision.schedule=[{{format: bf16, modules: [layers.0.*], start: {start}}}]")
+        assert recipe.policy.times == [0.0, 0.82]
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from train.recipe.microbatch import automatic_micro_batch_size
 from train.recipe.reading import RecipeError, defaults, read
 from train.recipe.tree import Recipe
 from train.recipe.validation import validate
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 REQUIRED = {  # keys without a default: null in the base, so that they too can be overridden without `+`
-    "train": ("global_batch_size", "micro_batch_size", "sequence_length"),
+    "train": ("global_batch_size", "sequence_length"),
     "model": ("pattern", "vocab_size", "hidden_size"),
     "optimizer": ("learning_rate",),
 }
@@ -42,9 +43,14 @@ def store_base() -> None:
     ConfigStore.instance().store(name="base", node=base())
 
 
-def without_missing(values: Any) -> Any:
+def plain_values(config: DictConfig) -> dict[str, Any]:
+    """What Hydra composed as plain containers, without the keys nobody gave."""
+    return _without_missing(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+
+
+def _without_missing(values: Any) -> Any:
     if isinstance(values, dict):
-        return {key: without_missing(value) for key, value in values.items() if value != MISSING}
+        return {key: _without_missing(value) for key, value in values.items() if value != MISSING}
     return values
 
 
@@ -57,19 +63,37 @@ def read_recipe(values: Mapping[str, Any], world_size: int | None) -> Recipe:
     if recipe.precision.compute == "auto":
         compute = "bf16" if torch.cuda.is_available() else "fp32"
         recipe = replace(recipe, precision=replace(recipe.precision, compute=compute))
+    ranks = recipe.parallel.fewest_ranks() if world_size is None else world_size
+    if recipe.train.micro_batch_size == "auto":
+        recipe = replace(recipe, train=replace(recipe.train, micro_batch_size=_micro_batch_size(recipe, ranks)))
     try:
-        validate(recipe, recipe.parallel.fewest_ranks() if world_size is None else world_size)
+        validate(recipe, ranks)
     except ValueError as error:
         raise RecipeError(str(error)) from None
     return recipe
 
 
-def load_recipe(name: str, *overrides: str, world_size: int | None = 1) -> Recipe:
-    """The recipe `name` of recipes/ with overrides as the command line takes them, for `world_size` ranks (None: the fewest it can run on).
+def _micro_batch_size(recipe: Recipe, ranks: int) -> int:
+    """What auto stands for; 1 where validation will refuse the sizes it depends on."""
+    train, parallel = recipe.train, recipe.parallel
+    if min(train.global_batch_size, train.sequence_length, parallel.tensor, parallel.pipeline, parallel.context) < 1:
+        return 1
+    return automatic_micro_batch_size(train.global_batch_size, train.sequence_length, max(1, parallel.data(ranks)))
 
-    Raises RecipeError for values that cannot be, and Hydra's exceptions for names that do not exist.
+
+def load_recipe(name: str, *overrides: str, world_size: int | None = 1) -> Recipe:
+    """A shipped recipe with overrides as the command line takes them, ready to be built, counted or looked at.
+
+        load_recipe("tiny")
+        load_recipe("small", "precision=mxfp8", "train.steps=200", "run.dir=runs/first")
+        load_recipe("nemotron3_super", world_size=None).model
+
+    name: of a file in recipes/. world_size: the ranks it is to run on; None: the fewest its layout fits, for a recipe that is only looked at.
+    What the recipe leaves open (`precision.compute=auto`, `train.micro_batch_size=auto`) is decided, and the whole is validated.
+
+    Raises RecipeError, in one sentence, for values that cannot be, and Hydra's exceptions for names that do not exist.
     """
     store_base()
     with initialize_config_dir(str(RECIPES), version_base="1.3"):
         config = compose(name, overrides=list(overrides))
-    return read_recipe(without_missing(OmegaConf.to_container(config)), world_size)
+    return read_recipe(plain_values(config), world_size)

@@ -10,7 +10,7 @@ def validate_precision(recipe: Recipe) -> None:
     policy = recipe.policy
     modules = linear_modules(model, parallel.tensor)
     policy.check([module.name for module in modules])
-    tokens = recipe.train.micro_batch_size * recipe.train.sequence_length
+    tokens = recipe.micro_batch_size * recipe.train.sequence_length
     for time in policy.times:
         for module in modules:
             formats = dict(zip(("fprop", "dgrad", "wgrad"), policy.formats(module.name, time), strict=True))
@@ -30,7 +30,7 @@ def validate_precision(recipe: Recipe) -> None:
             local = tokens // parallel.tensor if module.sequence_split and parallel.sequence_parallel else tokens
             if "wgrad" in nvfp4 and options.hadamard and not module.routed and local % 16:
                 raise ValueError(
-                    f"train.micro_batch_size={recipe.train.micro_batch_size} times train.sequence_length={recipe.train.sequence_length} "
+                    f"train.micro_batch_size={recipe.micro_batch_size} times train.sequence_length={recipe.train.sequence_length} "
                     f"gives {module.name} {local} tokens, but the Hadamard transform of its wgrad works on groups of 16: use a multiple "
                     "of 16 or precision.nvfp4.hadamard=false"
                 )

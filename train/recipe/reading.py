@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from train.recipe.duration import Duration
+from train.duration import Duration
 
 T = TypeVar("T")
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -104,12 +104,14 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
                 return None
             raise RecipeError(f"{key}=null is not possible: give a value")
         errors = []
-        for option in (a for a in args if a is not type(None)):
+        options = [a for a in args if a is not type(None)]
+        for option in options:
             try:
                 return _convert(option, value, key)
             except RecipeError as error:
                 errors.append(error)
-        raise errors[0]
+        words = " or ".join(word for option in options if get_origin(option) is Literal for word in get_args(option))
+        raise RecipeError(f"{errors[0]} or {words}") if words else errors[0]
     if dataclasses.is_dataclass(hint) and hint is not Duration:
         return read(hint, value, key)  # type: ignore[arg-type]
     if hint is Duration:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from train.duration import Duration
 from train.observe.redact import without_secrets
 from train.recipe.reading import RecipeError, flatten, plain
 from train.recipe.tree import Recipe
@@ -21,6 +22,7 @@ MAY_CHANGE = (
     "data.cache",
     "parallel.timeout_minutes",
 )
+DURATIONS = ("optimizer.warmup", "optimizer.decay", "checkpoint.every", "run.stop_after")  # 260 steps and 54.2% may be the same
 
 
 def changed_keys(stored: Mapping[str, Any], recipe: Recipe) -> list[str]:
@@ -29,7 +31,7 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe) -> list[str]:
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after:
+        if before == after or (key in DURATIONS and _in_steps(before, recipe) == _in_steps(after, recipe)):
             continue
         if not any(fnmatchcase(key, allowed) for allowed in MAY_CHANGE):
             raise RecipeError(
@@ -38,3 +40,7 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe) -> list[str]:
             )
         lines.append(f"{key}: {before} -> {after}")
     return lines
+
+
+def _in_steps(value: object, recipe: Recipe) -> int | None:
+    return None if value is None else recipe.in_steps(Duration.read(value))

@@ -5,63 +5,89 @@ belongs to the run itself, and the checks that need more than one group. A recip
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from data.config import DataConfig
 from model.config import ModelConfig
 from model.precision.policy import Policy, PrecisionConfig
 from parallel.layout import ParallelConfig
+from train.duration import Duration
 from train.observe import MonitorConfig
 from train.optimizer import OptimizerConfig
-from train.recipe.duration import Duration
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """name, dir: of the run; dir null: runs/<name>. seed: of weights, data order and random bits. stop_after: end early, with a
-    checkpoint, without changing the schedule."""
+    """The recipe's `run` group: what the run is called, where it lies and what it draws from."""
 
     name: str = "run"
+    """Of the run, in the console, W&B and the report."""
     dir: str | None = None
+    """The run directory; null: runs/<run.name>. Started again with the same directory, a run continues."""
     seed: int = 1
+    """Of initial weights, data order and random bits."""
     stop_after: Duration | None = None
+    """End early, with a checkpoint, without changing the schedule; null: at the last step."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps or tokens (the other is derived). Batch sizes are in sequences; log_every and eval_every in steps, 0: never."""
+    """The recipe's `train` group: how long, and in which batches."""
 
     global_batch_size: int
-    micro_batch_size: int
+    """Sequences of an optimizer step, over all ranks."""
     sequence_length: int
+    """Tokens of a sequence."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Sequences one rank computes at a time; auto: the largest divisor of its share of the global batch that holds at most 2048 tokens."""
     steps: int | None = None
+    """Length of the run in optimizer steps; null: as train.tokens says."""
     tokens: Duration | None = None
+    """Length of the run in tokens, rounded up to a whole step; null: as train.steps says."""
     log_every: int = 10
+    """Steps from one logged step to the next; 0: only the first and the last."""
     eval_every: int = 0
-    threads: int | None = None  # CPU threads; null: one per core, or what OMP_NUM_THREADS says
+    """Steps from one validation loss to the next; 0: only at the end."""
+    threads: int | None = None
+    """CPU threads of a rank; null: as OMP_NUM_THREADS says, or the machine's cores divided among its ranks."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: null: only at the end. keep: newest checkpoints that stay, null: all. initialize_from: a checkpoint whose weights a new run
-    starts from."""
+    """The recipe's `checkpoint` group."""
 
     every: Duration | None = None
+    """From one checkpoint to the next; null: only at the end."""
     keep: int | None = 2
+    """Newest checkpoints that stay on disk; null: all."""
     asynchronous: bool = False
+    """Write beside the training; not available yet."""
     initialize_from: str | None = None
+    """A run or checkpoint whose weights a new run starts from; null: random weights."""
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """A whole run."""
+
     train: TrainConfig
+    """How long a run takes and in which batches."""
     model: ModelConfig
+    """The layers and their sizes."""
     data: DataConfig
+    """What is read, and how it becomes tokens."""
     optimizer: OptimizerConfig
+    """The optimizer and its learning rate."""
     run: RunConfig = field(default_factory=RunConfig)
+    """What a run is called and where it lies."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Which module runs which GEMM in which number format, and when."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks divide the work."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When a run is saved."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """What is watched and drawn."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -72,7 +98,28 @@ class Recipe:
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.tokens is not None
-        return self.train.tokens.steps(self.tokens_per_step)
+        return self.train.tokens.steps(self.tokens_per_step, 0)
+
+    def in_steps(self, duration: Duration) -> int:
+        """A duration of this run in optimizer steps."""
+        return duration.steps(self.tokens_per_step, self.total_steps)
+
+    @property
+    def save_every(self) -> int:
+        """Steps from checkpoint to checkpoint, at least one; 0: only at the end."""
+        return max(1, self.in_steps(self.checkpoint.every)) if self.checkpoint.every is not None else 0
+
+    @property
+    def last_step(self) -> int:
+        """The step (from 1) after which this start of the run ends."""
+        stop_after = self.run.stop_after
+        return self.total_steps if stop_after is None else min(self.total_steps, max(1, self.in_steps(stop_after)))
+
+    @property
+    def micro_batch_size(self) -> int:
+        """In sequences. `read_recipe` has put a number where the recipe said auto."""
+        assert self.train.micro_batch_size != "auto"
+        return self.train.micro_batch_size
 
     @property
     def policy(self) -> Policy:
@@ -80,18 +127,21 @@ class Recipe:
         return Policy(self.precision.timed(self._fraction_of_run), len(self.model.layers))
 
     def _fraction_of_run(self, key: str, text: str) -> float:
-        """`2000steps`, `20T tokens` or `decay` as the fraction of the run that is behind us when that moment comes."""
+        """`2000steps`, `20T tokens`, `82%` or `decay` as the fraction of the run that is behind us when that moment comes."""
         if text == "decay":
-            steps = self.total_steps - self.optimizer.decay.steps(self.tokens_per_step)
+            steps = self.total_steps - self.in_steps(self.optimizer.decay)
             if steps == self.total_steps:
                 raise ValueError(f"{key}=decay, but optimizer.decay is 0: give the decay a length, or {key} a fraction of the run")
         else:
             try:
-                steps = Duration.read(text).steps(self.tokens_per_step)
+                duration = Duration.read(text)
             except ValueError:
                 raise ValueError(
-                    f"{key}={text!r} is no moment of the run: write a fraction (0.82), a duration (2000steps, 20T tokens) or decay"
+                    f"{key}={text!r} is no moment of the run: write a fraction (0.82, 82%), a duration (2000steps, 20T tokens) or decay"
                 ) from None
+            if duration.unit == "%":
+                return float(duration.count / 100)  # exact, as if it had been written as a fraction
+            steps = self.in_steps(duration)
         # Both are divided the same way by whoever asks, so a format changes exactly at its step.
         return steps / self.total_steps
 

@@ -32,10 +32,11 @@ def _at_least(key: str, value: int, least: int) -> None:
 
 def _validate_train(recipe: Recipe, world_size: int) -> None:
     train = recipe.train
-    for key in ("global_batch_size", "micro_batch_size", "sequence_length"):
-        _at_least(f"train.{key}", getattr(train, key), 1)
-    for key in ("log_every", "eval_every"):
-        _at_least(f"train.{key}", getattr(train, key), 0)
+    _at_least("train.global_batch_size", train.global_batch_size, 1)
+    _at_least("train.micro_batch_size", recipe.micro_batch_size, 1)
+    _at_least("train.sequence_length", train.sequence_length, 1)
+    _at_least("train.log_every", train.log_every, 0)
+    _at_least("train.eval_every", train.eval_every, 0)
     if train.threads is not None:
         _at_least("train.threads", train.threads, 1)
     if train.steps is not None and train.tokens is not None:
@@ -45,7 +46,7 @@ def _validate_train(recipe: Recipe, world_size: int) -> None:
     if train.steps is None and train.tokens is None:
         raise ValueError("train.steps is missing: give the length of the run as train.steps or as train.tokens")
     if train.tokens is not None and train.tokens.unit != "tokens":
-        raise ValueError(f"train.tokens={train.tokens} counts steps: write it in tokens, or use train.steps")
+        raise ValueError(f"train.tokens={train.tokens} counts no tokens: write for instance 2.5M tokens, or use train.steps")
     _at_least("train.steps" if train.steps is not None else "train.tokens", recipe.total_steps, 1)
     depths = recipe.model.mtp_depths
     if train.sequence_length <= depths + 1:
@@ -55,12 +56,23 @@ def _validate_train(recipe: Recipe, world_size: int) -> None:
     parallel = recipe.parallel
     dense = parallel.tensor * parallel.pipeline * parallel.context
     if dense >= 1 and world_size % dense == 0:
-        unit = train.micro_batch_size * parallel.data(world_size)
-        if unit and train.global_batch_size % unit:
-            raise ValueError(
-                f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size} "
-                f"times {parallel.data(world_size)} data-parallel ranks: use a multiple of {unit}"
-            )
+        _validate_batch(train.global_batch_size, recipe.micro_batch_size, parallel.data(world_size))
+
+
+def _validate_batch(global_batch_size: int, micro_batch_size: int, data_ranks: int) -> None:
+    share, remainder = divmod(global_batch_size, data_ranks)
+    if remainder or share < 1:
+        raise ValueError(
+            f"train.global_batch_size={global_batch_size} is not a multiple of the {data_ranks} data-parallel ranks of this run: use for instance "
+            f"{max(1, round(global_batch_size / data_ranks)) * data_ranks}"
+        )
+    if share % micro_batch_size:
+        smaller = next(size for size in range(min(share, micro_batch_size), 0, -1) if share % size == 0)
+        ranks = f" on each of {data_ranks} data-parallel ranks" if data_ranks > 1 else ""
+        raise ValueError(
+            f"train.micro_batch_size={micro_batch_size} does not divide the {share} sequences of a step{ranks} (train.global_batch_size="
+            f"{global_batch_size}): use {smaller}, or auto"
+        )
 
 
 def _validate_phases(recipe: Recipe) -> None:
@@ -79,7 +91,7 @@ def _validate_phases(recipe: Recipe) -> None:
 
 
 def _validate_optimizer(recipe: Recipe) -> None:
-    optimizer, per_step = recipe.optimizer, recipe.tokens_per_step
+    optimizer = recipe.optimizer
     if not optimizer.learning_rate > 0:
         raise ValueError(f"optimizer.learning_rate={optimizer.learning_rate} must be positive")
     if not 0 <= optimizer.min_learning_rate <= optimizer.learning_rate:
@@ -87,11 +99,11 @@ def _validate_optimizer(recipe: Recipe) -> None:
             f"optimizer.min_learning_rate={optimizer.min_learning_rate} must lie between 0 and optimizer.learning_rate="
             f"{optimizer.learning_rate}"
         )
-    warmup, decay = optimizer.warmup.steps(per_step), optimizer.decay.steps(per_step)
+    warmup, decay = recipe.in_steps(optimizer.warmup), recipe.in_steps(optimizer.decay)
     if warmup + decay > recipe.total_steps:
         raise ValueError(
             f"optimizer.warmup={optimizer.warmup} ({warmup} steps) and optimizer.decay={optimizer.decay} ({decay} steps) are longer than "
-            f"the run of {recipe.total_steps} steps: shorten them or train longer"
+            f"the run of {recipe.total_steps} steps: shorten them, give them as shares of the run (4%, 54%), or train longer"
         )
     for i, beta in enumerate(optimizer.betas):
         if not 0 <= beta < 1:
@@ -111,7 +123,7 @@ def _validate_rest(recipe: Recipe) -> None:
     if checkpoint.keep is not None:
         _at_least("checkpoint.keep", checkpoint.keep, 1)
     for key, duration in (("checkpoint.every", checkpoint.every), ("run.stop_after", run.stop_after)):
-        if duration is not None and duration.count < 1:
+        if duration is not None and not duration.count:
             raise ValueError(f"{key}={duration} must be at least one step: use null for never")
     if not 0 <= run.seed < 2**63:
         raise ValueError(f"run.seed={run.seed} must lie between 0 and 2^63 - 1")

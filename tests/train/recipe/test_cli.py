@@ -24,6 +24,8 @@ WRONG = [
     (["train.steps=0"], ["train.steps=0", "at least 1"]),
     (["train.steps=null"], ["train.steps", "train.tokens"]),
     (["train.tokens=1M tokens"], ["train.steps=480", "train.tokens=1M tokens", "null"]),
+    (["optimizer.decay=101%"], ["optimizer.decay='101%'", "at most 100%"]),
+    (["optimizer.warmup=60%"], ["optimizer.warmup=60% (288 steps)", "optimizer.decay=54.2% (260 steps)", "shares of the run"]),
     (["train.steps=null", "train.tokens=12 apples"], ["train.tokens='12 apples'", "200B tokens"]),
     (["train.steps=null", "train.tokens=12steps"], ["train.tokens=12 steps", "train.steps"]),
     (["model=huge"], ["model=huge", "tiny"]),
@@ -40,14 +42,15 @@ WRONG = [
     (["model.hidden_size=136"], ["layers.0.mixer.in_proj", "multiples of 16", "1d"]),
     (["model.vocab_size=100"], ["model.vocab_size=100", "257"]),
     (["model.norm_eps=0"], ["model.norm_eps=0", "positive"]),
-    (["optimizer.warmup=300"], ["optimizer.warmup=300 steps", "optimizer.decay=260 steps", "run of 480 steps"]),
+    (["optimizer.warmup=300"], ["optimizer.warmup=300 steps", "optimizer.decay=54.2% (260 steps)", "run of 480 steps"]),
     (["optimizer.learning_rate=0"], ["optimizer.learning_rate=0", "positive"]),
     (["optimizer.min_learning_rate=1"], ["optimizer.min_learning_rate=1", "optimizer.learning_rate=0.004"]),
     (["optimizer.betas=[0.9,1.0]"], ["optimizer.betas[1]=1.0", "[0, 1)"]),
     (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "2 values"]),
     (["optimizer.clip=0"], ["optimizer.clip=0", "positive"]),
     (["optimizer.decay_style=wobbly"], ["optimizer.decay_style='wobbly'", "minus_sqrt"]),
-    (["train.micro_batch_size=5"], ["train.global_batch_size=16", "train.micro_batch_size=5", "multiple of 5"]),
+    (["train.micro_batch_size=5"], ["train.micro_batch_size=5", "16 sequences", "train.global_batch_size=16", "use 4, or auto"]),
+    (["train.micro_batch_size=some"], ["train.micro_batch_size='some'", "whole number or auto"]),
     (["train.micro_batch_size=0"], ["train.micro_batch_size=0", "at least 1"]),
     (["train.sequence_length=2"], ["train.sequence_length=2", "MTP depths"]),
     (["train.sequence_length=100", "train.micro_batch_size=1"], ["100 tokens", "Hadamard", "multiple"]),
@@ -148,7 +151,7 @@ def test_the_command_itself_ends_with_status_2_and_no_traceback(arguments: list[
 
 
 def test_cfg_job_prints_the_whole_recipe(capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["-cn", "tiny", "train.steps=7", "optimizer.decay=1", "--cfg", "job", "optimizer.warmup=1"]
+    arguments = ["-cn", "tiny", "train.steps=7", "--cfg", "job", "optimizer.warmup=1"]
     assert main(refuse, "train", arguments) == 0
     values = yaml.safe_load(capfd.readouterr().out)
     assert values["train"]["steps"] == 7 and values["model"]["pattern"] == "MEM*EME/*E/*E"
@@ -169,7 +172,7 @@ def test_a_sweep_runs_every_job_in_a_directory_of_its_own_and_skips_finished_one
         ),
         "run.seed=1,2",
     ]
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
     def sweep(*more: str) -> subprocess.CompletedProcess[str]:
