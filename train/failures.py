@@ -22,6 +22,7 @@ import psutil
 import torch.distributed as dist
 
 from train.recipe.reading import RecipeError
+from train.refusal import REFUSED, leave_for_launcher
 from train.signals import STOPPED, StopRequested
 
 INTERVAL = 0.5  # seconds between two looks
@@ -58,7 +59,7 @@ def status_of(error: BaseException) -> int:
         return error.notice.status
     if isinstance(error, StopRequested):
         return STOPPED
-    return 2 if isinstance(error, RecipeError) else 1
+    return REFUSED if isinstance(error, RecipeError) else 1
 
 
 def is_defect(error: BaseException) -> bool:
@@ -131,6 +132,9 @@ class Failures:
             held = self._tell(lambda store: store.compare_set("notice", "", text))
             self.notice = Notice(**json.loads(held)) if isinstance(held, bytes) and held else notice
             if self.notice == notice:
+                leave_for_launcher(notice.sentence)
+                if notice.status == REFUSED:
+                    return True  # whoever reads the command line says it, once for all ranks that find the same
                 print(notice.sentence, file=sys.stderr, flush=True)
             return self.notice == notice
 
