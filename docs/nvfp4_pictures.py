@@ -27,11 +27,12 @@ from model.precision.backend import Rows, pad_rows, per_row
 from model.precision.backends.reference import Reference
 from model.precision.formats import FP32, MXFP8, Format, NVFP4Options
 from model.precision.linear import Site, TokenKeys, grouped_linear, linear
-from parallel import layout as layouts
+from parallel import groups
+from parallel.layout import world_size
 from train.arguments import key_values
 from train.build import build
+from train.checkpoint.checkpointer import load_weights
 from train.checkpoint.reader import open_checkpoint
-from train.checkpoint.run import load_weights
 from train.recipe.load import read_recipe
 from train.report import drawing as pictures
 from train.run_directory import stored_recipe
@@ -125,8 +126,8 @@ def recording() -> Iterator[dict[str, Seen]]:
 def capture(path: str) -> dict[str, Seen]:
     """What the linear layers of a checkpoint see in one training microbatch; weights are not changed."""
     checkpoint = open_checkpoint(path)
-    run = build(read_recipe(stored_recipe(checkpoint), layouts.world_size()))
-    load_weights(checkpoint, run.model)
+    run = build(read_recipe(stored_recipe(checkpoint), world_size()))
+    load_weights(checkpoint, run.chunks)
     recipe = run.recipe
     step = min(checkpoint.step, recipe.total_steps - 1)
     batch = run.data.batch(run.plan.samples(step)[0], step)
@@ -667,7 +668,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        layouts.shutdown()
+        groups.shutdown()
     to = Path(str(values.get("to", "docs/nvfp4")))
     one = seen[SHOWN]
     with plt.rc_context(pictures.STYLE):

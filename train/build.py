@@ -10,9 +10,11 @@ from model.context import ModelContext
 from model.hybrid import HybridModel
 from model.precision.backend import missing
 from model.precision.health import Health
-from parallel import layout as layouts
-from parallel.engine import AdamW, Engine
+from parallel import groups
+from parallel.engine import Engine
+from parallel.engines import open_engine
 from parallel.layout import Layout
+from train.optimizer import open_optimizer
 from train.precision_table import PrecisionTable
 from train.recipe.precision_checks import validate_transformer_engine
 from train.recipe.reading import RecipeError
@@ -28,7 +30,7 @@ class Run:
     layout: Layout
     data: TextData
     context: ModelContext
-    model: HybridModel
+    chunks: list[HybridModel]  # of this rank: one, or several with a virtual pipeline
     engine: Engine
     plan: BatchPlan
     run_dir: Path
@@ -56,7 +58,10 @@ def params_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def build(recipe: Recipe, layout: Layout | None = None) -> Run:
-    """Data, model and engine, on a layout that stands or on one that is made here. Raises ValueError, in one sentence, for what only shows when files are opened."""
+    """Data, model and engine, on a layout that stands or on one that is made here.
+
+    Raises ValueError, in one sentence, for what only shows when files are opened.
+    """
     wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if (lacking := missing(recipe.precision.backend, torch.device(wanted))) is not None:
         raise RecipeError(f"precision.backend={recipe.precision.backend} cannot run: {lacking}")
@@ -70,7 +75,7 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
             f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size} tokens: set "
             f"model.vocab_size to at least {data.tokenizer.vocab_size}"
         )
-    layout = layout or layouts.initialize(recipe.parallel, recipe.run.seed)
+    layout = layout or groups.initialize(recipe.parallel, recipe.run.seed)
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     train = recipe.train
@@ -84,8 +89,7 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
         train.global_batch_size,
         health=Health(recipe.monitor.quantization.modules),
     )
-    model = HybridModel(context)
-    o = recipe.optimizer
-    engine = Engine(model, layout, context.megatron, AdamW(o.betas, o.eps, o.weight_decay, o.clip))
+    chunks = [HybridModel(context)]
+    engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
     plan = BatchPlan(train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
-    return Run(recipe, layout, data, context, model, engine, plan, Path(recipe.run_dir))
+    return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))

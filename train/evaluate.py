@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: the LM loss over the whole validation text.
+"""Evaluates a checkpoint with the evaluators of its recipe (`evaluation.evaluators`).
 
 python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoint of it
 """
@@ -6,12 +6,14 @@ python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoin
 import sys
 from collections.abc import Sequence
 
-from parallel import layout as layouts
+from parallel import groups
+from parallel.layout import world_size
 from train.arguments import key_values
 from train.build import build
+from train.checkpoint.checkpointer import load_weights
 from train.checkpoint.reader import open_checkpoint
-from train.checkpoint.run import load_weights
-from train.evaluation.validation import evaluate
+from train.evaluation import measure
+from train.observe.console import evaluation_text
 from train.recipe.load import read_recipe
 from train.run_directory import stored_recipe
 
@@ -23,16 +25,16 @@ def main(arguments: Sequence[str]) -> int:
         if not isinstance(values.get("checkpoint"), str):
             raise ValueError("checkpoint=... is missing: python -m train.evaluate checkpoint=runs/tiny")
         checkpoint = open_checkpoint(values["checkpoint"])
-        run = build(read_recipe(stored_recipe(checkpoint), layouts.world_size()))
-        load_weights(checkpoint, run.model)
-        loss = evaluate(run, checkpoint.step)
+        run = build(read_recipe(stored_recipe(checkpoint), world_size()))
+        load_weights(checkpoint, run.chunks)
+        metrics = measure(run, run.recipe.evaluation.chosen(), checkpoint.step)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        layouts.shutdown()
+        groups.shutdown()
     if run.layout.rank == 0:
-        print(f"{checkpoint.path}: " + ("no validation text" if loss is None else f"validation loss {loss:.4f} nats per token"))
+        print(f"{checkpoint.path}: " + (evaluation_text(metrics) or "no validation text"))
     return 0
 
 

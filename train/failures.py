@@ -15,19 +15,26 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import psutil
 import torch.distributed as dist
 
+from data.documents import DataError
+from train.checkpoint.manifest import CheckpointError
 from train.recipe.reading import RecipeError
 from train.refusal import REFUSED, leave_for_launcher
 from train.signals import STOPPED, StopRequested
 
 INTERVAL = 0.5  # seconds between two looks
 GRACE = 10.0  # seconds a rank has to end by itself after a notice
+LAST = 90.0  # seconds it may then take to close what it holds
 PATIENCE = 3.0  # seconds a lost connection waits for a notice that explains it
+
+REFUSALS = (RecipeError, DataError, CheckpointError)  # sentences for whoever wrote the recipe
 
 _runs_of_this_process = itertools.count()
 
@@ -59,30 +66,29 @@ def status_of(error: BaseException) -> int:
         return error.notice.status
     if isinstance(error, StopRequested):
         return STOPPED
-    return REFUSED if isinstance(error, RecipeError) else 1
+    return REFUSED if isinstance(error, REFUSALS) else 1
 
 
 def is_defect(error: BaseException) -> bool:
     """Whether a traceback says more than the sentence does."""
-    return not isinstance(error, RecipeError | RunFailed | RankFailed | StopRequested)
+    return not isinstance(error, (*REFUSALS, RunFailed, RankFailed, StopRequested))
 
 
 class Failures:
-    """Open it on every rank once the process group stands, `with Failures(rank, world_size) as failures`; one rank alone has no others.
-
-    prefix: of this run's keys in the store. The store is reached by a connection of our own, because the process group's blocks while it waits.
-    """
+    """What one rank knows of the failures of all. status: what this process exits with when nothing fails."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
+        self.status = 0
         self.notice: Notice | None = None
-        self._settled = False
+        self._ended: BaseException | None = None
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._store: dist.Store | None = None
 
-    def __enter__(self) -> "Failures":
+    def open(self) -> None:
+        """Once the process group stands. The store is reached by a connection of our own: the process group's blocks while it waits."""
         number = next(_runs_of_this_process)
         if self.world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -92,9 +98,13 @@ class Failures:
             self._store.set(f"process/{self.rank}", str(os.getpid()))
             self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
             self._thread.start()
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def meet(self) -> None:
+        """Waits for the other ranks at the end of a run that did not fail: a launcher ends them when one exits with a status before they do."""
+        if self.world_size > 1 and self._ended is None:
+            dist.barrier()
+
+    def close(self) -> None:
         self._tell(lambda store: store.set(f"left/{self.rank}", ""))
         if self.notice is not None and self.rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
             time.sleep(2 * INTERVAL)  # the store may be ours: the others read the notice first
@@ -107,14 +117,21 @@ class Failures:
 
         sentence: for a person, instead of the error's own message.
         """
-        self._settled = True
-        if self._store is None or isinstance(error, RankFailed):
+        if self._ended is None:
+            self._ended = self._settle(error, sentence)
+        return self._ended
+
+    def _settle(self, error: BaseException, sentence: str | None) -> BaseException:
+        said = sentence if sentence and is_defect(error) else sentence_of(error)
+        if self._store is None:
+            if not isinstance(error, REFUSALS):
+                print(said, file=sys.stderr, flush=True)
             return error
         if _is_lost_connection(error):
             end = time.monotonic() + PATIENCE
             while self.notice is None and time.monotonic() < end:
                 time.sleep(INTERVAL / 5)
-        mine = Notice(self.rank, status_of(error), sentence or sentence_of(error))
+        mine = Notice(self.rank, status_of(error), said)
         if not self._post(mine):
             assert self.notice is not None
             return RankFailed(self.notice)
@@ -138,16 +155,19 @@ class Failures:
                 print(notice.sentence, file=sys.stderr, flush=True)
             return self.notice == notice
 
-    def _tell(self, call: object) -> object:
+    def _tell(self, call: Callable[[dist.Store], object]) -> object:
         """What the store answers; None when it is gone, with the rank that held it."""
         with contextlib.suppress(RuntimeError):
-            return call(self._store) if self._store is not None else None  # type: ignore[operator]
+            return call(self._store) if self._store is not None else None
         return None
+
+    def _has(self, key: str) -> bool:
+        return bool(self._tell(lambda store: store.check([key])))
 
     def _watch(self) -> None:
         neighbours = self._neighbours()
         while not self._closed.wait(INTERVAL):
-            if self._tell(lambda store: store.check(["notice"])):
+            if self._has("notice"):
                 text = self._tell(lambda store: store.get("notice"))
                 if isinstance(text, bytes):
                     with self._lock:
@@ -157,12 +177,18 @@ class Failures:
                 if pid is None or _lives(pid):
                     continue
                 neighbours.discard(rank)
-                if self.notice is None and not self._tell(lambda store, rank=rank: store.check([f"left/{rank}"])):
+                if self.notice is None and not self._has(f"left/{rank}"):
                     where = f"process {pid} on host {socket.gethostname()}"
-                    self._post(Notice(rank, 1, f"error: rank {rank} ({where}) died without a word: it was killed, or the machine ran out of memory"))
+                    self._post(
+                        Notice(
+                            rank, 1, f"error: rank {rank} ({where}) died without a word: it was killed, or the machine ran out of memory"
+                        )
+                    )
             if self.notice is not None:
                 self._closed.wait(GRACE)
-                if not (self._settled or self._closed.is_set()):
+                if self._ended is not None:
+                    self._closed.wait(LAST)
+                if not self._closed.is_set():
                     os._exit(self.notice.status)  # the main thread waits for a rank that is gone
                 return
 
@@ -173,10 +199,28 @@ class Failures:
 
     def _process_of(self, rank: int) -> int | None:
         key = f"process/{rank}"
-        if not self._tell(lambda store: store.check([key])):
+        if not self._has(key):
             return None
         held = self._tell(lambda store: store.get(key))
         return int(held) if isinstance(held, bytes) else None
+
+
+@contextmanager
+def failing_together(rank: int, world_size: int) -> Iterator[Failures]:
+    """Open it on every rank once the process group stands. An error leaves it as it was raised in a process that is alone, or on the first rank
+    to find a wrong recipe; any other is told to a person here, and becomes `status`."""
+    failures = Failures(rank, world_size)
+    failures.open()
+    try:
+        yield failures
+    except BaseException as error:
+        ended = failures.settle(error)
+        failures.status = status_of(ended)
+        told = isinstance(ended, StopRequested | RunFailed | RankFailed) or (world_size > 1 and is_defect(ended))
+        if not told:
+            raise
+    finally:
+        failures.close()
 
 
 def sentence_of(error: BaseException) -> str:
@@ -190,7 +234,8 @@ def sentence_of(error: BaseException) -> str:
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether this may be nothing but the end of another rank, as gloo and NCCL report it."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "timed out", "socket"))
+        isinstance(error, RuntimeError)
+        and any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "timed out", "socket"))
     )
 
 

@@ -1,11 +1,11 @@
 """What lies in a run's directory beside its checkpoints and metrics, and who may write there.
 
-    recipe.yaml              the recipe as it is now, without secrets
-    recipe.before-00000240.yaml  the one before, when a start after step 240 changed it
-    history.jsonl            one line for every start that changed something: when, after which step, {key: [old, new]}
-    tokenizer/               what reads this run's tokens
-    finished.json            the summary of a run that has taken its last step
-    lock                     whose the directory is while a run writes there, see `train.lock`
+recipe.yaml              the recipe as it is now, without secrets
+recipe.before-00000240.yaml  the one before, when a start after step 240 changed it
+history.jsonl            one line for every start that changed something: when, after which step, {key: [old, new]}
+tokenizer/               what reads this run's tokens
+finished.json            the summary of a run that has taken its last step
+lock                     whose the directory is while a run writes there, see `train.lock`
 """
 
 import json
@@ -97,11 +97,14 @@ def opened(recipe: Recipe, rank: int) -> Iterator[RunDirectory]:
     lock = RunLock(path)
 
     def look() -> RunDirectory:
-        _check_places(recipe, path)
+        _check_place(path)
         lock.acquire()
         stored, done = _stored(path), _steps_done(path)
         changes = {} if stored is None else changed_keys(stored, recipe, done)
-        return RunDirectory(path, changes, done, _finished(recipe, path))
+        finished = _finished(recipe, path)
+        if finished is None:
+            _check_metrics(path)
+        return RunDirectory(path, changes, done, finished)
 
     try:
         yield _on_first_rank(look, rank, path)
@@ -159,12 +162,14 @@ def _finished(recipe: Recipe, path: Path) -> dict[str, Any] | None:
         raise RecipeError(f"{marker} is damaged: remove it to go on from the last checkpoint, or choose another run.dir") from None
 
 
-def _check_places(recipe: Recipe, path: Path) -> None:
-    """What would only show when the model is built: a directory that cannot be written, a checkpoint to start from that is not there."""
+def _check_place(path: Path) -> None:
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         why = "is no directory" if not nearest.is_dir() else "may not be written"
         raise RecipeError(f"run.dir={path} cannot be used, because {nearest} {why}: choose another run.dir")
+
+
+def _check_metrics(path: Path) -> None:
     metrics = path / FILE_NAME
     if metrics.exists():
         try:

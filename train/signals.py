@@ -47,7 +47,8 @@ class StopSignals:
     def __exit__(self, *error: object) -> None:
         self._raises = False
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if signal.getsignal(number) == self._receive:  # unless something was set meanwhile
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
     def only_remember(self) -> None:

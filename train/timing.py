@@ -32,8 +32,11 @@ class Stopwatch:
             torch.cuda.synchronize()
         total: dict[str, float] = {}
         for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
-            seconds = begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin  # type: ignore[operator]
-            total[name] = total.get(name, 0.0) + float(seconds)
+            if isinstance(begin, float) and isinstance(end, float):
+                seconds = end - begin
+            else:
+                seconds = begin.elapsed_time(end) / 1000  # type: ignore[union-attr, arg-type]
+            total[name] = total.get(name, 0.0) + seconds
         return total
 
     def _now(self) -> float | torch.cuda.Event:

@@ -1,6 +1,6 @@
 """What an evaluator is, what it sees of a run, and how it becomes known by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Protocol
 
@@ -30,8 +30,8 @@ class Measured(Protocol):
     def data(self) -> TextData: ...
 
     @property
-    def model(self) -> nn.Module:
-        """This rank's part of the model."""
+    def chunks(self) -> Sequence[nn.Module]:
+        """This rank's parts of the model."""
 
     @property
     def engine(self) -> Forward: ...
@@ -69,7 +69,7 @@ def register_evaluator(name: str, evaluator: type[Evaluator]) -> None:
     if name in EVALUATORS or name == "evaluators":
         raise ValueError(f"an evaluator cannot be called {name!r}, because that name is taken: choose another name")
     if not is_dataclass(evaluator):
-        raise ValueError(f"the evaluator {name!r} is no dataclass: decorate it with @dataclass(frozen=True), its fields are its recipe keys")
+        raise ValueError(
+            f"the evaluator {name!r} is no dataclass: decorate it with @dataclass(frozen=True), its fields are its recipe keys"
+        )
     EVALUATORS[name] = evaluator
-
-

@@ -35,9 +35,7 @@ class ValidationLoss:
 
         counts = torch.tensor([run.data.validation_tokens, *[1] * run.mtp_depths], device=layout.device)
         losses = LossStep(layout, counts, 0.0)
-        run.engine.evaluate(
-            losses, microbatches(), rounds, sequence_length=run.sequence_length, micro_batch_size=run.micro_batch_size
-        )
+        run.engine.evaluate(losses, microbatches(), rounds, sequence_length=run.sequence_length, micro_batch_size=run.micro_batch_size)
         loss = float(losses.means()[0])
         bytes_per_token = run.data.bytes_per_token
         return {"eval/loss": loss} | ({"eval/bits_per_byte": loss / math.log(2) / bytes_per_token} if bytes_per_token else {})

@@ -50,7 +50,9 @@ class MonitorConfig:
         for index, name in enumerate(self.observers):
             key = f"monitor.observers[{index}]={name!r}"
             if name not in OBSERVERS:
-                known = f"use one of {', '.join(OBSERVERS)}" if OBSERVERS else "register it with register_observer before the recipe is read"
+                known = (
+                    f"use one of {', '.join(OBSERVERS)}" if OBSERVERS else "register it with register_observer before the recipe is read"
+                )
                 raise ValueError(f"{key} is unknown: {known}")
             if name in self.observers[:index]:
                 raise ValueError(f"{key} is named twice: leave one out")

@@ -112,7 +112,9 @@ class Console(Observer):
         seconds = float(summary.get("session_seconds", self._clock() - self._start_time))
         stopped = summary.get("stopped")
         if "signal" in summary:
-            self.say(f"Stopped by {summary['signal']} after step {step:,} of {run.total_steps:,}: start the same command again to go on from there.")
+            self.say(
+                f"Stopped by {summary['signal']} after step {step:,} of {run.total_steps:,}: start the same command again to go on from there."
+            )
             return
         self.say("")
         if stopped or step < run.total_steps:

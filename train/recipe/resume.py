@@ -124,9 +124,10 @@ def _keep_formats(old: Recipe, recipe: Recipe, done: int) -> None:
         for name in modules:
             was, now = theirs.formats(name, step / old.total_steps), ours.formats(name, step / recipe.total_steps)
             if was != now:
+                in_ours, in_theirs = "/".join(map(str, now)), "/".join(map(str, was))
                 raise RecipeError(
-                    f"{_length(recipe)} moves precision.schedule or a rule's start or end, so step {step + 1}, one of the {done} done, would have run "
-                    f"{name} in {'/'.join(map(str, now))} instead of {'/'.join(map(str, was))}: write them in steps or tokens, or {_elsewhere(recipe)}"
+                    f"{_length(recipe)} moves precision.schedule or a rule's start or end, so step {step + 1}, one of the {done} done, would "
+                    f"have run {name} in {in_ours} instead of {in_theirs}: write them in steps or tokens, or {_elsewhere(recipe)}"
                 )
 
 

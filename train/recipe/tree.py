@@ -16,7 +16,6 @@ from train.evaluation import EvaluationConfig
 from train.observe import MonitorConfig
 from train.optimizer import OptimizerConfig
 
-
 ALLOWABLE = tuple(
     f"optimizer.{name}"
     for name in ("learning_rate", "min_learning_rate", "warmup", "decay", "decay_style", "weight_decay", "clip", "betas", "eps")
