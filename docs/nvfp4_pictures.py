@@ -131,8 +131,8 @@ def capture(path: str) -> dict[str, Seen]:
     recipe = run.recipe
     step = min(checkpoint.step, recipe.total_steps - 1)
     batch = run.data.batch(run.plan.samples(step)[0], step)
-    microbatch = to_microbatch(batch, run.layout.device, step / recipe.total_steps)
-    losses = LossStep(run.layout, microbatch.loss_counts(recipe.model.mtp_depths), recipe.model.mtp_loss_scale)
+    microbatch = to_microbatch(batch, run.layout.device, step / recipe.total_steps, recipe.model.mtp_depths)
+    losses = LossStep(run.layout, microbatch.loss_counts(), recipe.model.mtp_loss_scale)
     with recording() as seen:
         run.engine.train_step(
             losses,
@@ -141,7 +141,10 @@ def capture(path: str) -> dict[str, Seen]:
             micro_batch_size=recipe.micro_batch_size,
             learning_rate=0.0,
         )
-    say(f"checkpoint of step {checkpoint.step}, microbatch of step {step}: {microbatch.tokens.numel()} tokens, LM loss", losses.means()[0])
+    say(
+        f"checkpoint of step {checkpoint.step}, microbatch of step {step}: {microbatch.documents.numel()} tokens, LM loss",
+        losses.means()[0],
+    )
     return seen
 
 
@@ -259,7 +262,7 @@ def draw_block(seen: Seen, path: Path, *, token: int, block: int) -> None:
     bottom.grid(False, axis="x")
     bottom.set_title(f"One block of x, {SHOWN}:  sf = {scale:g},  amax = {float(amax):.4f},  SQNR {sqnr(x, value):.1f} dB")
     bottom.legend(loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, -0.02))
-    pictures._save(figure, path)
+    pictures.save(figure, path)
 
 
 def groups_of(x: Tensor) -> Tensor:
@@ -337,7 +340,7 @@ def draw_hadamard(seen: Seen, path: Path) -> None:
     grid[2].set_xlabel("SQNR after − before, in dB")
     grid[2].set_ylabel("groups")
     grid[2].grid(False, axis="x")
-    pictures._save(figure, path)
+    pictures.save(figure, path)
 
 
 def mean_over_bytes(round_with: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
@@ -438,7 +441,7 @@ def draw_stochastic(seen: Seen, path: Path, *, token: int, draws: int = 4096) ->
     right.set_xlabel("draws  (dashed: true; triangle: nearest)")
     right.set_ylabel("mean code so far")
     right.set_title("Three of them, draw by draw")
-    pictures._save(figure, path)
+    pictures.save(figure, path)
 
 
 def _errors(seen: Seen) -> dict[str, dict[str, float]]:
@@ -509,7 +512,7 @@ def draw_errors(seen: dict[str, Seen], path: Path) -> None:
         for place in places[1:]:
             axes.axhline(place - 0.5, color="#DDDDDD", linewidth=0.8, zorder=0)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, handletextpad=0.2, fontsize=10)
-    pictures._save(figure, path)
+    pictures.save(figure, path)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from matplotlib.axes import Axes
 from train.arguments import key_values
 from train.observe.metrics import read_metrics
 from train.report import page
-from train.report.drawing import RUN_COLOURS, STYLE, label_ends, smooth
+from train.report.drawing import RUN_COLOURS, STYLE, label_ends, save
+from train.report.series import smooth
 
 REFERENCE, RECIPE = "fp32", "nvfp4"
 NAME = re.compile(r"precision-(?P<arm>[a-z0-9_]+)__seed-(?P<seed>\d+)$")
@@ -114,7 +115,7 @@ def draw_curves(found: Mapping[str, Gap], path: Path) -> None:
         figure.suptitle(f"Loss gap over training: mean of seeds, band: standard error, {WINDOW}-step running mean", x=0.01, ha="left")
         for axis, ends in zip(axes, labels, strict=True):  # when all lines are drawn: both panels share one scale
             label_ends(axis, ends)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _panel(axis: Axes, found: Mapping[str, Gap]) -> list[tuple[float, str, str]]:
@@ -147,13 +148,7 @@ def draw_final(found: Mapping[str, Gap], path: Path) -> None:
         axis.invert_yaxis()
         axis.set_xlabel("validation loss against fp32, %  (dots: seeds; diamond: mean and standard error)")
         axis.set_title("Loss gap at the end")
-        _save(figure, path)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+        save(figure, path)
 
 
 HEAD = ("precision", "seeds", "validation loss", "gap to fp32, %", "standard error", "against nvfp4, %", "standard error")

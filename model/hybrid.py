@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import Tensor, nn
 
-from model.batch import Microbatch, shift_left
+from model.batch import Microbatch
 from model.context import ModelContext
 from model.embedding import Embedding, summed_cross_entropy
 from model.layer import Layer
@@ -67,15 +67,15 @@ class HybridModel(Stage):
     def _stack(self, microbatch: Microbatch, input: Tensor | None) -> Tensor:
         if self.is_first:
             assert self.embeddings is not None
-            x = self.embeddings(microbatch.tokens)
+            x = self.embeddings(microbatch.tokens[0])
         else:
             assert input is not None
             x = input
-        layout = self.context.layout
-        first = layout.tensor_rank * len(x) if layout.sequence_parallel else 0
+        health = self.context.health
+        first = int(microbatch.own_positions(self.context.layout)[0]) if health.active else 0
         for index, layer in self.layers.items():
             x = layer(x, microbatch)
-            self.context.health.residual(f"layers.{index}", x, first)
+            health.residual(f"layers.{index}", x, first)
         return x
 
     def forward(self, microbatch: Microbatch, input: Tensor | None = None) -> Tensor:
@@ -97,11 +97,11 @@ class HybridModel(Stage):
     def _mtp(self, hidden: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
         assert self.embeddings is not None
         block = self.mtp[min(depth, len(self.mtp)) - 1]
-        return block(self.embeddings(shift_left(microbatch.tokens, depth)), hidden, replace(microbatch, depth=depth))
+        return block(self.embeddings(microbatch.tokens[depth]), hidden, replace(microbatch, depth=depth))
 
     def _loss(self, hidden: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
         logits = self.lm_head(hidden, replace(microbatch, depth=depth))
-        return summed_cross_entropy(logits, shift_left(microbatch.labels, depth), microbatch.loss_valid(depth))
+        return summed_cross_entropy(logits, microbatch.labels[depth], microbatch.loss_mask[depth])
 
     def logits(self, microbatch: Microbatch) -> list[Tensor]:
         """Whole-vocabulary logits of the LM head and of every MTP depth, each [batch, sequence, vocabulary]; one pipeline stage only."""

@@ -79,13 +79,13 @@ class Linear(nn.Module):
                 x = mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
             else:
                 x = mappings.copy_to_tensor_model_parallel_region(x)
-        first = layout.tensor_rank * x.shape[0] if self.mode == "replicated" and layout.sequence_parallel else 0
+        positions = microbatch.own_positions(layout) if self.mode == "replicated" else microbatch.positions
         y = linear(
             x,
             self.weight,
             self.context.policy.formats(self.name, microbatch.progress),
             self.site,
-            microbatch.keys(first, x.shape[0]),
+            microbatch.keys(positions),
             microbatch.step,
             self.out_dtype,
         )

@@ -124,13 +124,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same; with sequence parallelism both hold this rank's part of the sequence."""
-        layout = self.context.layout
         weights, chosen = self.router(x, microbatch)
         tokens = x if self.down is None else self.down(x, microbatch)
         width, stamped = tokens.shape[-1], self.training and self.experts.needs_keys(microbatch)
         if stamped:
-            first = layout.tensor_rank * x.shape[0] if layout.sequence_parallel else 0
-            columns = stamp(microbatch.keys(first, x.shape[0]), tokens.dtype)
+            columns = stamp(microbatch.keys(microbatch.own_positions(self.context.layout)), tokens.dtype)
             tokens = torch.cat((tokens, columns.view(*tokens.shape[:-1], -1)), dim=-1)
         sent, sent_weights = self.dispatcher.dispatch_preprocess(tokens, chosen, weights)
         sent, sent_weights = self.dispatcher.token_dispatch(sent, sent_weights)

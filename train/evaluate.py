@@ -13,7 +13,7 @@ from train.build import build
 from train.checkpoint.checkpointer import load_weights
 from train.checkpoint.reader import open_checkpoint
 from train.evaluation import measure
-from train.observe.console import evaluation_text
+from train.observe.lines import evaluation_text
 from train.recipe.load import read_recipe
 from train.run_directory import stored_recipe
 

@@ -37,6 +37,7 @@ from train.step import LossStep, sum_over_ranks, to_microbatch
 from train.step_failure import Place, sentence
 from train.threads import cpu_threads
 from train.timing import Stopwatch
+from train.utilisation import open_utilisation
 
 MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run gives up
 
@@ -99,7 +100,8 @@ def _train(run: Run, directory: RunDirectory, observers: Observers, signals: Sto
         directory.store_tokenizer(run.data.tokenizer)
     signals.only_remember()
     observers.load_state(state.get("observers", {}))
-    observers.on_start(_info(run, directory, step))
+    utilisation = open_utilisation(recipe, layout.device, layout.world_size) if is_main else None
+    observers.on_start(_info(run, directory, step, [] if utilisation is None else [utilisation.line]))
 
     last, save_every = recipe.last_step, recipe.save_every
     eval_every, log_every = recipe.train.eval_every, recipe.train.log_every
@@ -133,7 +135,8 @@ def _train(run: Run, directory: RunDirectory, observers: Observers, signals: Sto
             if (log_every and step % log_every == 0) or step in (1, last) or formats_change or recipe.monitor.quantization.due(step):
                 times = _pace(run, seconds, clock) | ({"seconds/checkpoint": seconds_saving} if seconds_saving else {})
                 seconds_saving = 0.0
-                observers.on_step({**_at(recipe, step), **metrics, **times, **table.metrics()})
+                used = {} if utilisation is None else utilisation.metrics(table.shares, seconds)
+                observers.on_step({**_at(recipe, step), **metrics, **times, **used, **table.metrics()})
         stop = _stop_wanted(signals, layout)
         owed = owed or bool(eval_every and step % eval_every == 0) or step == last
         if owed and not stop:
@@ -181,10 +184,10 @@ def train_step(run: Run, step: int, clock: Stopwatch | None = None) -> dict[str,
     recipe, layout = run.recipe, run.layout
     clock = clock or Stopwatch(layout.device)
     progress = step / recipe.total_steps
-    microbatches = [to_microbatch(run.data.batch(s, step), layout.device, progress) for s in run.plan.samples(step)]
-    clock.mark("data")
     depths = recipe.model.mtp_depths
-    counts = sum_over_ranks(torch.stack([m.loss_counts(depths) for m in microbatches]).sum(0), layout, pipeline=False)
+    microbatches = [to_microbatch(run.data.batch(s, step), layout.device, progress, depths) for s in run.plan.samples(step)]
+    clock.mark("data")
+    counts = sum_over_ranks(torch.stack([m.loss_counts() for m in microbatches]).sum(0), layout, pipeline=False)
     losses = LossStep(layout, counts, recipe.model.mtp_loss_scale)
     rate = learning_rate(recipe.optimizer, step, recipe.total_steps, recipe.tokens_per_step)
     measured = recipe.monitor.quantization.due(step + 1)
@@ -229,11 +232,11 @@ def _at(recipe: Recipe, step: int) -> dict[str, int]:
     return {"step": step, "tokens": step * recipe.tokens_per_step}
 
 
-def _info(run: Run, directory: RunDirectory, step: int) -> RunInfo:
+def _info(run: Run, directory: RunDirectory, step: int, hardware: list[str]) -> RunInfo:
     """What observers are told before the first step."""
     recipe, counted = run.recipe, count(run.recipe.model)
     changes = (f"changed since the run began: {line}" for line in lines(directory.changes))
-    description = (run.layout.describe(), *run.data.describe(), _backend(run, step), *changes)
+    description = (run.layout.describe(), *run.data.describe(), _backend(run, step), *hardware, *changes)
     return RunInfo(
         recipe=without_secrets(plain(recipe)),
         run_dir=run.run_dir,

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from data.batch import Batch
 from model.batch import Microbatch
 from parallel.layout import Layout
 
@@ -50,11 +51,12 @@ class BatchPlan:
         return [range(first + i, first + i + self.micro_batch_size) for i in range(0, per_rank, self.micro_batch_size)]
 
 
-def to_microbatch(batch: Any, device: torch.device, progress: float) -> Microbatch:
-    """The model's view of a data batch, on the device. `progress` is the fraction of the run behind us, in [0, 1)."""
+def to_microbatch(batch: Batch, device: torch.device, progress: float, depths: int) -> Microbatch:
+    """The model's view of a data batch, on the device. progress: the fraction of the run behind us, in [0, 1). depths: of multi-token
+    prediction."""
     values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
     values = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in values.items()}
-    return Microbatch(**values, progress=progress)
+    return Microbatch.of(**values, progress=progress, depths=depths)
 
 
 def loss_weights(counts: Tensor, mtp_loss_scale: float) -> Tensor:

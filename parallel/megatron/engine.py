@@ -73,9 +73,7 @@ class MegatronEngine:
         self._chained = chained
         self._parts: list[MegatronOptimizer] = [part for part in chained.chained_optimizers if not part.is_stub_optimizer]
         for part in self._parts:
-            adam = part.optimizer
-            groups = [{key: value for key, value in group.items() if key not in adam.defaults} for group in adam.param_groups]
-            part.optimizer = optimizer.make(groups)
+            part.optimizer = _instead_of(part.optimizer, optimizer)
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = None
         syncs = [chunk.no_sync for chunk in self.chunks]
@@ -217,6 +215,16 @@ class MegatronEngine:
                     yield from ((part, param, param, None) for param in models)
             else:
                 yield from ((part, param, param, None) for group in groups for param in group["params"])
+
+
+def _instead_of(adam: torch.optim.Optimizer, optimizer: Optimizer) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the masters of Megatron's Adam, which has not taken a step."""
+    groups = [{key: value for key, value in group.items() if key not in adam.defaults} for group in adam.param_groups]
+    # Some masters are views, which torch's constructor refuses: it is shown detached ones of the same memory.
+    made = optimizer.make([{**group, "params": [master.detach() for master in group["params"]]} for group in groups])
+    for group, masters in zip(made.param_groups, groups, strict=True):
+        group["params"] = masters["params"]
+    return made
 
 
 def _group_of(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -47,19 +48,20 @@ def open_context(
         groups.shutdown(leave_world="WORLD_SIZE" not in os.environ)  # a pool of ranks keeps its world
 
 
-def microbatch(length: int, batch: int = 2, *, documents: torch.Tensor | None = None, vocabulary: int = CONFIG.vocab_size) -> Microbatch:
-    """Random tokens; documents: int32 [batch, length], kept apart when given."""
+def microbatch(length: int, batch: int = 2, *, documents: torch.Tensor | None = None, depths: int = 2, **given: Any) -> Microbatch:
+    """Random tokens; documents: int32 [batch, length], kept apart when given; `given` replaces arguments of `Microbatch.of`."""
     generator = torch.Generator().manual_seed(length)
-    tokens = torch.randint(vocabulary, (batch, length + 1), generator=generator)
-    return Microbatch(
-        tokens=tokens[:, :-1],
-        labels=tokens[:, 1:],
-        loss_mask=torch.ones(batch, length, dtype=torch.bool),
-        documents=torch.zeros(batch, length, dtype=torch.int32) if documents is None else documents,
-        reset=documents is not None,
-        sample=torch.arange(batch) + 7,
-        step=3,
-    )
+    tokens = torch.randint(CONFIG.vocab_size, (batch, length + 1), generator=generator)
+    whole: dict[str, Any] = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": torch.ones(batch, length, dtype=torch.bool),
+        "documents": torch.zeros(batch, length, dtype=torch.int32) if documents is None else documents,
+        "reset": documents is not None,
+        "sample": torch.arange(batch) + 7,
+        "step": 3,
+    }
+    return Microbatch.of(**(whole | given), depths=depths)
 
 
 def packed(length: int, batch: int = 2) -> torch.Tensor:

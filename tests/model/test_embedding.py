@@ -11,9 +11,9 @@ def test_lookup_and_its_gradient() -> None:
     with open_context() as context:
         embedding = Embedding(context)
         batch = microbatch(40)
-        x = embedding(batch.tokens)
+        x = embedding(batch.tokens[0])
         table = embedding.weight.detach().clone().requires_grad_()
-        expected = nn.functional.embedding(batch.tokens, table).transpose(0, 1)
+        expected = nn.functional.embedding(batch.tokens[0], table).transpose(0, 1)
         assert torch.equal(x, expected)
         dy = torch.randn_like(x)
         x.backward(dy)
@@ -41,8 +41,8 @@ def test_loss_counts_only_valid_targets() -> None:
         valid = torch.rand(2, 30, generator=torch.Generator().manual_seed(0)) < 0.5
         logits = (torch.randn(30, 2, CONFIG.vocab_size) * 20).requires_grad_()
         reference = logits.detach().clone().double().requires_grad_()
-        loss = summed_cross_entropy(logits * 1.0, batch.labels, valid)
-        expected = nn.functional.cross_entropy(reference.transpose(0, 1)[valid], batch.labels[valid], reduction="sum")
+        loss = summed_cross_entropy(logits * 1.0, batch.labels[0], valid)
+        expected = nn.functional.cross_entropy(reference.transpose(0, 1)[valid], batch.labels[0][valid], reduction="sum")
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.double(), expected, atol=0, rtol=1e-6)
         loss.backward()

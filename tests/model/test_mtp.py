@@ -46,9 +46,9 @@ def test_depth_k_sees_tokens_up_to_t_plus_k(model: HybridModel) -> None:
     with torch.no_grad():
         before = model.logits(batch)
         for place in (0, 9, 23):
-            tokens = batch.tokens.clone()
+            tokens = batch.tokens[0].clone()
             tokens[:, place] = (tokens[:, place] + 1) % CONFIG.vocab_size
-            after = model.logits(dataclasses.replace(batch, tokens=tokens))
+            after = model.logits(microbatch(24, tokens=tokens))
             for depth, (old, new) in enumerate(zip(before, after, strict=True)):
                 changed = (old - new).abs().amax((0, 2)) > 0
                 first = max(place - depth, 0)
@@ -65,9 +65,8 @@ def test_blocks_on_disk(model: HybridModel) -> None:
 def test_packed_documents_have_the_losses_of_each_document_alone(model: HybridModel) -> None:
     length = 40
     documents = packed(length)
-    batch = microbatch(length, documents=documents)
     same = documents[:, 1:] == documents[:, :-1]
-    batch = dataclasses.replace(batch, loss_mask=torch.nn.functional.pad(same, (0, 1)))
+    batch = microbatch(length, documents=documents, loss_mask=torch.nn.functional.pad(same, (0, 1)))
     model.train()
     together = model(batch).detach()
     alone = torch.zeros_like(together)
@@ -80,18 +79,17 @@ def test_packed_documents_have_the_losses_of_each_document_alone(model: HybridMo
             mask = torch.ones(1, size, dtype=torch.bool)
             mask[0, -1] = False  # the target of a document's last token is another document's
             alone += model(
-                dataclasses.replace(
-                    batch,
-                    tokens=batch.tokens[row : row + 1, where],
-                    labels=batch.labels[row : row + 1, where],
+                microbatch(
+                    size,
+                    1,
+                    tokens=batch.tokens[0, row : row + 1, where],
+                    labels=batch.labels[0, row : row + 1, where],
                     loss_mask=mask,
-                    documents=torch.zeros(1, size, dtype=torch.int32),
-                    reset=False,
                     sample=batch.sample[row : row + 1],
                 )
             ).detach()
     torch.testing.assert_close(together, alone, rtol=2e-6, atol=2e-5)
-    counts = batch.loss_counts(2)
+    counts = batch.loss_counts()
     assert counts[0] > counts[1] > counts[2] > 0
 
 
@@ -101,7 +99,7 @@ def test_losses_are_those_of_the_logits(model: HybridModel) -> None:
     sums = model(batch).detach()
     with torch.no_grad():
         for depth, logits in enumerate(model.logits(batch)):
-            valid = batch.loss_valid(depth)
-            labels = torch.roll(batch.labels, -depth, 1)
+            valid = batch.loss_mask[depth]
+            labels = torch.roll(batch.labels[0], -depth, 1)
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
             torch.testing.assert_close((losses * valid).sum(), sums[depth], rtol=1e-5, atol=1e-4)

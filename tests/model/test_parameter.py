@@ -1,6 +1,7 @@
 """A parameter knows its pieces, its ranks and its initial values; on the meta device it has no values."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from parallel.shards import Section, Spread, pieces_of, split_sections, whole
 from tests.model.build import CONFIG
 
 
-def context(device: str = "cpu", **layout: int) -> ModelContext:
+def context(device: str = "cpu", **layout: Any) -> ModelContext:
     made = dataclasses.replace(Layout.alone(ParallelConfig(tensor=layout.get("tensor_size", 1))), **layout)
     return ModelContext(CONFIG, made, Policy(PrecisionConfig(), 3), 5, torch.bfloat16, torch.device(device))
 

@@ -96,10 +96,10 @@ def mixers(rank: int, parallel: ParallelConfig, reset: bool) -> list[Part]:
 
         embedding = Embedding(context)
         head = Linear(context, "lm_head", CONFIG.hidden_size, CONFIG.vocab_size, "column", std=0.3)
-        hidden = embedding(batch.tokens)
+        hidden = embedding(batch.tokens[0])
         hidden.retain_grad()
-        valid = batch.loss_valid(1)
-        loss = summed_cross_entropy(head(hidden * 5, batch), batch.labels, valid)
+        valid = batch.loss_mask[1]
+        loss = summed_cross_entropy(head(hidden * 5, batch), batch.labels[0], valid)
         loss.backward()
         parts.append(Part("loss", (), (), loss.detach()))
         parts.append(Part("hidden", (LENGTH, *hidden.shape[1:]), (first, 0, 0), hidden.detach()))

@@ -50,7 +50,16 @@ def our_logits(values: Recipe, run_dir: Path, tokens: torch.Tensor) -> torch.Ten
         load_weights(open_checkpoint(run_dir), made.chunks)
         made.chunks[0].eval()
         zeros = torch.zeros(tokens.shape)
-        batch = Microbatch(tokens, tokens, zeros.bool(), zeros.int(), False, torch.arange(len(tokens)), 0)
+        batch = Microbatch.of(
+            tokens=tokens,
+            labels=tokens,
+            loss_mask=zeros.bool(),
+            documents=zeros.int(),
+            reset=False,
+            sample=torch.arange(len(tokens)),
+            step=0,
+            depths=values.model.mtp_depths,
+        )
         with torch.no_grad():
             return made.chunks[0].logits(batch)[0]
     finally:

@@ -29,7 +29,7 @@ class ValidationLoss:
 
         def microbatches() -> Iterator[Microbatch]:
             for place in range(layout.data_rank, rounds * layout.data_size, layout.data_size):
-                microbatch = to_microbatch(batches[min(place, len(batches) - 1)], layout.device, progress)
+                microbatch = to_microbatch(batches[min(place, len(batches) - 1)], layout.device, progress, run.mtp_depths)
                 masked = torch.zeros_like(microbatch.loss_mask)
                 yield microbatch if place < len(batches) else replace(microbatch, loss_mask=masked)
 

@@ -7,18 +7,17 @@ Plain lines only, no control characters: they read the same on a terminal, in a 
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from train.observe.base import Metrics, Observer, RunInfo
+from train.observe.lines import beside, count, duration, evaluation_line, loss_text, recipe_lines, step_column, step_line
 from train.observe.picture import LossPicture
 from train.observe.redact import without_secrets
 
 FILE_NAME = "log.txt"
-_WIDTH = 118  # columns of the header
 
 
 class Console(Observer):
@@ -43,7 +42,7 @@ class Console(Observer):
         self._last_step = 0
         self._last_time = 0.0
         self._start_time = 0.0
-        self._validation: Metrics = {}
+        self._evaluated: dict[str, float | int] = {}
 
     def say(self, text: str) -> None:
         """Prints a line and logs it; a line said before the header follows the header."""
@@ -67,13 +66,13 @@ class Console(Observer):
             self.say(f"\nResuming {run.run_dir} after step {run.step:,} of {run.total_steps:,}")
         else:
             self.say(f"Run {run.run_dir}")
-        for line in _recipe_lines(without_secrets(run.recipe)):
+        for line in recipe_lines(without_secrets(run.recipe)):
             self.say(line)
         self.say("")
         active = "" if run.active_parameters == run.parameters else f" ({run.active_parameters:,} active per token)"
         self.say(f"  parameters  {run.parameters:,}{active}")
         tokens = run.total_steps * run.tokens_per_step
-        self.say(f"  length      {run.total_steps:,} steps x {run.tokens_per_step:,} tokens = {_count(tokens)} tokens")
+        self.say(f"  length      {run.total_steps:,} steps x {run.tokens_per_step:,} tokens = {count(tokens)} tokens")
         for line in run.description:
             self.say(f"  {line}")
         if run.precision_table:
@@ -85,7 +84,7 @@ class Console(Observer):
         self._waiting.clear()
 
     def on_formats(self, step: int, precision_table: str) -> None:
-        self.say(f"{_step_column({'step': step}, self._run)}  formats change, by precision.schedule or a rule's start or end:")
+        self.say(f"{step_column({'step': step}, self._run)}  formats change, by precision.schedule or a rule's start or end:")
         self.say(precision_table.rstrip("\n"))
 
     def on_step(self, metrics: Metrics) -> None:
@@ -98,11 +97,11 @@ class Console(Observer):
         self.say(f"step {step}: gradients are not finite (norm {grad_norm}); no weight was changed, the step's samples are passed over")
 
     def on_evaluation(self, metrics: Metrics) -> None:
-        self._validation = dict(metrics)
-        self.say(f"{_step_column(metrics, self._run)}  {evaluation_text(metrics)}")
+        self._evaluated.update(metrics)
+        self.say(evaluation_line(metrics, self._run))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
-        self.say(f"{_step_column({'step': step}, self._run)}  checkpoint {path}")
+        self.say(f"{step_column({'step': step}, self._run)}  checkpoint {path}")
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         run = self._run
@@ -125,9 +124,9 @@ class Console(Observer):
             whole = float(summary.get("seconds", seconds))
             before = f" of {duration(whole)} in all" if round(whole) > round(seconds) else ""
             self.say(f"Finished {step:,} steps; this session took {duration(seconds)}{before}.")
-        loss = summary.get("eval/loss", self._validation.get("eval/loss"))
-        if loss is not None:
-            self.say(f"  validation loss  {loss:.4f} nats per token{_beside(loss, summary.get('baseline/trigram'))}")
+        last = {**self._evaluated, **summary}
+        if "eval/loss" in last:
+            self.say(f"  validation loss  {loss_text(last)}{beside(last)}")
         if self._picture is not None and self._picture.path is not None:
             self.say(f"  loss curves      {self._picture.path}")
         self.say(f"  run directory    {run.run_dir}")
@@ -149,99 +148,3 @@ class Console(Observer):
         if self._seconds_per_step is None or self._run is None:
             return None
         return self._seconds_per_step * max(0, self._run.total_steps - step)
-
-
-def step_line(metrics: Metrics, total_steps: int, seconds_left: float | None) -> str:
-    """One progress line; what was not measured is left out."""
-    width = len(f"{total_steps:,}")
-    parts = [f"step {int(metrics['step']):>{width},}/{total_steps:,}"]
-    if "loss/lm" in metrics:
-        parts.append(f"loss {metrics['loss/lm']:.4f}")
-    depths = [f"{metrics[key]:.4f}" for key in sorted(metrics) if key.startswith("loss/mtp_")]
-    if depths:
-        parts.append(f"mtp {' '.join(depths)}")
-    if "grad_norm" in metrics:
-        parts.append(f"grad {metrics['grad_norm']:#.3g}")
-    if "learning_rate" in metrics:
-        parts.append(f"lr {metrics['learning_rate']:.2e}")
-    if "tokens_per_second" in metrics:
-        parts.append(f"{_count(metrics['tokens_per_second'])} tok/s")
-    if seconds_left is not None:
-        parts.append(f"left {duration(seconds_left)}")
-    return "  ".join(parts)
-
-
-def evaluation_text(metrics: Metrics) -> str:
-    """What was measured, for a person: `validation loss 1.3381 nats per token`, and other evaluators' metrics by name."""
-    parts = [f"validation loss {metrics['eval/loss']:.4f} nats per token"] if "eval/loss" in metrics else []
-    known = ("step", "tokens", "eval/loss", "eval/bits_per_byte")
-    parts += [f"{name} {value:.4g}" for name, value in metrics.items() if name not in known and not name.startswith("seconds/")]
-    return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a person: 8.2s, 3m 05s, 2h 07m, 4d 03h."""
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
-
-
-def _beside(loss: float, trigram: float | None) -> str:
-    if trigram is None:
-        return ""
-    difference = trigram - loss
-    verdict = f"{difference:.4f} below" if difference > 0 else f"{-difference:.4f} above"
-    return f"; {verdict} a trigram count model's {trigram:.4f} on the same text"
-
-
-def _step_column(metrics: Metrics, run: RunInfo | None) -> str:
-    width = len(f"{run.total_steps:,}") if run else 1
-    return f"step {int(metrics['step']):>{width},}" + (f"/{run.total_steps:,}" if run else "")
-
-
-def _count(number: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:#.3g}".rstrip(".") + letter
-    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}".rstrip(".")
-
-
-def _recipe_lines(recipe: Mapping[str, Any]) -> list[str]:
-    """The recipe as `group  key=value key=value`, wrapped; unset (null) and empty values are left out."""
-    lines: list[str] = []
-    width = max((len(group) for group in recipe), default=0)
-    for group, value in recipe.items():
-        pairs = list(_pairs("", value)) if isinstance(value, Mapping) else [str(value)]
-        if pairs:
-            head = f"  {group:<{width}}  "
-            lines += textwrap.wrap(
-                " ".join(pairs),
-                _WIDTH,
-                initial_indent=head,
-                subsequent_indent=" " * len(head),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-    return lines
-
-
-def _pairs(prefix: str, values: Mapping[str, Any]) -> list[str]:
-    pairs: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            pairs += _pairs(f"{prefix}{key}.", value)
-        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-            pairs.append(f"{prefix}{key}=[{len(value)}]")  # rules, phases: the precision table and recipe.yaml show them
-        elif isinstance(value, list | tuple):
-            if value:
-                pairs.append(f"{prefix}{key}=[{','.join(map(str, value))}]")
-        elif value is not None and value != "":
-            pairs.append(f"{prefix}{key}={value}")
-    return pairs

@@ -26,6 +26,7 @@ REQUIRED = {  # keys without a default: null in the base, so that they too can b
     "model": ("pattern", "vocab_size", "hidden_size"),
     "optimizer": ("learning_rate",),
 }
+OPTIONAL_GROUPS = ("cluster",)  # of which a recipe need not choose a file, and the command line may
 MISSING = "???"
 
 
@@ -40,7 +41,8 @@ def base() -> dict[str, Any]:
 
 def store_base() -> None:
     """Makes the defaults known to Hydra, as the recipe `base`."""
-    ConfigStore.instance().store(name="base", node=base())
+    groups = [{group: None} for group in OPTIONAL_GROUPS]
+    ConfigStore.instance().store(name="base", node={"defaults": ["_self_", *groups], **base()})
 
 
 def plain_values(config: DictConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Literal
 from data.config import DataConfig
 from model.config import ModelConfig
 from model.precision.policy import Policy, PrecisionConfig
+from parallel.cluster import ClusterConfig
 from parallel.layout import ParallelConfig
 from train.duration import Duration
 from train.evaluation import EvaluationConfig
@@ -99,6 +100,8 @@ class Recipe:
     """What is measured beside the training loss."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """What is watched and drawn."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The hardware, for launching, planning and the MFU."""
 
     @property
     def tokens_per_step(self) -> int:

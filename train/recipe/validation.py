@@ -13,6 +13,7 @@ def validate(recipe: Recipe, world_size: int) -> None:
     recipe.data.validate()
     recipe.monitor.validate()
     recipe.evaluation.validate()
+    recipe.cluster.validate()
     _validate_train(recipe, world_size)
     _validate_phases(recipe)
     recipe.parallel.validate(world_size)

@@ -1,96 +1,21 @@
-"""Reports: the numbers behind the pictures, the page, the errors; and the comparison that ends in one."""
+"""Pictures, the page, and the command."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
+from tests.train.report.runs import make_run, png_size
 from train.arguments import key_values
 from train.report import __main__ as report
-from train.report import compare
-from train.report.drawing import Series, draw_losses, final, gap, smooth, spread
-from train.report.report import draw_loss_curve, load_run, write_report
-
-
-def make_run(directory: Path, steps: int = 60, factor: float = 1.0, recipe: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A synthetic run: losses fall from ln(256), an evaluation every 20 steps."""
-    directory.mkdir(parents=True)
-    lines = []
-    for step in range(1, steps + 1):
-        loss = factor * (1.3 + 4.2 * math.exp(-step / 8) + 0.02 * math.sin(step))
-        entry: dict[str, Any] = {
-            "step": step,
-            "tokens": 2048 * step,
-            "loss/lm": loss,
-            "loss/mtp_1": loss + 0.3,
-            "loss/mtp_2": loss + 0.6,
-            "grad_norm": 1.0 / step,
-            "learning_rate": 4e-3 * min(1.0, step / 10),
-            "tokens_per_second": 9000.0 + step,
-            "precision/share/nvfp4": 0.6,
-            "precision/share/bf16": 0.4,
-        }
-        if step % 20 == 0:
-            entry["eval/loss"] = loss + 0.05
-        lines.append(json.dumps({**entry, **changes}))
-    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    if recipe is not None:
-        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return directory
-
-
-# --- numbers
-
-
-def test_smooth_keeps_a_constant_and_a_slope_inside() -> None:
-    assert np.allclose(smooth(np.full(9, 2.5), 5), 2.5)
-    slope = np.arange(20.0)
-    smoothed = smooth(slope, 5)
-    assert np.allclose(smoothed[:-2], slope[:-2])  # symmetric windows, shrinking at the beginning
-    assert smoothed[-1] == np.mean([17.0, 18.0, 19.0])
-    assert smooth(np.array([7.0]), 5).tolist() == [7.0]
-
-
-def test_gap_uses_common_finite_steps_only() -> None:
-    reference = Series("a", [{"step": s, "loss/lm": 2.0} for s in (1, 2, 3, 4, 5)])
-    values = {2: 2.1, 4: 1.9, 5: math.nan, 8: 1.0}
-    run = Series("b", [{"step": s, "loss/lm": value} for s, value in values.items()])
-    steps, percent = gap(run, reference)
-    assert steps.tolist() == [2, 4]
-    assert np.allclose(percent, [5.0, -5.0])
-
-
-def test_final_is_the_mean_of_the_last_tenth() -> None:
-    assert final(np.arange(100.0)) == np.mean(np.arange(90, 100))
-    assert final(np.array([3.0, 1.0])) == 1.0
-
-
-@pytest.mark.parametrize("places", [[0.5], [0.0, 0.0, 0.0], [0.1, 0.5, 0.505, 0.51, 0.9], [0.97, 0.98, 1.0, 1.0], [0.3] * 6])
-def test_labels_keep_their_distance_order_and_frame(places: list[float]) -> None:
-    moved = spread(places, 0.06)
-    assert all(after - before >= 0.06 - 1e-9 for before, after in itertools.pairwise(moved))
-    assert moved[0] >= 0.0 and moved[-1] <= 1.0 + 1e-9
-    if len(places) == 1:
-        assert moved == places
-
-
-# --- pictures and the page
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+from train.report.curves import draw_losses
+from train.report.report import draw_loss_curve, write_report
+from train.report.series import Series
 
 
 def test_loss_curve_of_a_run(tmp_path: Path) -> None:
@@ -201,53 +126,3 @@ def test_wrong_arguments_are_one_sentence_and_status_2(
 
 def test_key_values_read_hydra_syntax() -> None:
     assert key_values(["runs=[a/b,c]", "to='x y'"], ("runs", "to")) == {"runs": ["a/b", "c"], "to": "x y"}
-
-
-def test_compare_trains_both_with_the_same_keys(tmp_path: Path) -> None:
-    to, runs = compare.commands([f"to={tmp_path}", "train.steps=7", "+data.x=1", "recipe=small"])
-    assert to == tmp_path and list(runs) == [tmp_path / "fp32", tmp_path / "nvfp4"]
-    fp32, nvfp4 = runs.values()
-    head = [sys.executable, "-m", "train", "-cn", "small"]
-    tail = ["train.steps=7", "+data.x=1"]
-    assert fp32 == [*head, f"run.dir={tmp_path}/fp32", "run.name=fp32", "precision=fp32", *tail]
-    assert nvfp4 == [*head, f"run.dir={tmp_path}/nvfp4", "run.name=nvfp4", *tail]
-
-
-@pytest.mark.parametrize("argument", ["run.dir=x", "precision=bf16", "train.steps=1,2", "nonsense"])
-def test_compare_refuses(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main([argument]) == 2
-    assert capsys.readouterr().err.startswith(f"error: '{argument}'")
-
-
-def test_compare_draws_both_or_reports_the_failed_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trained: list[str] = []
-
-    def train(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
-        assert not check
-        directory = Path(next(a for a in command if a.startswith("run.dir=")).removeprefix("run.dir="))
-        trained.append(directory.name)
-        if directory.name in failing:
-            return subprocess.CompletedProcess(command, 3)
-        if not directory.exists():
-            make_run(directory, factor=1.02 if directory.name == "nvfp4" else 1.0)
-        return subprocess.CompletedProcess(command, 0)
-
-    failing = {"nvfp4"}
-    monkeypatch.setattr(subprocess, "run", train)
-    assert compare.main([f"to={tmp_path}"]) == 3
-    assert "ended with status 3" in capsys.readouterr().err
-    failing.clear()
-    assert compare.main([f"to={tmp_path}"]) == 0
-    assert trained == ["fp32", "nvfp4", "fp32", "nvfp4"]
-    assert "+2.00%" in (tmp_path / "report" / "index.html").read_text()
-    assert str(tmp_path / "report" / "gap.png") in capsys.readouterr().out
-
-
-def test_load_run_reads_the_baseline(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    assert load_run(run).baseline is None
-    (run / "report").mkdir()
-    (run / "report" / "facts.json").write_text('{"baseline/trigram": 1.5}')
-    assert load_run(run).baseline == 1.5

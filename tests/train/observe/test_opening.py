@@ -1,0 +1,73 @@
+"""The observers together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.observe.examples import metrics_of, run_info
+from train.observe import MonitorConfig, Observer, Observers, open_observers
+
+
+def test_observers_pass_every_moment_in_order_and_keep_states() -> None:
+    heard: list[tuple[str, str]] = []
+
+    class First(Observer):
+        def on_step(self, metrics: Any) -> None:
+            heard.append((type(self).__name__, "step"))
+
+        def on_end(self, summary: Any) -> None:
+            heard.append((type(self).__name__, "end"))
+
+        def state(self) -> dict[str, Any]:
+            return {"of": type(self).__name__}
+
+        def load_state(self, state: Any) -> None:
+            heard.append((type(self).__name__, state.get("of", "nothing")))
+
+    class Second(First):
+        pass
+
+    both = Observers([First(), Second()])
+    both.on_step({"step": 1})
+    both.on_end({})
+    assert both.state() == {"First": {"of": "First"}, "Second": {"of": "Second"}}
+    both.load_state({"Second": {"of": "Second"}})
+    assert heard == [
+        ("First", "step"), ("Second", "step"), ("First", "end"), ("Second", "end"),
+        ("First", "nothing"), ("Second", "Second"),
+    ]  # fmt: skip
+
+
+def test_a_whole_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    observers = open_observers(MonitorConfig(wandb="disabled"))
+    observers.on_start(run_info(tmp_path))
+    for step in range(1, 11):
+        observers.on_step(metrics_of(step))
+    observers.on_evaluation({"step": 10, "tokens": 20480, "eval/loss": 1.8})
+    observers.on_end({"step": 10, "eval/loss": 1.8, "baseline/trigram": 1.9})
+    assert (tmp_path / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "report" / "loss.png") in capsys.readouterr().out
+    assert json.loads((tmp_path / "report" / "facts.json").read_text())["baseline/trigram"] == 1.9
+    assert not (tmp_path / "wandb").exists() and not (tmp_path / "wandb_id").exists()
+
+
+def test_a_run_without_a_logged_step_ends_without_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    observers = open_observers(MonitorConfig(wandb="disabled"))
+    observers.on_start(run_info(tmp_path))
+    observers.on_end({"step": 0})
+    output = capsys.readouterr().out
+    assert "The loss curves were not drawn" in output and f"run directory    {tmp_path}" in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [({"wandb": "on"}, "monitor.wandb='on'"), ({"wandb_project": " "}, "monitor.wandb_project"),
+     ({"wandb_timeout_seconds": 0}, "monitor.wandb_timeout_seconds=0")],
+)  # fmt: skip
+def test_monitor_config_refuses(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        MonitorConfig(**changes).validate()
