@@ -7,11 +7,12 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model.config import ModelConfig
-from model.precision.backend import Backend, choose
+from model.precision.backend import Backend
+from model.precision.backends.choice import choose
 from model.precision.backends.reference import Reference
 from model.precision.health import Health
-from model.precision.linear import Site, WeightCache
 from model.precision.policy import Policy
+from model.precision.site import Site, WeightCache
 from parallel.engine import ModelSizes
 from parallel.layout import Layout
 from parallel.megatron.config import transformer_config

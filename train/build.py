@@ -1,22 +1,21 @@
 """A recipe made real on this rank: process groups, data, model, engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data.text_data import TextData, open_data
 from model.context import ModelContext
+from model.count import linear_modules
 from model.hybrid import HybridModel
-from model.precision.backend import missing
+from model.precision.backends.choice import check
 from model.precision.health import Health
 from parallel import groups
 from parallel.engine import Engine
 from parallel.engines import open_engine
 from parallel.layout import Layout
 from train.optimizer import open_optimizer
-from train.precision_table import PrecisionTable
-from train.recipe.precision_checks import validate_transformer_engine
 from train.recipe.reading import RecipeError
 from train.recipe.tree import Recipe
 from train.step import BatchPlan
@@ -34,7 +33,6 @@ class Run:
     engine: Engine
     plan: BatchPlan
     run_dir: Path
-    tables: dict[float, PrecisionTable] = field(default_factory=dict)  # by the time from which each holds
 
     @property
     def sequence_length(self) -> int:
@@ -63,10 +61,12 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
     Raises ValueError, in one sentence, for what only shows when files are opened.
     """
     wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if (lacking := missing(recipe.precision.backend, torch.device(wanted))) is not None:
-        raise RecipeError(f"precision.backend={recipe.precision.backend} cannot run: {lacking}")
-    if recipe.precision.backend == "transformer_engine":
-        validate_transformer_engine(recipe)
+    precision, modules = recipe.precision, [module.name for module in linear_modules(recipe.model)]
+    formats = recipe.policy.ever(modules)
+    try:
+        check(precision.backend, torch.device(wanted), formats, compute=precision.compute, amax_scope=precision.amax_scope)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     if recipe.precision.compute == "bf16" and wanted == "cpu":
         raise RecipeError("precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32")
     data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 
 from data.documents import DataError
-from model.count import count, linear_modules, other_flops
+from model.count import count, linear_modules
 from model.hybrid import end_step
-from model.precision.backends.transformer_engine_layers import expressible
 from parallel import groups
 from parallel.layout import Layout
 from train.build import Run, build
@@ -27,7 +26,7 @@ from train.failures import Failures, RunFailed, failing_together
 from train.observe import Observers, RunInfo, open_observers
 from train.observe.redact import redacted, without_secrets
 from train.optimizer import learning_rate
-from train.precision_table import LinearRow, OtherRow, PrecisionTable, precision_table
+from train.precision_table import precision_tables, table_at
 from train.recipe.reading import RecipeError, plain
 from train.recipe.resume import lines
 from train.recipe.tree import Recipe
@@ -101,7 +100,10 @@ def _train(run: Run, directory: RunDirectory, observers: Observers, signals: Sto
     signals.only_remember()
     observers.load_state(state.get("observers", {}))
     utilisation = open_utilisation(recipe, layout.device, layout.world_size) if is_main else None
-    observers.on_start(_info(run, directory, step, [] if utilisation is None else [utilisation.line]))
+    tables = precision_tables(recipe)
+    observers.on_start(
+        _info(run, directory, step, table_at(tables, step / recipe.total_steps).text, [] if utilisation is None else [utilisation.line])
+    )
 
     last, save_every = recipe.last_step, recipe.save_every
     eval_every, log_every = recipe.train.eval_every, recipe.train.log_every
@@ -113,8 +115,8 @@ def _train(run: Run, directory: RunDirectory, observers: Observers, signals: Sto
     owed = bool(state.get("evaluation_owed", False))  # the run was stopped between this step and its evaluation
     while (step < last or owed) and not stop:
         if not owed:
-            table = _table(run, step)
-            formats_change = step > 0 and table is not _table(run, step - 1)
+            table = table_at(tables, step / recipe.total_steps)
+            formats_change = step > 0 and table is not table_at(tables, (step - 1) / recipe.total_steps)
             if formats_change:
                 observers.on_formats(step + 1, table.text)
             place.doing, place.step = "step", step + 1
@@ -232,11 +234,11 @@ def _at(recipe: Recipe, step: int) -> dict[str, int]:
     return {"step": step, "tokens": step * recipe.tokens_per_step}
 
 
-def _info(run: Run, directory: RunDirectory, step: int, hardware: list[str]) -> RunInfo:
+def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: list[str]) -> RunInfo:
     """What observers are told before the first step."""
     recipe, counted = run.recipe, count(run.recipe.model)
     changes = (f"changed since the run began: {line}" for line in lines(directory.changes))
-    description = (run.layout.describe(), *run.data.describe(), _backend(run, step), *hardware, *changes)
+    description = (run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
     return RunInfo(
         recipe=without_secrets(plain(recipe)),
         run_dir=run.run_dir,
@@ -247,7 +249,7 @@ def _info(run: Run, directory: RunDirectory, step: int, hardware: list[str]) -> 
         tokens_per_step=recipe.tokens_per_step,
         resumed=step > 0,
         description=tuple(redacted(line) for line in description),
-        precision_table=_table(run, step).text,
+        precision_table=table,
     )
 
 
@@ -263,33 +265,11 @@ def _restore(run: Run, checkpointer: Checkpointer) -> tuple[int, float, dict[str
     return 0, 0.0, {}
 
 
-def _table(run: Run, step: int) -> PrecisionTable:
-    """Which module runs which GEMM in which format at this step (from 0)."""
-    config, policy, recipe = run.recipe.model, run.context.policy, run.recipe
-    if not run.tables:
-        modules = linear_modules(config)
-        formats = {time: [tuple(str(f) for f in policy.formats(m.name, time)) for m in modules] for time in policy.times}
-        known = {name for rows in formats.values() for row in rows for name in row}
-        other = [
-            OtherRow(what, module, flops, "fp32" if what == "SSD" else recipe.precision.compute)
-            for what, module, flops in other_flops(config, recipe.train.sequence_length)
-        ]
-        for time, rows in formats.items():
-            linear = [LinearRow(m.name, m.flops, (row[0], row[1], row[2])) for m, row in zip(modules, rows, strict=True)]
-            run.tables[time] = precision_table(linear, other, known)
-    return run.tables[max(time for time in run.tables if time <= step / recipe.total_steps)]
-
-
-def _backend(run: Run, step: int) -> str:
+def _describe_backend(run: Run, step: int) -> str:
     """What computes NVFP4, for the head of the run."""
-    backend, policy, progress = run.context.backend, run.context.policy, step / run.recipe.total_steps
-    line = f"NVFP4 backend: {backend.name}"
-    if hasattr(backend, "layer"):
-        plain = [module.name for module in linear_modules(run.recipe.model) if not module.routed]
-        whole = sum(expressible(policy.formats(name, progress), name) for name in plain)
-        line += f"; {whole} of {len(plain)} linear modules by layers of its own, the others and routed experts operand by operand"
-        line += " (where MXFP8 is multiplied in bf16)"
-    return line
+    policy, progress = run.context.policy, step / run.recipe.total_steps
+    modules = linear_modules(run.recipe.model)
+    return run.context.backend.describe([(module.name, policy.formats(module.name, progress), module.routed) for module in modules])
 
 
 def _pace(run: Run, seconds: float, clock: Stopwatch) -> dict[str, float | int]:

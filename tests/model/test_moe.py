@@ -12,7 +12,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRout
 from model.config import ModelConfig
 from model.hybrid import HybridModel, end_step
 from model.moe import MoE, read_stamp, stamp
-from model.precision.linear import TokenKeys
+from model.precision.site import TokenKeys
 from model.router import Router
 from tests.model.build import CONFIG as DENSE
 from tests.model.build import disturb, microbatch, open_context
