@@ -213,6 +213,8 @@ def check(
         raise ValueError(f"NVFP4 quantises matrices with an even number of columns, not a tensor of shape {list(x.shape)}")
     if scaling == "2d" and (x.shape[0] % BLOCK or x.shape[1] % BLOCK):
         raise ValueError(f"2D scaling needs both dimensions to be multiples of 16, not {list(x.shape)}: use 1d scaling")
+    if scaling == "2d" and (hadamard or random_bits is not None):
+        raise ValueError("2D scaling is for weights only: not with the Hadamard transform or random bits")
     if clipping != "saturate" and (hadamard or random_bits is not None):
         raise ValueError(f"clipping={clipping} is for forward operands only: not with the Hadamard transform or random bits")
     if row_scaled and (hadamard or random_bits is not None or scaling == "2d"):
