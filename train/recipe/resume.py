@@ -6,7 +6,7 @@ from typing import Any
 
 from train.duration import Duration
 from train.observe.redact import without_secrets
-from train.recipe.reading import RecipeError, flatten, plain
+from train.recipe.reading import RecipeError, flatten, plain, read
 from train.recipe.tree import Recipe
 
 # Keys a resumed run may change; everything else describes the computation that is being continued.
@@ -28,7 +28,8 @@ DURATIONS = ("optimizer.warmup", "optimizer.decay", "checkpoint.every", "run.sto
 
 def changed_keys(stored: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Lines `key: old -> new` of what a resume changes. Raises RecipeError for a key that must stay as the run began."""
-    old, new = dict(flatten(stored)), dict(flatten(without_secrets(plain(recipe))))  # as it was stored
+    # A key that the stored recipe does not know has had its default; secrets were not stored.
+    old, new = (dict(flatten(without_secrets(plain(which)))) for which in (read(Recipe, stored), recipe))
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
