@@ -19,7 +19,7 @@ import yaml
 from data.documents import DataError
 from data.text_data import TextData
 from model.count import count, linear_modules
-from model.hybrid import end_step
+from model.hybrid import change_weights, end_step
 from parallel import groups
 from train.build import Run, build
 from train.checkpoint.checkpointer import Checkpointer, load_weights
@@ -59,6 +59,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         micro_batch_size=recipe.micro_batch_size,
         learning_rate=rate,
     )
+    if result.taken and change_weights(run.chunks, step, progress):
+        run.engine.reload_masters()
     moe = end_step(run.chunks, update=result.taken)
     means = losses.means().tolist()
     metrics = {"loss/lm": means[0]}
