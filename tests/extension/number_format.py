@@ -1,6 +1,6 @@
 """A number format with a rounding of its own: eighths of each row's largest magnitude, dithered by the token's random bytes in the backward pass.
 
-    value = round(x * 8 / amax + dither) * amax / 8            dither: 0 in fprop, uniform in (-1/2, 1/2) for dy
+value = round(x * 8 / amax + dither) * amax / 8            dither: 0 in fprop, uniform in (-1/2, 1/2) for dy
 """
 
 from dataclasses import dataclass
