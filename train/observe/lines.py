@@ -9,6 +9,7 @@ from typing import Any
 from train.observe.base import Metrics, RunInfo
 
 _WIDTH = 118  # columns of the header
+_DATA_WAIT = 0.05  # of a step: a smaller wait for data is not worth a word
 
 
 def step_line(metrics: Metrics, total_steps: int, seconds_left: float | None) -> str:
@@ -28,6 +29,8 @@ def step_line(metrics: Metrics, total_steps: int, seconds_left: float | None) ->
         parts.append(f"{count(metrics['tokens_per_second'])} tok/s")
     if "mfu" in metrics:
         parts.append(f"mfu {metrics['mfu']:.1%}")
+    if metrics.get("seconds/data", 0.0) >= _DATA_WAIT * metrics.get("step_seconds", 0.0) > 0:
+        parts.append(f"data wait {metrics['seconds/data'] / metrics['step_seconds']:.0%}")
     if seconds_left is not None:
         parts.append(f"left {duration(seconds_left)}")
     return "  ".join(parts)
@@ -52,8 +55,9 @@ def evaluation_line(metrics: Metrics, run: RunInfo | None) -> str:
     parts = [step_column(metrics, run)]
     if "eval/loss" in metrics:
         parts.append(f"validation loss {loss_text(metrics)}")
-    shown = ("step", "tokens", "eval/loss", "eval/bits_per_byte")
-    parts += [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in metrics.items() if key not in shown]
+    known = ("step", "tokens", "eval/loss", "eval/bits_per_byte")
+    others = {key: value for key, value in metrics.items() if key not in known and not key.startswith("seconds/")}
+    parts += [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in others.items()]
     return "  ".join(parts)
 
 
