@@ -20,7 +20,7 @@ PHASES = {
 }
 # measured now and then; their seconds are spread over all steps
 BESIDE = {"evaluation": ("evaluation", "#CC79A7"), "checkpoint": ("checkpoints", "#E69F00")}
-_NARROW = 0.07  # of the longest bar: parts below this have no room for their number
+_NARROW = 0.035  # of the longest bar: parts below this have no room for their number
 
 
 def phases(run: Series) -> dict[str, float]:
@@ -62,7 +62,7 @@ def draw_phases(runs: Sequence[Series], path: Path) -> Path:
         axes.set_yticks(rows, [run.name for run, _ in shown])
         axes.invert_yaxis()
         axes.grid(False, axis="y")
-        axes.set_xlim(0.0, longest * size)
+        axes.set_xlim(0.0, 1.02 * longest * size)
         axes.set_xlabel(f"{unit} a step: medians of the logged steps; evaluations and checkpoints spread over all steps")
         axes.set_title("Where the time of a step goes", pad=52)
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, borderaxespad=0.2)

@@ -50,8 +50,7 @@ def test_report_of_three_runs_is_one_self_contained_page(tmp_path: Path) -> None
         and "reference" in rest
         and "1,234,567" in rest
         and f"1.9102 ({1.9102 / math.log(2):.4f} bits)" in rest
-       
-    assert "17.0%" in rest
+        and "17.0%" in rest
     )
     assert "&lt;short&gt;" in rest and "<short>" not in rest
     assert "precision.default" in rest and "run.seed" not in rest  # only what differs
