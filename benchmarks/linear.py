@@ -14,9 +14,10 @@ from torch import Tensor
 
 from benchmarks.arguments import main
 from benchmarks.timing import machine, medians, save, table
-from model.precision.backend import Packed, choose
-from model.precision.formats import Format
-from model.precision.linear import Site, TokenKeys, linear
+from model.precision.backends.choice import choose
+from model.precision.formats.nvfp4 import NVFP4
+from model.precision.linear import linear
+from model.precision.site import Site, TokenKeys
 
 MICROBATCHES = 4
 
@@ -44,8 +45,7 @@ def step(
         while not hasattr(context, "call"):  # behind a view
             context = context.next_functions[0][0]
         whole = sum(t.nbytes for t in context.saved_tensors if t.data_ptr() != w.data_ptr())
-        operand = context.kept.kept if context.kept is not None else None
-        return whole + (operand.codes.nbytes + operand.scales.nbytes if isinstance(operand, Packed) else 0)
+        return whole + context.kept.nbytes
 
     return run, kept
 
@@ -75,7 +75,7 @@ def run(sizes: list[int], rounds: int, device: str, to: str) -> None:
         raise ValueError(f"sizes={wrong} must be multiples of 16")
     where = torch.device(device)
     dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
-    nvfp4 = (Format("nvfp4"),) * 3
+    nvfp4 = (NVFP4(),) * 3
     name = str(dtype).removeprefix("torch.")
     results: dict[str, Any] = {"machine": machine(where), "sizes": {}}
     print(f"Linear layer, forward + backward, {results['machine']}; medians of {rounds} alternating rounds\n")

@@ -23,8 +23,11 @@ from torch import Tensor
 from benchmarks.arguments import main
 from benchmarks.timing import machine, medians, save, table
 from model.precision import nvfp4
-from model.precision.backend import Backend, Packed, Rows, choose
+from model.precision.backend import Backend
+from model.precision.backends.choice import choose
 from model.precision.backends.reference import Reference
+from model.precision.hadamard import FIXED
+from model.precision.operand import Encoding, Packed, Rows
 from model.precision.philox import Stream, stream_key
 
 LAYERS = {  # tokens x features
@@ -43,13 +46,13 @@ def ours(backend: Backend, x: Tensor) -> dict[str, Call]:
     index = torch.arange(len(x), device=x.device)
     stream = Stream(stream_key(1, "benchmark", "dy_t"), index, index % 128, 1)
 
-    def columns() -> Any:
-        return backend.quantize_columns(x, backend.amax(x, rows, hadamard=True), rows, hadamard=True, stream=stream, packed=True)
+    def quantise(encoding: Encoding) -> Call:
+        return lambda: backend.quantize(x, backend.amax(x, rows, encoding), rows, encoding, packed=True)
 
     return {
-        "1D": lambda: backend.quantize_rows(x, backend.amax(x, rows), rows, packed=True),
-        "2D": lambda: backend.quantize_rows(x, backend.amax(x, rows), rows, tiles=True, packed=True),
-        "RHT+SR": columns,
+        "1D": quantise(Encoding("rows")),
+        "2D": quantise(Encoding("tiles")),
+        "RHT+SR": quantise(Encoding("columns", stream, FIXED)),
     }
 
 

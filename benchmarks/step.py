@@ -22,7 +22,7 @@ import torch
 from benchmarks.arguments import main
 from benchmarks.timing import machine, save, table
 from model.precision.backends.cpu import compile_all
-from parallel import layout
+from parallel import groups
 from train.build import Run, build
 from train.loop import train_step
 from train.recipe.load import RECIPES, load_recipe
@@ -48,7 +48,7 @@ def memory(recipe: str, precision: str) -> tuple[int, int]:
         before = psutil.Process().memory_info().rss
         for step in range(2):
             train_step(run, step)
-        layout.shutdown()
+        groups.shutdown()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), 0
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -64,7 +64,7 @@ def some_steps(recipe: str, precision: str) -> list[float]:
             begin = time.perf_counter()
             train_step(run, step)  # its metrics are numbers: nothing is left in flight
             seconds.append(time.perf_counter() - begin)
-        layout.shutdown()
+        groups.shutdown()
     return seconds[1:]
 
 

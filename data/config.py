@@ -6,13 +6,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """kind: bytes (257 ids: 256 bytes and end of document); file: a Hugging Face tokenizer.json at `path`, whose end-of-document token is
-    named by `end_of_document`; bpe: `vocab_size` byte-level merges trained on the sources of the first phase."""
+    """The recipe's `data.tokenizer` group."""
 
     kind: Literal["bytes", "file", "bpe"] = "bytes"
+    """bytes: 257 ids, 256 bytes and end of document; file: a Hugging Face tokenizer.json; bpe: byte-level merges trained on the sources of the
+    first phase."""
     path: str | None = None
+    """Of the tokenizer.json of kind file."""
     vocab_size: int | None = None
+    """Ids of kind bpe, at least 258."""
     end_of_document: str = "<|endoftext|>"
+    """The token of kind file that ends a document."""
 
     def known_vocab_size(self) -> int | None:
         """Number of ids where it is known without opening a file."""
@@ -21,34 +25,43 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """path: a text file (.txt, .md, .py, ...), .jsonl, either gzipped (.gz) or zstandard (.zst), a directory, a glob, a prefix of Megatron's
-    .bin/.idx pair, `corpus:austen` or `corpus:jargon` (shipped), or `stdlib` (the running Python's standard library). weight: share of the
-    blend, relative to the others. text_key: of a JSONL line."""
+    """One source of a blend."""
 
     path: str
+    """A text file (.txt, .md, .py, ...), .jsonl, either of them .gz or .zst, a directory, a glob, a prefix of Megatron's .bin/.idx pair,
+    corpus:austen or corpus:jargon (shipped), or stdlib (the running Python's standard library)."""
     weight: float = 1.0
+    """Share of the blend, relative to the other sources."""
     text_key: str = "text"
+    """Where the text stands in a JSONL line."""
 
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """A stretch of the run with a blend of its own. tokens: how long; null: until the end (the last phase only)."""
+    """A stretch of the run with a blend of its own."""
 
     blend: tuple[SourceConfig, ...]
+    """The sources that are mixed, sample by sample."""
     tokens: int | None = None
+    """Length of the phase in tokens; null: until the end of the run (the last phase only)."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """validation: tail (the last part of every document) or documents (whole documents, chosen by the seed). reset_at_document: neither
-    state, convolution nor attention crosses a document boundary inside a sequence. cache: directory for tokenised text."""
+    """The recipe's `data` group."""
 
     phases: tuple[PhaseConfig, ...] = ()
+    """Stretches of the run, one after the other, each with a blend of its own; at least one."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """From text to tokens."""
     validation: Literal["tail", "documents"] = "tail"
+    """What is held out: tail, the last part of every document; documents, whole documents, chosen by the seed."""
     validation_fraction: float = 0.05
+    """Share of the text that is held out; 0: none."""
     reset_at_document: bool = False
+    """Whether state, convolution and attention stop at a document's end inside a sequence."""
     cache: str = ".cache/data"
+    """Directory for tokenised text, which several runs share."""
 
     def validate(self) -> None:
         """Raises ValueError, in one sentence naming the key."""

@@ -23,15 +23,20 @@ import model.linear
 import model.moe
 from model.precision import hadamard as rht
 from model.precision import mxfp8, nvfp4, philox
-from model.precision.backend import Rows, pad_rows, per_row
 from model.precision.backends.reference import Reference
-from model.precision.formats import FP32, MXFP8, Format, NVFP4Options
-from model.precision.linear import Site, TokenKeys, grouped_linear, linear
-from parallel import layout as layouts
+from model.precision.formats.base import Format
+from model.precision.formats.fp32 import FP32
+from model.precision.formats.mxfp8 import MXFP8
+from model.precision.formats.nvfp4 import NVFP4, NVFP4Options
+from model.precision.linear import grouped_linear, linear
+from model.precision.operand import Encoding, Rows, pad_rows, per_row
+from model.precision.site import Site, TokenKeys
+from parallel import groups
+from parallel.layout import world_size
 from train.arguments import key_values
 from train.build import build
+from train.checkpoint.checkpointer import load_weights
 from train.checkpoint.reader import open_checkpoint
-from train.checkpoint.run import load_weights
 from train.recipe.load import read_recipe
 from train.report import drawing as pictures
 from train.run_directory import stored_recipe
@@ -125,8 +130,8 @@ def recording() -> Iterator[dict[str, Seen]]:
 def capture(path: str) -> dict[str, Seen]:
     """What the linear layers of a checkpoint see in one training microbatch; weights are not changed."""
     checkpoint = open_checkpoint(path)
-    run = build(read_recipe(stored_recipe(checkpoint), layouts.world_size()))
-    load_weights(checkpoint, run.model)
+    run = build(read_recipe(stored_recipe(checkpoint), world_size()))
+    load_weights(checkpoint, run.chunks)
     recipe = run.recipe
     step = min(checkpoint.step, recipe.total_steps - 1)
     batch = run.data.batch(run.plan.samples(step)[0], step)
@@ -151,12 +156,12 @@ def capture(path: str) -> dict[str, Seen]:
 
 
 def along_rows(x: Tensor, rows: Rows, **options: Any) -> Tensor:
-    """x [rows, features] in NVFP4 with blocks along features, back in fp32. options: of `Backend.quantize_rows`, and row_scaled."""
-    row_scaled = options.pop("row_scaled", False)
-    amax = x.abs().amax(-1, keepdim=True) if row_scaled else BACKEND.amax(x, rows)
-    products = BACKEND.quantize_rows(x, amax, rows, **options)
+    """x [rows, features] in NVFP4 with blocks along features, or in tiles, back in fp32. options: of `Encoding`."""
+    encoding = Encoding(**options)
+    amax = BACKEND.amax(x, rows, encoding)
+    products = BACKEND.quantize(x, amax, rows, encoding)
     assert isinstance(products, Tensor)
-    return products * (amax if row_scaled else per_row(amax, rows)) / (nvfp4.MAX_CODE * options.get("bound", 448.0))
+    return products * (amax if encoding.row_scaled else per_row(amax, rows)) / (nvfp4.MAX_CODE * encoding.bound)
 
 
 def along_columns(x: Tensor, rows: Rows, *, hadamard: bool, stream: philox.Stream | None = None) -> tuple[Tensor, Tensor]:
@@ -164,10 +169,11 @@ def along_columns(x: Tensor, rows: Rows, *, hadamard: bool, stream: philox.Strea
     exact = pad_rows(x, rows)
     if hadamard:
         exact = rht.rotate(exact.T).T
-    amax = BACKEND.amax(x, rows, hadamard=hadamard)
-    products = BACKEND.quantize_columns(x, amax, rows, hadamard=hadamard, stream=stream)
+    encoding = Encoding("columns", stream, rht.FIXED if hadamard else None)
+    amax = BACKEND.amax(x, rows, encoding)
+    products = BACKEND.quantize(x, amax, rows, encoding)
     assert isinstance(products, Tensor)
-    return exact, products * per_row(amax, rows.padded(nvfp4.BLOCK)) / 2688
+    return exact, products * per_row(amax, encoding.stored(rows)) / 2688
 
 
 def sqnr(exact: Tensor, quantised: Tensor) -> float:
@@ -180,7 +186,7 @@ def relative(exact: Tensor, value: Tensor) -> float:
 
 
 def nvfp4_format(**options: Any) -> Format:
-    return Format("nvfp4", NVFP4Options(**options))
+    return NVFP4(NVFP4Options(**options))
 
 
 def gemms(seen: Seen, form: Format) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,7 +299,7 @@ def draw_hadamard(seen: Seen, path: Path) -> None:
     def at(t: Tensor) -> Tensor:
         return t[feature, group]
 
-    back = at(value_rotated) @ rht.rotation().T  # orthogonal: the transpose undoes it
+    back = at(value_rotated) @ rht.FIXED.matrix().T  # orthogonal: the transpose undoes it
     small = torch.arange(16) != at(exact).abs().argmax()
     print(f"\nHadamard: {SHOWN}, x along tokens, feature {feature}, tokens {16 * group} to {16 * group + 15} (largest crest factor of all)")
     say("crest factor (largest / rms; 4 is the most 16 elements can have), before, after", at(crest), at(crest_rotated))
@@ -462,7 +468,7 @@ def _errors(seen: Seen) -> dict[str, dict[str, float]]:
         },
         "W": {
             "1 × 16": sqnr(w, along_rows(w, seen.weight_rows)),
-            "16 × 16": sqnr(w, along_rows(w, seen.weight_rows, tiles=True)),
+            "16 × 16": sqnr(w, along_rows(w, seen.weight_rows, along="tiles")),
             "MXFP8": eight(w),
         },
         "dy": {
@@ -489,7 +495,7 @@ def draw_errors(seen: dict[str, Seen], path: Path) -> None:
         one, w = seen[name], seen[name].weight.flatten(0, 1)
         results = (
             (along_rows(one.x, one.rows), one.x),
-            (along_rows(w, one.weight_rows, tiles=True), w),
+            (along_rows(w, one.weight_rows, along="tiles"), w),
             (along_rows(one.dy, one.rows), one.dy),
         )
         say(f"  {name}", *(100 * ((value == 0) & (exact != 0)).float().mean() for value, exact in results))
@@ -598,7 +604,7 @@ def print_exactness(seen: Seen) -> None:
     """code * scale is exact in bf16; a rounded, fully dequantised operand is not the same GEMM."""
     x, w, rows = seen.x, seen.weight[0], seen.rows
     ax, aw = BACKEND.amax(x, rows), BACKEND.amax(w, seen.weight_rows)
-    px, pw = BACKEND.quantize_rows(x, ax, rows), BACKEND.quantize_rows(w, aw, seen.weight_rows, tiles=True)
+    px, pw = BACKEND.quantize_rows(x, ax, rows), BACKEND.quantize_rows(w, aw, seen.weight_rows, along="tiles")
     assert isinstance(px, Tensor) and isinstance(pw, Tensor)
     alpha = ax * aw / 2688**2
     truth = (px.double() @ pw.double().T) * alpha.double()
@@ -624,7 +630,7 @@ def print_options(seen: dict[str, Seen]) -> None:
     for name in LAYERS:
         one, w = seen[name], seen[name].weight.flatten(0, 1)
         say(f"x of {name}", *(sqnr(one.x, along_rows(one.x, one.rows, **way)) for way in (*ways, {"row_scaled": True})))
-        say(f"W of {name}", *(sqnr(w, along_rows(w, one.weight_rows, tiles=True, **way)) for way in ways))
+        say(f"W of {name}", *(sqnr(w, along_rows(w, one.weight_rows, along="tiles", **way)) for way in ways))
 
 
 def print_layouts(seen: dict[str, Seen]) -> None:
@@ -632,9 +638,9 @@ def print_layouts(seen: dict[str, Seen]) -> None:
     print("\nLayouts: elements whose quantised value differs, %")
     one = seen[SHOWN]
     w = one.weight[0]
-    whole = along_rows(w, one.weight_rows, tiles=True)
+    whole = along_rows(w, one.weight_rows, along="tiles")
     half = w.shape[0] // 32 * 16
-    shards = [along_rows(part.contiguous(), Rows((len(part),)), tiles=True) for part in (w[:half], w[half:])]
+    shards = [along_rows(part.contiguous(), Rows((len(part),)), along="tiles") for part in (w[:half], w[half:])]
     say("W cut in two by output features, each with its own amax", 100 * (torch.cat(shards) != whole).float().mean())
     say("  SQNR in dB: whole, cut", sqnr(w, whole), sqnr(w, torch.cat(shards)))
     expert = seen["layers.1.mixer.experts.up_proj"]
@@ -670,7 +676,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        layouts.shutdown()
+        groups.shutdown()
     to = Path(str(values.get("to", "docs/nvfp4")))
     one = seen[SHOWN]
     with plt.rc_context(pictures.STYLE):

@@ -3,18 +3,30 @@
     python -m launch.local ranks=2 -cn tiny parallel.tensor=2
 
 is `torchrun --standalone --nproc-per-node 2 -m train -cn tiny parallel.tensor=2`, with one CPU thread per rank unless OMP_NUM_THREADS says
-otherwise. ranks: default one per GPU, or 1. Everything else is passed on to `python -m train`.
+otherwise, but the recipe is validated for that many ranks before any of them starts, and a rank that ends badly is one sentence instead of the
+launcher's traceback. ranks: default one per GPU, or 1. Everything else is passed on to `python -m train`.
+
+The exit status is that of the rank that failed first, 128 + the signal where a signal ended it, or 2 where the recipe is wrong.
 """
 
+import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from train.recipe.cli import main as with_recipe
+from train.recipe.tree import Recipe
+from train.refusal import REFUSED, refuse
 
 
-def command(arguments: Sequence[str]) -> list[str]:
-    """The torchrun command line. Raises ValueError, in one sentence, for a number of ranks that cannot be."""
+def split(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """The number of ranks, and the arguments of `python -m train`. Raises ValueError, in one sentence, for a number that cannot be."""
     given = [argument for argument in arguments if argument.startswith("ranks=")]
     rest = [argument for argument in arguments if not argument.startswith("ranks=")]
     ranks = given[-1].removeprefix("ranks=") if given else str(max(torch.cuda.device_count(), 1))
@@ -22,18 +34,50 @@ def command(arguments: Sequence[str]) -> list[str]:
         raise ValueError(f"ranks={ranks} is no number of ranks: use for instance ranks=2")
     if torch.cuda.is_available() and int(ranks) > torch.cuda.device_count():
         raise ValueError(f"ranks={ranks} exceeds the {torch.cuda.device_count()} GPUs of this machine: use one rank per GPU")
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m", "train", *rest]
+    if {"-m", "--multirun"} & set(rest):
+        raise ValueError("-m is a sweep, whose jobs run one after the other on one rank each: use python -m train -m")
+    return int(ranks), rest
+
+
+def command(ranks: int, arguments: Sequence[str]) -> list[str]:
+    """Of torchrun."""
+    return ["--standalone", "--nproc-per-node", str(ranks), "-m", "train", *arguments]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Replaces this process by torchrun; exit status 2 for wrong arguments."""
+    """Validates the recipe, starts the ranks and waits for them; returns the exit status."""
     try:
-        line = command(arguments)
+        ranks, rest = split(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
+    validated: list[Recipe] = []
+
+    def note(recipe: Recipe) -> int:
+        validated.append(recipe)
+        return 0
+
+    status = with_recipe(note, "launch.local", rest, ranks=ranks)
+    return _start(command(ranks, rest)) if validated else status
+
+
+def _start(line: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.execv(line[0], line)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say of a failed rank follows below, shorter
+    try:
+        torchrun.run(torchrun.parse_args(line))
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode != REFUSED:  # then a sentence has been said
+            how = (
+                f"was ended by {signal.Signals(-failure.exitcode).name}"
+                if failure.exitcode < 0
+                else f"ended with status {failure.exitcode}"
+            )
+            print(f"error: rank {rank} {how}, and with it the others: what it said stands above", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return 0
 
 
 if __name__ == "__main__":

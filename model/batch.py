@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from model.precision.linear import TokenKeys
+from model.precision.site import TokenKeys
 from parallel.layout import Layout
 
 

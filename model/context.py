@@ -7,13 +7,15 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model.config import ModelConfig
-from model.precision.backend import Backend, choose
+from model.precision.backend import Backend
+from model.precision.backends.choice import choose
 from model.precision.backends.reference import Reference
 from model.precision.health import Health
-from model.precision.linear import Site, WeightCache
 from model.precision.policy import Policy
+from model.precision.site import Site, WeightCache
+from parallel.engine import ModelSizes
 from parallel.layout import Layout
-from parallel.megatron import transformer_config
+from parallel.megatron.config import transformer_config
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class LinearUse:
 class ModelContext:
     """config, layout, policy: see there. seed: of the run. device: where parameters live (`meta`: only counted).
 
-    global_batch_size: sequences, which normalise the sequence-level auxiliary loss. linears: filled by the layers as
-    they are built. backend, weights, health: of every linear layer's numerics; `weights` is cleared whenever weights have changed.
+    global_batch_size: sequences, which normalise the sequence-level auxiliary loss. sizes: for the engine. megatron: for what layers take
+    from Megatron. linears: filled by the layers as they are built. backend, weights, health: of every linear layer's numerics; `weights` is
+    cleared whenever weights have changed.
     """
 
     config: ModelConfig
@@ -39,6 +42,7 @@ class ModelContext:
     params_dtype: torch.dtype
     device: torch.device
     global_batch_size: int = 1
+    sizes: ModelSizes = field(init=False)
     megatron: TransformerConfig = field(init=False)
     linears: list[LinearUse] = field(default_factory=list)
     backend: Backend = field(init=False)
@@ -48,15 +52,15 @@ class ModelContext:
     def __post_init__(self) -> None:
         config = self.config
         self.backend = choose(self.policy.config.backend, self.device) if self.device.type != "meta" else Reference()
-        self.megatron = transformer_config(
-            parallel=self.layout.config,
-            params_dtype=self.params_dtype,
+        self.sizes = ModelSizes(
+            self.params_dtype,
+            config.hidden_size,
             layers=len(config.layers),
-            hidden_size=config.hidden_size,
             attention_heads=config.attention_heads or 1,
             experts=config.experts if "E" in config.pattern else None,
             top_k=config.top_k or 1,
         )
+        self.megatron = transformer_config(self.layout.config, self.sizes)
 
     @property
     def amax_group(self) -> torch.distributed.ProcessGroup | None:

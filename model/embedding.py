@@ -42,8 +42,7 @@ class _Lookup(torch.autograd.Function):
 class Embedding(nn.Module):
     """Rows of the vocabulary split over the tensor group."""
 
-    def __init__(self, context: ModelContext, *, copy: bool = False):
-        """copy: this is the last stage's second copy, whose gradient norm the first stage already counts."""
+    def __init__(self, context: ModelContext):
         super().__init__()
         self.context = context
         config, layout = context.config, context.layout
@@ -53,8 +52,6 @@ class Embedding(nn.Module):
             [Section("embeddings.weight", config.vocab_size)], (config.hidden_size,), layout.tensor_rank, layout.tensor_size
         )
         self.weight = sharded_parameter(context, shape, pieces, init.normal(config.init_std), "rows")
-        if copy:
-            self.weight.shared = True  # type: ignore[attr-defined]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [batch, sequence] -> [sequence, batch, hidden], or this rank's part of the sequence."""

@@ -1,12 +1,12 @@
 """The hybrid model: embedding, a stack of layers by pattern, head, and multi-token prediction; one pipeline stage of it per rank."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from model.linear import Linear
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 from model.router import Router
+from parallel.stage import Stage
 
 
 def stage_layers(layers: int, stages: int) -> list[range]:
@@ -27,7 +28,7 @@ def stage_layers(layers: int, stages: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(bounds)]
 
 
-class HybridModel(nn.Module):
+class HybridModel(Stage):
     """This rank's pipeline stage.
 
     The first stage holds the embedding; the last one the final norm, the head and the MTP blocks, and, when it is another stage, a second
@@ -38,21 +39,14 @@ class HybridModel(nn.Module):
         super().__init__()
         config, layout = context.config, context.layout
         self.context = context
-        self.model_type = ModelType.encoder_or_decoder  # Megatron: one input, one output per stage
-        self.config = context.megatron  # where Megatron's schedules and DDP look for it
-        self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
+        self.is_first, self.is_last = layout.is_first_stage, layout.is_last_stage
         self.depths = config.mtp_depths
-        self.input_tensor: Tensor | None = None
         self.embeddings: Embedding | None = None
-        # Megatron sums the gradients of both copies over the embedding group when it finds this attribute set.
-        self.share_embeddings_and_output_weights = self.depths > 0 and layout.pipeline_size > 1
-        if self.pre_process or (self.post_process and self.depths):
-            self.embeddings = Embedding(context, copy=not self.pre_process)
-            if self.share_embeddings_and_output_weights:
-                self.embeddings.weight.shared_embedding = True  # type: ignore[attr-defined]
+        if self.is_first or (self.is_last and self.depths):
+            self.embeddings = Embedding(context)
         mine = stage_layers(len(config.layers), layout.pipeline_size)[layout.pipeline_rank]
         self.layers = nn.ModuleDict({str(i): Layer(context, f"layers.{i}", config.layers[i]) for i in mine})
-        if self.post_process:
+        if self.is_last:
             self.norm_f = RMSNorm(context, "norm_f")
             self.lm_head = Linear(
                 context,
@@ -65,21 +59,18 @@ class HybridModel(nn.Module):
             )
             self.mtp = nn.ModuleList(MTPBlock(context, f"mtp.layers.{i}", config.parsed.mtp[i]) for i in range(config.mtp_blocks))
 
-    def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """Megatron's name for what is duplicated on the first and the last stage."""
-        return None if self.embeddings is None else self.embeddings.weight
+    @property
+    def shared_weight(self) -> nn.Parameter | None:
+        copied = self.depths > 0 and self.context.layout.pipeline_size > 1
+        return self.embeddings.weight if copied and self.embeddings is not None else None
 
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
-        """Megatron's schedules hand over what the previous stage sent, [sequence, batch, hidden]."""
-        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-
-    def _stack(self, microbatch: Microbatch) -> Tensor:
-        if self.pre_process:
+    def _stack(self, microbatch: Microbatch, input: Tensor | None) -> Tensor:
+        if self.is_first:
             assert self.embeddings is not None
             x = self.embeddings(microbatch.tokens[0])
         else:
-            assert self.input_tensor is not None
-            x = self.input_tensor
+            assert input is not None
+            x = input
         health = self.context.health
         first = int(microbatch.own_positions(self.context.layout)[0]) if health.active else 0
         for index, layer in self.layers.items():
@@ -87,11 +78,11 @@ class HybridModel(nn.Module):
             health.residual(f"layers.{index}", x, first)
         return x
 
-    def forward(self, microbatch: Microbatch) -> Tensor:
+    def forward(self, microbatch: Microbatch, input: Tensor | None = None) -> Tensor:
         """The last stage: fp32 [1 + depths], the summed losses of the LM head and each MTP depth over their valid targets
         (zeros for the depths outside training); other stages: the hidden states, [sequence, batch, hidden]."""
-        x = self._stack(microbatch)
-        if not self.post_process:
+        x = self._stack(microbatch, input)
+        if not self.is_last:
             return x
         hidden = self.norm_f(x)
         losses = [self._loss(hidden, microbatch, 0)]
@@ -114,7 +105,7 @@ class HybridModel(nn.Module):
 
     def logits(self, microbatch: Microbatch) -> list[Tensor]:
         """Whole-vocabulary logits of the LM head and of every MTP depth, each [batch, sequence, vocabulary]; one pipeline stage only."""
-        hidden = self.norm_f(self._stack(microbatch))
+        hidden = self.norm_f(self._stack(microbatch, None))
         states = [hidden]
         for depth in range(1, self.depths + 1):
             states.append(self._mtp(states[-1], microbatch, depth))
@@ -123,40 +114,38 @@ class HybridModel(nn.Module):
             heads = [mappings.gather_from_tensor_model_parallel_region(logits) for logits in heads]
         return [logits.transpose(0, 1) for logits in heads]
 
-    # -- mixture of experts, once per optimizer step -----------------------------------------------------------------------------------
-
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    @torch.no_grad()
-    def end_step(self, *, update: bool = True) -> dict[str, float]:
-        """Moves every expert bias by the load of the step just taken, and forgets it, and the quantised weights of before the step.
 
-        Collective; the same result on every rank. update: False when the step was not taken. Returns moe/aux_loss (as added to the loss)
-        and moe/max_violation (largest load over mean load, of the worst layer); nothing without MoE layers.
-        """
-        self.context.weights.clear()
-        if "E" not in self.context.config.pattern:
-            return {}
-        layout, routers = self.context.layout, self.routers()
-        device = self.context.device
-        violation = torch.zeros((), device=device)
-        aux = torch.zeros((), device=device)
-        if routers:
-            load = torch.stack([router.load for router in routers])
-            biases = get_updated_expert_bias(
-                load, torch.stack([router.bias for router in routers]), self.context.config.router_bias_update_rate
-            )  # sums `load` over the tensor and data-parallel ranks on the way
-            aux = torch.stack([router.loss for router in routers]).sum()
-            dist.all_reduce(aux, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
-            mean = load.mean(1)
-            violation = torch.where(mean > 0, load.amax(1) / mean.clamp(min=1e-9), torch.zeros_like(mean)).max()
-            for router, bias in zip(routers, biases, strict=True):
-                if update:
-                    router.bias.copy_(bias)
-                router.load.zero_()
-                router.loss.zero_()
-        if layout.pipeline_size > 1:
-            dist.all_reduce(aux, group=layout.groups.pp)
-            dist.all_reduce(violation, op=dist.ReduceOp.MAX, group=layout.groups.pp)
-        return {"moe/max_violation": violation.item(), "moe/aux_loss": aux.item()}
+@torch.no_grad()
+def end_step(chunks: Sequence[HybridModel], *, update: bool = True) -> dict[str, float]:
+    """Moves every expert bias by the load of the step just taken, and forgets it, and the quantised weights of before the step.
+
+    chunks: of the model on this rank. Collective; the same result on every rank. update: False when the step was not taken. Returns
+    moe/aux_loss (as added to the loss) and moe/max_violation (largest load over mean load, of the worst layer); nothing without MoE layers.
+    """
+    context = chunks[0].context
+    context.weights.clear()
+    if "E" not in context.config.pattern:
+        return {}
+    layout, routers = context.layout, [router for chunk in chunks for router in chunk.routers()]
+    violation = torch.zeros((), device=context.device)
+    aux = torch.zeros((), device=context.device)
+    if routers:
+        load = torch.stack([router.load for router in routers])
+        # sums `load` over the tensor and data-parallel ranks on the way
+        biases = get_updated_expert_bias(load, torch.stack([router.bias for router in routers]), context.config.router_bias_update_rate)
+        aux = torch.stack([router.loss for router in routers]).sum()
+        dist.all_reduce(aux, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+        mean = load.mean(1)
+        violation = torch.where(mean > 0, load.amax(1) / mean.clamp(min=1e-9), torch.zeros_like(mean)).max()
+        for router, bias in zip(routers, biases, strict=True):
+            if update:
+                router.bias.copy_(bias)
+            router.load.zero_()
+            router.loss.zero_()
+    if layout.pipeline_size > 1:
+        dist.all_reduce(aux, group=layout.groups.pp)
+        dist.all_reduce(violation, op=dist.ReduceOp.MAX, group=layout.groups.pp)
+    return {"moe/max_violation": violation.item(), "moe/aux_loss": aux.item()}

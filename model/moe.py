@@ -20,8 +20,10 @@ from model.context import LinearUse, ModelContext
 from model.linear import Linear
 from model.mlp import MLP, output_std, squared_relu
 from model.parameter import sharded_parameter
-from model.precision.formats import Formats
-from model.precision.linear import TokenKeys, grouped_linear
+from model.precision.formats.base import Formats
+from model.precision.gemm import GEMMS
+from model.precision.linear import grouped_linear
+from model.precision.site import TokenKeys
 from model.router import Router
 from parallel.shards import Piece
 
@@ -79,12 +81,13 @@ class Experts(nn.Module):
     def formats(self, kind: str, microbatch: Microbatch) -> Formats:
         return self.context.policy.formats(f"{self.name}.{kind}", microbatch.progress)
 
-    def needs_keys(self, microbatch: Microbatch) -> bool:
-        """Whether any GEMM of these experts rounds stochastically now."""
+    def draws(self, microbatch: Microbatch) -> bool:
+        """Whether any GEMM of these experts needs random bits for each token now."""
         return any(
-            form.name == "nvfp4" and form.nvfp4.stochastic_rounding
+            form.draws(gemm)
             for kind in ("up_proj", "down_proj")
-            for form in self.formats(kind, microbatch)[1:]
+            for gemm, form in zip(GEMMS, self.formats(kind, microbatch), strict=True)
+            if self.training or gemm == "fprop"
         )
 
     def forward(self, x: Tensor, tokens_per_expert: list[int], keys: TokenKeys, microbatch: Microbatch) -> Tensor:
@@ -126,7 +129,7 @@ class MoE(nn.Module):
         """x [sequence, batch, hidden] -> the same; with sequence parallelism both hold this rank's part of the sequence."""
         weights, chosen = self.router(x, microbatch)
         tokens = x if self.down is None else self.down(x, microbatch)
-        width, stamped = tokens.shape[-1], self.training and self.experts.needs_keys(microbatch)
+        width, stamped = tokens.shape[-1], self.experts.draws(microbatch)
         if stamped:
             columns = stamp(microbatch.keys(microbatch.own_positions(self.context.layout)), tokens.dtype)
             tokens = torch.cat((tokens, columns.view(*tokens.shape[:-1], -1)), dim=-1)

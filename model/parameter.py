@@ -7,7 +7,7 @@ from torch import nn
 
 from model import init
 from model.context import ModelContext
-from parallel.shards import Piece, Spread, mark_spread, set_pieces
+from parallel.shards import Piece, Spread, set_pieces, set_spread
 
 
 def sharded_parameter(
@@ -20,6 +20,6 @@ def sharded_parameter(
     """
     param = nn.Parameter(torch.empty(shape, device=context.device, dtype=context.params_dtype))
     set_pieces(param, pieces)
-    mark_spread(param, spread, context.layout)
+    set_spread(param, spread)
     init.initialize(param, context.seed, draw)
     return param

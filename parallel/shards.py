@@ -10,8 +10,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from parallel.layout import Layout
-
 Spread = Literal["rows", "columns", "everywhere", "experts"]
 """How a parameter lies on the ranks: split along dimension 0 or 1 over the tensor group, whole on each of its ranks, or stacked experts, some
 on each rank of the expert group."""
@@ -38,6 +36,16 @@ def set_pieces(param: Tensor, pieces: Sequence[Piece]) -> None:
 def pieces_of(param: Tensor) -> tuple[Piece, ...]:
     """The pieces attached to a parameter or buffer; empty if there are none."""
     return getattr(param, "pieces", ())
+
+
+def set_spread(param: Tensor, spread: Spread) -> None:
+    """Says over which ranks a parameter is spread, so that an engine knows whose gradients to sum and where its norm counts once."""
+    param.spread = spread  # type: ignore[attr-defined]
+
+
+def spread_of(param: Tensor) -> Spread | None:
+    """Over which ranks a parameter is spread; None where nothing was said: every rank holds it whole and sees all of its gradient."""
+    return getattr(param, "spread", None)
 
 
 @dataclass(frozen=True)
@@ -72,22 +80,3 @@ def split_sections(sections: Sequence[Section], trailing: tuple[int, ...], rank:
 def whole(name: str, shape: tuple[int, ...]) -> Piece:
     """The piece of a parameter that is the global tensor `name`."""
     return Piece(name, shape, tuple(0 for _ in shape), tuple(slice(None) for _ in shape))
-
-
-def mark_spread(param: Tensor, spread: Spread, layout: Layout) -> None:
-    """Tells Megatron over which ranks the parameter is spread: whose gradients it sums, and where its norm counts once."""
-    if spread == "experts":
-        # Megatron reduces expert gradients over the expert-data-parallel ranks exactly when this is False. Whenever expert and dense
-        # modules are not replicated alike (tensor 2, expert 1, expert tensor 1, say) it must be; 0.16.1 itself only looks at expert > 1,
-        # and replicas drift apart.
-        alike = layout.expert_size == 1 and layout.expert_tensor_size == layout.tensor_size
-        param.allreduce = alike  # type: ignore[attr-defined]
-        if alike:
-            return
-    if spread == "everywhere":
-        # With sequence parallelism every rank sees other tokens, and their gradients are summed over the tensor group.
-        param.sequence_parallel = layout.sequence_parallel  # type: ignore[attr-defined]
-    else:
-        param.tensor_model_parallel = True  # type: ignore[attr-defined]
-        param.partition_dim = 1 if spread == "columns" else 0  # type: ignore[attr-defined]
-        param.partition_stride = 1  # type: ignore[attr-defined]

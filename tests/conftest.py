@@ -26,7 +26,7 @@ def _worker(pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from parallel import layout
+    from parallel import groups
 
     torch.set_num_threads(1)
     while True:
@@ -50,7 +50,7 @@ def _worker(pipe: Connection) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         with contextlib.suppress(Exception):
-            layout.shutdown()
+            groups.shutdown()
         pipe.send(answer)
 
 
@@ -141,7 +141,7 @@ def ranks(_pool: RankPool) -> Callable[[int], Callable[..., list[Any]]]:
 @pytest.fixture
 def alone() -> Iterator[None]:
     """Leaves no process group behind for the next test."""
-    from parallel import layout
+    from parallel import groups
 
     yield
-    layout.shutdown()
+    groups.shutdown()

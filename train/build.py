@@ -1,20 +1,21 @@
 """A recipe made real on this rank: process groups, data, model, engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data.text_data import TextData, open_data
 from model.context import ModelContext
+from model.count import linear_modules
 from model.hybrid import HybridModel
-from model.precision.backend import missing
+from model.precision.backends.choice import check
 from model.precision.health import Health
-from parallel import layout as layouts
-from parallel.engine import AdamW, Engine
+from parallel import groups
+from parallel.engine import Engine
+from parallel.engines import open_engine
 from parallel.layout import Layout
-from train.precision_table import PrecisionTable
-from train.recipe.precision_checks import validate_transformer_engine
+from train.optimizer import open_optimizer
 from train.recipe.reading import RecipeError
 from train.recipe.tree import Recipe
 from train.step import BatchPlan
@@ -28,11 +29,10 @@ class Run:
     layout: Layout
     data: TextData
     context: ModelContext
-    model: HybridModel
+    chunks: list[HybridModel]  # of this rank: one, or several with a virtual pipeline
     engine: Engine
     plan: BatchPlan
     run_dir: Path
-    tables: dict[float, PrecisionTable] = field(default_factory=dict)  # by the time from which each holds
 
 
 def params_dtype(recipe: Recipe) -> torch.dtype:
@@ -42,10 +42,12 @@ def params_dtype(recipe: Recipe) -> torch.dtype:
 def build(recipe: Recipe) -> Run:
     """Process groups, data, model and engine. Raises ValueError, in one sentence, for what only shows when files are opened."""
     wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if (lacking := missing(recipe.precision.backend, torch.device(wanted))) is not None:
-        raise RecipeError(f"precision.backend={recipe.precision.backend} cannot run: {lacking}")
-    if recipe.precision.backend == "transformer_engine":
-        validate_transformer_engine(recipe)
+    precision, modules = recipe.precision, [module.name for module in linear_modules(recipe.model)]
+    formats = recipe.policy.ever(modules)
+    try:
+        check(precision.backend, torch.device(wanted), formats, compute=precision.compute, amax_scope=precision.amax_scope)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     if recipe.precision.compute == "bf16" and wanted == "cpu":
         raise RecipeError("precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32")
     data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)
@@ -54,7 +56,7 @@ def build(recipe: Recipe) -> Run:
             f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size} tokens: set "
             f"model.vocab_size to at least {data.tokenizer.vocab_size}"
         )
-    layout = layouts.initialize(recipe.parallel, recipe.run.seed)
+    layout = groups.initialize(recipe.parallel, recipe.run.seed)
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     train = recipe.train
@@ -68,8 +70,7 @@ def build(recipe: Recipe) -> Run:
         train.global_batch_size,
         health=Health(recipe.monitor.quantization.modules),
     )
-    model = HybridModel(context)
-    o = recipe.optimizer
-    engine = Engine(model, layout, context.megatron, AdamW(o.betas, o.eps, o.weight_decay, o.clip))
+    chunks = [HybridModel(context)]
+    engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
     plan = BatchPlan(train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
-    return Run(recipe, layout, data, context, model, engine, plan, Path(recipe.run_dir))
+    return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))

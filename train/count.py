@@ -32,4 +32,4 @@ def _billions(number: int) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(run, "train.count", on_this_machine=False))
+    raise SystemExit(main(run, "train.count", ranks="fewest"))

@@ -6,11 +6,12 @@ python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoin
 import sys
 from collections.abc import Sequence
 
-from parallel import layout as layouts
+from parallel import groups
+from parallel.layout import world_size
 from train.arguments import key_values
 from train.build import build
+from train.checkpoint.checkpointer import load_weights
 from train.checkpoint.reader import open_checkpoint
-from train.checkpoint.run import load_weights
 from train.evaluation.validation import evaluate
 from train.recipe.load import read_recipe
 from train.run_directory import stored_recipe
@@ -23,14 +24,14 @@ def main(arguments: Sequence[str]) -> int:
         if not isinstance(values.get("checkpoint"), str):
             raise ValueError("checkpoint=... is missing: python -m train.evaluate checkpoint=runs/tiny")
         checkpoint = open_checkpoint(values["checkpoint"])
-        run = build(read_recipe(stored_recipe(checkpoint), layouts.world_size()))
-        load_weights(checkpoint, run.model)
+        run = build(read_recipe(stored_recipe(checkpoint), world_size()))
+        load_weights(checkpoint, run.chunks)
         loss = evaluate(run, checkpoint.step)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        layouts.shutdown()
+        groups.shutdown()
     if run.layout.rank == 0:
         print(f"{checkpoint.path}: " + ("no validation text" if loss is None else f"validation loss {loss:.4f} nats per token"))
     return 0

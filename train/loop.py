@@ -18,19 +18,19 @@ import yaml
 
 from data.documents import DataError
 from data.text_data import TextData
-from model.count import count, linear_modules, other_flops
-from model.precision.backends.transformer_engine_layers import expressible
-from parallel import layout as layouts
+from model.count import count, linear_modules
+from model.hybrid import end_step
+from parallel import groups
 from train.build import Run, build
+from train.checkpoint.checkpointer import Checkpointer, load_weights
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import open_checkpoint
-from train.checkpoint.run import load_weights, restore_run, save_run
 from train.evaluation.validation import evaluate
 from train.observe import Observers, RunInfo, open_observers
 from train.observe.metrics import FILE_NAME, decode_lines
 from train.observe.redact import redacted, without_secrets
 from train.optimizer import learning_rate
-from train.precision_table import LinearRow, OtherRow, PrecisionTable, precision_table
+from train.precision_table import precision_tables, table_at
 from train.recipe.reading import RecipeError, plain
 from train.recipe.resume import changed_keys
 from train.recipe.tree import Recipe
@@ -59,7 +59,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         micro_batch_size=recipe.micro_batch_size,
         learning_rate=rate,
     )
-    moe = run.model.end_step(update=result.taken)
+    moe = end_step(run.chunks, update=result.taken)
     means = losses.means().tolist()
     metrics = {"loss/lm": means[0]}
     metrics |= {f"loss/mtp_{depth}": value for depth, value in enumerate(means[1:], start=1)}
@@ -87,7 +87,7 @@ def run(recipe: Recipe) -> int:
         except (DataError, CheckpointError) as error:
             raise RecipeError(str(error)) from None
         finally:
-            layouts.shutdown()
+            groups.shutdown()
     return 0
 
 
@@ -99,9 +99,12 @@ def _train(run: Run, changes: list[str]) -> None:
         _store_tokenizer(run.data, run.run_dir / "tokenizer")
     observers = open_observers(recipe.monitor) if is_main else Observers(())
 
-    step, elapsed, state = _restore(run)
+    report = print if is_main else (lambda line: None)
+    checkpointer = Checkpointer(run.run_dir, run.engine, run.chunks, keep=recipe.checkpoint.keep, report=report)
+    step, elapsed, state = _restore(run, checkpointer)
     observers.load_state(state.get("observers", {}))
-    table = _table(run, step)
+    tables = precision_tables(recipe)
+    table = table_at(tables, step / recipe.total_steps)
     utilisation = open_utilisation(recipe, layout.device, layout.world_size) if is_main else None
     counted = count(recipe.model)
     observers.on_start(
@@ -119,7 +122,7 @@ def _train(run: Run, changes: list[str]) -> None:
                 for line in (
                     layout.describe(),
                     *run.data.describe(),
-                    _backend(run, step),
+                    _describe_backend(run, step),
                     *([] if utilisation is None else [utilisation.line]),
                     *(f"changed since the run began: {line}" for line in changes),
                 )
@@ -132,8 +135,8 @@ def _train(run: Run, changes: list[str]) -> None:
     started, evaluated, skipped = time.perf_counter() - elapsed, None, 0
     saved = step
     while step < last:
-        table = _table(run, step)
-        formats_change = step > 0 and table is not _table(run, step - 1)
+        table = table_at(tables, step / recipe.total_steps)
+        formats_change = step > 0 and table is not table_at(tables, (step - 1) / recipe.total_steps)
         if formats_change:
             observers.on_formats(step + 1, table.text)
         begin = time.perf_counter()
@@ -165,15 +168,7 @@ def _train(run: Run, changes: list[str]) -> None:
                 observers.on_evaluation({"step": step, "tokens": step * recipe.tokens_per_step, "eval/loss": evaluated})
         if (save_every and step % save_every == 0) or step == last:
             kept = {"elapsed": time.perf_counter() - started, "observers": observers.state()}
-            path = save_run(
-                run.run_dir,
-                run.engine,
-                run.model,
-                step,
-                kept,
-                tokens=step * recipe.tokens_per_step,
-                keep=recipe.checkpoint.keep,
-            )
+            path = checkpointer.save(step, kept, tokens=step * recipe.tokens_per_step)
             saved = step
             observers.on_checkpoint(step, path)
     assert saved == step
@@ -201,50 +196,23 @@ def _train(run: Run, changes: list[str]) -> None:
 # -- pieces of the above --------------------------------------------------------------------------------------------------------------
 
 
-def _restore(run: Run) -> tuple[int, float, dict[str, Any]]:
+def _restore(run: Run, checkpointer: Checkpointer) -> tuple[int, float, dict[str, Any]]:
     """(steps done, seconds spent, the loop's state) from the newest valid checkpoint; zeros for a new run."""
-    report = print if run.layout.rank == 0 else (lambda line: None)
-    checkpoint = restore_run(run.run_dir, run.engine, run.model, report=report)
+    checkpoint = checkpointer.load_newest()
     if checkpoint is not None:
         return checkpoint.step, float(checkpoint.state.get("elapsed", 0.0)), dict(checkpoint.state)
-    if any(run.run_dir.glob("checkpoints/step-*")):
-        raise RecipeError(
-            f"{run.run_dir} holds checkpoints, but none of them is valid (see the reasons above): repair one, or choose another run.dir"
-        )
     source = run.recipe.checkpoint.initialize_from
     if source is not None:
-        load_weights(open_checkpoint(source), run.model)
+        load_weights(open_checkpoint(source), run.chunks)
         run.engine.reload_masters()
     return 0, 0.0, {}
 
 
-def _table(run: Run, step: int) -> PrecisionTable:
-    """Which module runs which GEMM in which format at this step (from 0)."""
-    config, policy, recipe = run.recipe.model, run.context.policy, run.recipe
-    if not run.tables:
-        modules = linear_modules(config)
-        formats = {time: [tuple(str(f) for f in policy.formats(m.name, time)) for m in modules] for time in policy.times}
-        known = {name for rows in formats.values() for row in rows for name in row}
-        other = [
-            OtherRow(what, module, flops, "fp32" if what == "SSD" else recipe.precision.compute)
-            for what, module, flops in other_flops(config, recipe.train.sequence_length)
-        ]
-        for time, rows in formats.items():
-            linear = [LinearRow(m.name, m.flops, (row[0], row[1], row[2])) for m, row in zip(modules, rows, strict=True)]
-            run.tables[time] = precision_table(linear, other, known)
-    return run.tables[max(time for time in run.tables if time <= step / recipe.total_steps)]
-
-
-def _backend(run: Run, step: int) -> str:
+def _describe_backend(run: Run, step: int) -> str:
     """What computes NVFP4, for the head of the run."""
-    backend, policy, progress = run.context.backend, run.context.policy, step / run.recipe.total_steps
-    line = f"NVFP4 backend: {backend.name}"
-    if hasattr(backend, "layer"):
-        plain = [module.name for module in linear_modules(run.recipe.model) if not module.routed]
-        whole = sum(expressible(policy.formats(name, progress), name) for name in plain)
-        line += f"; {whole} of {len(plain)} linear modules by layers of its own, the others and routed experts operand by operand"
-        line += " (where MXFP8 is multiplied in bf16)"
-    return line
+    policy, progress = run.context.policy, step / run.recipe.total_steps
+    modules = linear_modules(run.recipe.model)
+    return run.context.backend.describe([(module.name, policy.formats(module.name, progress), module.routed) for module in modules])
 
 
 def _pace(run: Run, seconds: float) -> dict[str, float | int]:

@@ -13,24 +13,28 @@ FLOPs. Attention's score and value products and the SSD's products are no linear
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-GEMMS = ("fprop", "dgrad", "wgrad")
+from model.count import linear_modules, other_flops
+from model.precision.gemm import GEMMS
+from train.recipe.tree import Recipe
+
 _SHOWN_RANGES = 5  # of layer numbers in one row
 
 
 @dataclass(frozen=True)
 class LinearRow:
-    """One linear layer.
-
-    `module` is its canonical name, `flops` its forward FLOPs per token (2 x rows x columns; a block used several times
-    counts each use; experts times top-k), `formats` the format names of fprop, dgrad and wgrad.
-    """
+    """One linear layer."""
 
     module: str
+    """Canonical name."""
     flops: float
+    """Forward FLOPs per token (2 x rows x columns; a block used several times counts each use; experts times top-k)."""
     formats: tuple[str, str, str]
+    """Names of the formats of fprop, dgrad and wgrad: shares are of these."""
+    labels: tuple[str, str, str] | None = None
+    """What the table calls them, where names alone do not tell variants of a format apart."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +80,40 @@ def precision_table(linear: Sequence[LinearRow], other: Sequence[OtherRow] = (),
     return PrecisionTable(_text(linear, other, shares), shares)
 
 
+def precision_tables(recipe: Recipe) -> dict[float, PrecisionTable]:
+    """The tables of a run, by the fraction of the run from which on each holds; 0.0 is always there."""
+    policy, modules = recipe.policy, linear_modules(recipe.model)
+    formats = {time: [policy.formats(module.name, time) for module in modules] for time in policy.times}
+    known = {form.name for rows in formats.values() for row in rows for form in row}
+    other = [
+        OtherRow(what, module, flops, "fp32" if what == "SSD" else recipe.precision.compute)
+        for what, module, flops in other_flops(recipe.model, recipe.train.sequence_length)
+    ]
+    tables = {}
+    for time, rows in formats.items():
+        linear = []
+        for module, (a, b, c) in zip(modules, rows, strict=True):
+            labels = (policy.label(a), policy.label(b), policy.label(c))
+            linear.append(LinearRow(module.name, module.flops, (a.name, b.name, c.name), labels))
+        tables[time] = precision_table(linear, other, known)
+    return tables
+
+
+def table_at(tables: Mapping[float, PrecisionTable], progress: float) -> PrecisionTable:
+    """The table that holds when `progress` of the run, in [0, 1], is behind us."""
+    return tables[max(time for time in tables if time <= progress)]
+
+
 def _text(linear: Sequence[LinearRow], other: Sequence[OtherRow], shares: dict[str, float]) -> str:
     forward = sum(row.flops for row in linear)
     cells: list[tuple[str, ...]] = [("linear layers", "count", *GEMMS, "FLOPs/token", "share")]
     groups: dict[tuple[str, tuple[str, ...]], list[LinearRow]] = {}
     for row in linear:
-        groups.setdefault((_template(row.module), row.formats), []).append(row)
-    for (_, formats), rows in groups.items():
+        groups.setdefault((_template(row.module), row.labels or row.formats), []).append(row)
+    for (_, labels), rows in groups.items():
         flops = sum(row.flops for row in rows)
         name = _merged_name([row.module for row in rows])
-        cells.append((name, str(len(rows)), *formats, _flops(flops), f"{flops / forward:.1%}"))
+        cells.append((name, str(len(rows)), *labels, _flops(flops), f"{flops / forward:.1%}"))
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     right = (1, 5, 6)
     lines = [

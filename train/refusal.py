@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -45,4 +46,4 @@ def _leave_for_launcher(message: str) -> None:
     """torchrun sums up what ended its ranks from a file of each."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        Path(path).write_text(json.dumps({"message": f"error: {message}"}))
+        Path(path).write_text(json.dumps({"message": f"error: {message}", "timestamp": str(int(time.time()))}))

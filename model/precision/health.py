@@ -10,33 +10,46 @@ never writes, so a step gives the same bits with and without it.
         clipped           share of the elements above the largest value their block can hold
         bias              sum sign(x) (q - x) / sum |x|: below 0, magnitudes shrink on average
         scale_zero        share of the block scales that are 0 although their block is not
-        scale_saturated   share of the block scales at the format's largest (NVFP4: precision.nvfp4.e4m3_bound)
+        scale_saturated   share of the block scales at the format's largest (NVFP4: 448, or nvfp4.e4m3_bound)
         scale_p05, scale_p50, scale_p95   quantiles of floor(log2(scale)) over blocks
     precision/<module>/wgrad/zero        share of the elements of dW that are exactly 0 after the first microbatch
     residual/<layer>/                    of the residual stream behind a layer
         rms, outlier_ratio (largest magnitude / rms), outlier_position (in its sequence), outlier_feature
 
-x is what the quantiser saw: x_t and dy_t after the Hadamard transform where there is one. Every number comes from sums, which `finish` adds
-over all ranks: shards of one operand, of one layer's experts and of the batch are seen as one, and copies do not change a ratio.
+x is what the quantiser saw, after the Hadamard transform where there is one; a format describes it as `Seen`. Every number comes from sums,
+which `finish` adds over all ranks: shards of one operand, of one layer's experts and of the batch are seen as one, and copies do not change a ratio.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.precision import mxfp8
-from model.precision.backend import Backend, Packed, Rows, pad_rows, per_row
-from model.precision.hadamard import rotate
-from model.precision.nvfp4 import BLOCK, MAX_CODE
-
 LOWEST, EXPONENTS = -64, 96  # of scales, as far as they are told apart
 QUANTILES = {"scale_p05": 0.05, "scale_p50": 0.5, "scale_p95": 0.95}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An operand and what became of it, as a format tells it."""
+
+    x: Tensor
+    """What the quantiser saw, [rows, features]."""
+    q: Tensor
+    """What became of it, fp32 of x's shape."""
+    at_limit: Tensor
+    """bool of x's shape: which codes are the largest."""
+    scale: Tensor
+    """fp32 [blocks down, blocks across]."""
+    block: tuple[int, int]
+    """Rows and columns of a block."""
+    bound: float
+    """The format's largest scale."""
 
 
 class Health:
@@ -57,50 +70,11 @@ class Health:
         return self.active and key not in kept and (not self.modules or any(fnmatchcase(module, glob) for glob in self.modules))
 
     @torch.no_grad()
-    def nvfp4(
-        self,
-        module: str,
-        operand: str,
-        x: Tensor,
-        packed: Packed,
-        amax: Tensor,
-        bound: float,
-        rows: Rows,
-        backend: Backend,
-        *,
-        hadamard: bool = False,
-    ) -> None:
-        """x [rows, features] and what it became."""
+    def operand(self, module: str, operand: str, seen: Callable[[], Seen]) -> None:
+        """seen: called where this operand is wanted."""
         key = f"{module}/{operand}"
-        if not len(x) or not self._wants(self._operands, key, module):
-            return
-        if packed.along == "columns":
-            x, rows = pad_rows(x, rows), rows.padded(BLOCK)
-            if hadamard:
-                x = rotate(x.T.contiguous()).T
-        factor = amax if amax.dim() == 2 else per_row(amax, rows)
-        largest = packed.codes & 0x77  # both codes of a byte without their signs
-        at_limit = torch.stack(((largest & 0xF) == 7, (largest >> 4) == 7), -1)
-        limit = at_limit.flatten(-2) if packed.along != "columns" else at_limit.movedim(-1, 1).flatten(0, 1)
-        q = backend.unpack(packed, torch.float32) * (factor / (MAX_CODE * bound))
-        scale = packed.scales.view(torch.float8_e4m3fn).float()
-        blocks = partial(_any_in_block, x, packed.along, BLOCK)
-        self._operands[key] = _sums(x.float(), q, limit[:, : x.shape[1]], scale, blocks, bound)
-
-    @torch.no_grad()
-    def mxfp8(self, module: str, operand: str, x: Tensor, quantized: mxfp8.Quantized, rows: Rows) -> None:
-        """The same for MXFP8; blocks along columns where it says so."""
-        key = f"{module}/{operand}"
-        if not len(x) or not self._wants(self._operands, key, module):
-            return
-        if len(x) != len(quantized.elements):
-            x = pad_rows(x, rows, mxfp8.BLOCK)
-        exponent = quantized.exponents.int() - mxfp8.BIAS
-        # The smallest E8M0 counts as zero: nothing smaller can be told apart.
-        scale = torch.where(exponent > -mxfp8.BIAS, torch.exp2(exponent.clamp(min=-126).float()), torch.zeros(()))
-        limit = quantized.elements.float().abs() == 448
-        blocks = partial(_any_in_block, x, quantized.along, mxfp8.BLOCK)
-        self._operands[key] = _sums(x.float(), quantized.dequantize(), limit, scale, blocks, 2.0**127)
+        if self._wants(self._operands, key, module) and (described := seen()).x.numel():
+            self._operands[key] = _sums(described)
 
     @torch.no_grad()
     def gradient(self, module: str, dw: Tensor) -> None:
@@ -150,20 +124,19 @@ class Health:
         return metrics
 
 
-def _any_in_block(x: Tensor, along: str, block: int) -> Tensor:
+def _any_in_block(x: Tensor, block: tuple[int, int]) -> Tensor:
     """Whether blocks hold anything but zeros, in the shape of their scales."""
-    present = (x != 0).float()[None, None]
-    size = {"rows": (1, block), "tiles": (block, block), "columns": (block, 1)}[along]
-    return torch.nn.functional.max_pool2d(present, size, ceil_mode=True)[0, 0] > 0
+    return torch.nn.functional.max_pool2d((x != 0).float()[None, None], block, ceil_mode=True)[0, 0] > 0
 
 
-def _sums(x: Tensor, q: Tensor, at_limit: Tensor, scale: Tensor, blocks: Callable[[], Tensor], bound: float) -> Tensor:
-    """fp64: what `_operand_metrics` reads. blocks: which hold anything but zeros; asked for where there is a scale of 0."""
+def _sums(seen: Seen) -> Tensor:
+    """fp64: what `_operand_metrics` reads."""
+    x, q, scale = seen.x.float(), seen.q, seen.scale
     magnitude, kept = x.abs(), q.abs()
     lost = kept == 0
     exponent = torch.frexp(scale)[1] - 1
     present = scale > 0
-    zero = torch.zeros((), device=x.device) if present.all() else (blocks() & ~present).sum()
+    zero = torch.zeros((), device=x.device) if present.all() else (_any_in_block(x, seen.block) & ~present).sum()
     whole = magnitude.sum(dtype=torch.float64)
     counts = torch.bincount((exponent[present].long() - LOWEST).clamp(0, EXPONENTS - 1), minlength=EXPONENTS)
     first = (
@@ -172,12 +145,12 @@ def _sums(x: Tensor, q: Tensor, at_limit: Tensor, scale: Tensor, blocks: Callabl
         magnitude.count_nonzero(),
         magnitude[lost].count_nonzero(),
         torch.tensor(x.numel(), device=x.device),
-        (at_limit & ~lost & (magnitude > kept)).sum(),  # a block of scale 0 underflowed
+        (seen.at_limit & ~lost & (magnitude > kept)).sum(),  # a block of scale 0 underflowed
         kept.sum(dtype=torch.float64) - whole,  # q has the sign of x, or is 0
         whole,
         torch.tensor(scale.numel(), device=x.device),
         zero,
-        (scale >= bound).sum(),
+        (scale >= seen.bound).sum(),
     )
     return torch.cat((torch.stack([value.double() for value in first]), counts.double()))
 

@@ -33,6 +33,14 @@ class Quantized:
     exponents: Tensor
     along: Along = "rows"
 
+    def values(self, backend: object, dtype: torch.dtype) -> Tensor:
+        """[M, N] in `dtype`, whatever the backend."""
+        return self.dequantize().to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements.nbytes + self.exponents.nbytes
+
     def dequantize(self) -> Tensor:
         """fp32 [M, N]."""
         if self.along == "columns":

@@ -18,7 +18,7 @@ Source: Transformer Engine 2.20.2 (its reference quantizer and kernels), arXiv 2
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -189,8 +189,17 @@ class Quantized:
         return code * scale.repeat_interleave(BLOCK, dim=-1)[:, : code.shape[-1]]
 
 
-def check(x: Tensor, *, scaling: Scaling, hadamard: bool, random_bits: Tensor | None, clipping: Clipping, row_scaled: bool) -> None:
-    """Raises ValueError for what `quantize` does not define."""
+def check(
+    x: Tensor,
+    *,
+    scaling: Scaling = "1d",
+    hadamard: bool = False,
+    random_bits: Tensor | None = None,
+    clipping: Clipping = "saturate",
+    row_scaled: bool = False,
+    **others: Any,
+) -> None:
+    """Raises ValueError for what `quantize` does not define; the arguments are its own."""
     if x.dim() != 2 or x.shape[1] % 2:
         raise ValueError(f"NVFP4 quantises matrices with an even number of columns, not a tensor of shape {list(x.shape)}")
     if scaling == "2d" and (x.shape[0] % BLOCK or x.shape[1] % BLOCK):
@@ -224,7 +233,7 @@ def quantize(
     check(x, scaling=scaling, hadamard=hadamard, random_bits=random_bits, clipping=clipping, row_scaled=row_scaled)
     bound = float(e4m3_bound) if clipping != "saturate" else 448.0
     if hadamard:
-        x = rht.rotate(x, signs=hadamard_signs)
+        x = rht.rotate(x, rht.FIXED if hadamard_signs else rht.UNSIGNED)
     x = x.float()
     if amax is None:
         amax = x.abs().amax(1, keepdim=True) if row_scaled else x.abs().amax()

@@ -16,6 +16,7 @@ yields 16 bytes, one for each of 16 consecutive features: byte b of word w (litt
 
 import hashlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +74,24 @@ def random_bytes(
     return as_bytes.flatten(1)[:, skip : skip + features]
 
 
+class Draws(Protocol):
+    """Random bytes of an operand."""
+
+    def bytes(self, features: int) -> Tensor:
+        """uint8 [rows, features]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """Bytes that are there already, uint8 [rows, features]."""
+
+    values: Tensor
+
+    def bytes(self, features: int) -> Tensor:
+        return self.values
+
+
 @dataclass(frozen=True)
 class Stream:
     """The random bytes of one operand, given by where they are used.
@@ -103,3 +122,9 @@ class Stream:
             for first, count in self.runs or ((0, features),)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def whole_calls(self, features: int) -> tuple[tuple[int, int], ...] | None:
+        """The runs of features, where kernels can draw them 16 at a time; None where a run begins or, but for the last, ends inside a call."""
+        runs = self.runs or ((0, features),)
+        whole = all(first % FEATURES_PER_CALL == 0 for first, _ in runs) and all(count % FEATURES_PER_CALL == 0 for _, count in runs[:-1])
+        return runs if whole else None

@@ -1,5 +1,6 @@
 """Which module runs which GEMM in which format, and when: one pure function of a recipe's `precision` group.
 
+A rule may change options of its format (`precision.rules[1].nvfp4.clipping`); what it does not change is as the group has it.
 Rules are read top to bottom and the *last* one that matches decides, as in a stylesheet: the default first, exceptions after it.
 A `schedule` is a list of rules with a `start`: it is read after the rules, so it overrides them while it lasts.
 """
@@ -12,29 +13,34 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
-from model.precision.backend import BACKENDS
-from model.precision.formats import FORMATS, GEMMS, Format, FormatName, Gemm, NVFP4Options
+from model.precision.backends.choice import NAMES
+from model.precision.formats.base import Format, FormatOptions, Formats
+from model.precision.formats.registry import format_class, option_kinds, usual_options
+from model.precision.gemm import GEMMS, Gemm
 
 LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`format` for the modules a glob matches, in some GEMMs, during a part of the run.
+    """`format` for the modules a glob matches, in some GEMMs, during a part of the run."""
 
-    modules: globs over canonical module names (`layers.*.mixer.out_proj`, `mtp.*`), empty: every module. last_layers: only the last
-    ceil(fraction * layers) layers of the main stack (MTP is not counted and not matched). start, end: fractions of the run,
-    start <= progress < end; or texts that `PrecisionConfig.timed` turns into fractions. optional: the rule may match no module of a model
-    (a ready-made group serves many models).
-    """
-
-    format: FormatName
+    format: str
+    """Name of a number format."""
     modules: tuple[str, ...] = ()
+    """Globs over canonical module names (`layers.*.mixer.out_proj`, `mtp.*`); empty: every module."""
     gemms: tuple[Gemm, ...] = GEMMS
+    """In which of the three GEMMs."""
     last_layers: float | None = None
+    """Only the last ceil(fraction * layers) layers of the main stack (MTP is not counted and not matched)."""
     start: float | str = 0.0
+    """From when on: a fraction of the run, a duration (2000steps, 20T tokens) or decay."""
     end: float | str = 1.0
+    """Until when: start <= progress < end."""
     optional: bool = False
+    """The rule may match no module of a model (a ready-made group serves many models)."""
+    options: dict[str, Mapping[str, Any]] = field(default_factory=dict, metadata={"kinds": option_kinds, "flat": False, "partial": True})
+    """Options of the format that differ from those of the group, by format."""
 
     def covers(self, module: str, layers: int) -> bool:
         """Whether the module, at some time, may be meant."""
@@ -55,16 +61,30 @@ def moment(value: float | str) -> float:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """The recipe's `precision` group. compute: dtype of activations and of the weights in memory, fp32 or bf16; auto: bf16 on a GPU, fp32 on
-    a CPU, decided when the recipe is read. backend: of NVFP4; auto: by device."""
+    """The recipe's `precision` group."""
 
     compute: str = "auto"
-    default: FormatName = "nvfp4"
+    """Dtype of activations and of the weights in memory: fp32 or bf16; auto: bf16 on a GPU, fp32 on a CPU, decided when the recipe is read."""
+    default: str = "nvfp4"
+    """The format of what no rule matches."""
     rules: tuple[Rule, ...] = ()
+    """Exceptions; the last one that matches decides."""
     schedule: tuple[Rule, ...] = ()
-    nvfp4: NVFP4Options = field(default_factory=NVFP4Options)
+    """Rules with a start, read after the others."""
+    options: dict[str, FormatOptions] = field(
+        default_factory=usual_options, metadata={"kinds": option_kinds, "flat": False, "partial": False}
+    )
+    """Options of every format, which a rule may override."""
     amax_scope: str = "local"
+    """Over what amaxes are taken: local, what a rank holds; tensor_parallel, whole tensors, so that values are those of one rank."""
     backend: str = "auto"
+    """What computes NVFP4; auto: cpu on a CPU, triton on a GPU."""
+
+    def form(self, name: str, changed: Mapping[str, Any] | None = None) -> Format:
+        """A format with the options of this group, some of them changed. Raises ValueError, as the end of a sentence, for an unknown name."""
+        cls = format_class(name)
+        usual = self.options.get(name) or cls.Options()
+        return cls(replace(usual, **(changed or {})))
 
     def timed(self, fraction: Callable[[str, str], float]) -> "PrecisionConfig":
         """The same with every start and end a fraction of the run; fraction(key, text) gives the one a text stands for."""
@@ -86,30 +106,20 @@ class PrecisionConfig:
         """Raises ValueError, in one sentence, for values that cannot be honoured."""
         if self.compute not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision.compute={self.compute!r} is unknown: use auto, fp32 or bf16")
-        if self.default not in FORMATS:
-            raise ValueError(f"precision.default={self.default!r} is unknown: use one of {', '.join(FORMATS)}")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"precision.backend={self.backend!r} is unknown: use one of {', '.join(BACKENDS)}")
+        if self.backend not in NAMES:
+            raise ValueError(f"precision.backend={self.backend!r} is unknown: use one of {', '.join(NAMES)}")
         if self.amax_scope not in ("local", "tensor_parallel"):
             raise ValueError(f"precision.amax_scope={self.amax_scope!r} is unknown: use local or tensor_parallel")
-        options = self.nvfp4
-        for key, value, known in (
-            ("weight_scaling", options.weight_scaling, ("1d", "2d")),
-            ("clipping", options.clipping, ("saturate", "4over6_mae", "4over6_mse")),
-            ("e4m3_bound", options.e4m3_bound, (448, 256)),
-        ):
-            if value not in known:
-                raise ValueError(f"precision.nvfp4.{key}={value!r} is unknown: use {' or '.join(map(str, known))}")
-        if options.e4m3_bound != 448 and options.clipping == "saturate":
-            raise ValueError(
-                f"precision.nvfp4.e4m3_bound={options.e4m3_bound} is for 4over6_mae and 4over6_mse, but precision.nvfp4.clipping is saturate: "
-                "use 448, or another clipping"
-            )
+        for name, options in self.options.items():
+            options.validate(f"precision.{name}")
+        _known("precision.default", self.default, self)
         for group, rules in (("rules", self.rules), ("schedule", self.schedule)):
             for index, rule in enumerate(rules):
                 key = f"precision.{group}[{index}]"
-                if rule.format not in FORMATS:
-                    raise ValueError(f"{key}.format={rule.format!r} is unknown: use one of {', '.join(FORMATS)}")
+                if (other := next((name for name in rule.options if name != rule.format), None)) is not None:
+                    raise ValueError(f"{key}.{other} gives options of {other}, but {key}.format is {rule.format}: change one of them")
+                form = _known(f"{key}.format", rule.format, self, rule.options.get(rule.format))
+                form.options.validate(f"{key}.{rule.format}" if rule.options else f"precision.{rule.format}")
                 unknown = [gemm for gemm in rule.gemms if gemm not in GEMMS]
                 if unknown or not rule.gemms:
                     raise ValueError(f"{key}.gemms={list(rule.gemms)} is unknown: list some of {', '.join(GEMMS)}")
@@ -120,6 +130,13 @@ class PrecisionConfig:
                         f"{key}: start={rule.start} and end={rule.end} must satisfy 0 <= start < end <= 1: "
                         "they are fractions of the run (write 200steps for a step)"
                     )
+
+
+def _known(key: str, name: str, config: PrecisionConfig, changed: Mapping[str, Any] | None = None) -> Format:
+    try:
+        return config.form(name, changed)
+    except ValueError as error:
+        raise ValueError(f"{key}={name!r} {error}") from None
 
 
 class Policy:
@@ -148,18 +165,26 @@ class Policy:
 
     def _resolve(self, module: str, gemm: Gemm, interval: int) -> Format:
         time = self._boundaries[interval - 1] if interval else 0.0
-        name = self.config.default
+        form = self.config.form(self.config.default)
         for rule in self._all():
             # The last moment of the run belongs to the last interval.
             during = moment(rule.start) <= time < moment(rule.end) or (time >= 1.0 and rule.end == 1.0)
             if during and gemm in rule.gemms and rule.covers(module, self.layers):
-                name = rule.format
-        return Format(name, self.config.nvfp4)
+                form = self.config.form(rule.format, rule.options.get(rule.format))
+        return form
 
-    def formats(self, module: str, progress: float = 0.0) -> tuple[Format, Format, Format]:
+    def formats(self, module: str, progress: float = 0.0) -> Formats:
         """Formats of fprop, dgrad and wgrad."""
         fprop, dgrad, wgrad = (self.format_for(module, gemm, progress) for gemm in GEMMS)
         return fprop, dgrad, wgrad
+
+    def ever(self, modules: Iterable[str]) -> list[Format]:
+        """Every format that some GEMM of these modules runs in at some time of the run, in the order in which they appear."""
+        return list(dict.fromkeys(form for module in modules for time in self.times for form in self.formats(module, time)))
+
+    def label(self, form: Format) -> str:
+        """A format's name, with those of its options that a rule has changed."""
+        return form.label(self.config.form(form.name).options)
 
     def check(self, modules: Iterable[str]) -> None:
         """Raises ValueError when a rule names a module that does not exist: it would be ignored without a word."""
@@ -172,13 +197,3 @@ class Policy:
                             f"precision.{group}[{index}].modules={glob!r} matches no module of this model: "
                             f"correct it or delete the rule; modules are named like {names[0]}"
                         )
-
-
-def shares(flops: Mapping[str, float], policy: Policy, progress: float) -> dict[str, float]:
-    """Share of the GEMM FLOPs in each format. flops: forward FLOPs per token of every linear module (each GEMM costs as much)."""
-    total: dict[str, float] = {}
-    for module, value in flops.items():
-        for form in policy.formats(module, progress):
-            total[form.name] = total.get(form.name, 0.0) + value
-    whole = sum(total.values())
-    return {name: value / whole for name, value in total.items()}

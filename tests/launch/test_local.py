@@ -7,16 +7,48 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import command, main
+from launch.local import command, main, split
 from tests.train.recipes import SMALL
 from train.observe.metrics import read_metrics
 
 
 def test_command() -> None:
-    assert command(["ranks=3", "-cn", "tiny", "a=b"])[1:] == [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
-        *("-m", "train", "-cn", "tiny", "a=b"),
-    ]
+    ranks, rest = split(["ranks=3", "-cn", "tiny", "a=b"])
+    assert (ranks, rest) == (3, ["-cn", "tiny", "a=b"])
+    assert command(ranks, rest) == ["--standalone", "--nproc-per-node", "3", "-m", "train", "-cn", "tiny", "a=b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["ranks=3", "-cn", "tiny"], "train.global_batch_size=16 is not a multiple of the 3 data-parallel ranks"),
+        (["ranks=2", "-cn", "tiny", "parallel.tensor=4"], "parallel.tensor=4 x parallel.pipeline=1 = 4 does not divide the 2 ranks"),
+        (["ranks=2", "-cn", "tiny", "train.stepz=3"], "did you mean train.steps?"),
+        (["ranks=2", "-m", "run.seed=1,2"], "-m is a sweep"),
+    ],
+)
+def test_a_wrong_recipe_starts_no_rank(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.local.torchrun.run", lambda _: pytest.fail("ranks were started"))
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and named in errors[0]
+
+
+def test_a_rank_that_is_refused_is_one_sentence(tmp_path: Path) -> None:
+    """What only shows when files are opened, on every rank: said once, without the launcher's traceback."""
+    missing = "data.phases=[{blend:[{path:/does/not/exist}]}]"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "launch.local", "ranks=2", "-cn", "tiny", f"run.dir={tmp_path / 'run'}", missing],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "/does/not/exist" in done.stderr, done.stderr
 
 
 def test_wrong_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from model.batch import Microbatch
 from model.config import ModelConfig
 from model.context import ModelContext
 from model.precision.policy import Policy, PrecisionConfig
-from parallel import layout as layouts
+from parallel import groups
 from parallel.layout import ParallelConfig
 
 CONFIG = ModelConfig(
@@ -40,12 +40,12 @@ def open_context(
     device: str = "cpu",
 ) -> Iterator[ModelContext]:
     """Joins a layout for the time of a `with` block."""
-    layout = layouts.initialize(parallel, seed)
+    layout = groups.initialize(parallel, seed)
     try:
         policy = Policy(precision, len(config.layers))
         yield ModelContext(config, layout, policy, seed, torch.float32, torch.device(device))
     finally:
-        layouts.shutdown(leave_world="WORLD_SIZE" not in os.environ)  # a pool of ranks keeps its world
+        groups.shutdown(leave_world="WORLD_SIZE" not in os.environ)  # a pool of ranks keeps its world
 
 
 def microbatch(length: int, batch: int = 2, *, documents: torch.Tensor | None = None, depths: int = 2, **given: Any) -> Microbatch:

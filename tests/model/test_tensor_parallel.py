@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from model.attention import Attention
+from model.context import ModelContext
 from model.embedding import Embedding, summed_cross_entropy
 from model.init import initialize, normal
 from model.linear import Linear, Mode
@@ -15,7 +16,7 @@ from model.mlp import MLP
 from model.norm import RMSNorm
 from model.precision.policy import PrecisionConfig
 from parallel.layout import ParallelConfig
-from parallel.shards import Section, pieces_of
+from parallel.shards import Section, pieces_of, spread_of
 from tests.model.build import CONFIG, microbatch, open_context, packed
 from tests.model.test_moe import CONFIG as ROUTED
 
@@ -34,12 +35,11 @@ class Part:
     total: bool = False
 
 
-def gradients(module: nn.Module) -> list[Part]:
+def gradients(module: nn.Module, context: ModelContext) -> list[Part]:
     parts = []
     for param in module.parameters():
         assert param.grad is not None
-        flagged = getattr(param, "sequence_parallel", False)
-        assert not (flagged and getattr(param, "tensor_model_parallel", False))
+        flagged = spread_of(param) == "everywhere" and context.layout.sequence_parallel
         parts += [Part(p.name, p.shape, p.offset, param.grad[p.local].clone(), flagged) for p in pieces_of(param)]
     return parts
 
@@ -92,7 +92,7 @@ def mixers(rank: int, parallel: ParallelConfig, reset: bool) -> list[Part]:
             assert x.grad is not None
             parts.append(Part(f"{name} y", (LENGTH, *y.shape[1:]), (first, 0, 0), y.detach()))
             parts.append(Part(f"{name} dx", (LENGTH, *x.shape[1:]), (first, 0, 0), x.grad))
-            parts += gradients(module)
+            parts += gradients(module, context)
 
         embedding = Embedding(context)
         head = Linear(context, "lm_head", CONFIG.hidden_size, CONFIG.vocab_size, "column", std=0.3)
@@ -103,8 +103,8 @@ def mixers(rank: int, parallel: ParallelConfig, reset: bool) -> list[Part]:
         loss.backward()
         parts.append(Part("loss", (), (), loss.detach()))
         parts.append(Part("hidden", (LENGTH, *hidden.shape[1:]), (first, 0, 0), hidden.detach()))
-        parts += gradients(embedding)
-        parts += gradients(head)
+        parts += gradients(embedding, context)
+        parts += gradients(head, context)
     return parts
 
 
@@ -163,7 +163,7 @@ def linears(rank: int, parallel: ParallelConfig, precision: PrecisionConfig) -> 
                 parts.append(Part(f"{mode} y", (32, 2, out), (*y_offset[:2], a), y[..., at : at + n].detach()))
                 at += n
             parts.append(Part(f"{mode} dx", (32, 2, 64), x_offset, x.grad))
-            parts += gradients(layer)
+            parts += gradients(layer, context)
     return parts
 
 

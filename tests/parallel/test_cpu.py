@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel import cpu
+from parallel.megatron import cpu
 
 
 @pytest.mark.parametrize("path", cpu.LITERAL_CUDA)

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from parallel.layout import ParallelConfig, initialize, shutdown
+from parallel.groups import initialize, shutdown
+from parallel.layout import ParallelConfig
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,32 @@
-"""Comparing a backend with the reference, on the tensors and operations `certify` uses."""
+"""Formats and backends under short names, and comparing a backend with the reference, on the tensors and operations `certify` uses."""
 
 from typing import Any
 
 import torch
 
-from model.precision.backend import Backend, Packed, Rows
-from model.precision.certify.command import REFERENCE, operations, stream, tensor
+from model.precision.backend import Backend
+from model.precision.backends.reference import Reference
+from model.precision.certify.operands import operations, stream, tensor
+from model.precision.formats.bf16 import BF16 as BF16Format
+from model.precision.formats.fp32 import FP32 as FP32Format
+from model.precision.formats.mxfp8 import MXFP8 as MXFP8Format
+from model.precision.formats.nvfp4 import NVFP4 as NVFP4Format
+from model.precision.formats.nvfp4 import NVFP4Options
+from model.precision.operand import Packed, Rows
+from model.precision.site import Site
 
-__all__ = ["REFERENCE", "assert_equals_reference", "assert_same", "operations", "stream", "tensor"]
+__all__ = ["operations", "stream", "tensor"]
+
+REFERENCE = Reference()
+FP32, BF16, MXFP8, NVFP4 = FP32Format(), BF16Format(), MXFP8Format(), NVFP4Format()
+
+
+def nvfp4_with(**options: Any) -> NVFP4Format:
+    return NVFP4Format(NVFP4Options(**options))
+
+
+def site(name: str = "m", seed: int = 5, backend: Backend = REFERENCE, **where: Any) -> Site:
+    return Site(name, seed, backend=backend, **where)
 
 
 def assert_same(ours: Any, reference: Any, what: str) -> None:

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.precision.backend import Packed, Rows
 from model.precision.backends.cpu import FusedCPU
+from model.precision.certify.matrix import quantize as through
+from model.precision.hadamard import FIXED
 from model.precision.nvfp4 import quantize
+from model.precision.operand import Encoding, Packed, Rows
 from tests.precision.operands import assert_equals_reference, tensor
 from tests.precision.test_vectors import QUANTIZED, RECORDS, assert_equal, field, options
 
@@ -26,7 +28,7 @@ SCALES = [1.0, 1e-30, 1e-6, 1e30]
 def test_the_vectors_of_transformer_engine(record: str, transposed: bool) -> None:
     x = field(record, "input")
     x = x.T.contiguous() if transposed else x
-    assert_equal(CPU.quantize(x, **options(record, transposed=transposed)), record, "_t" if transposed else "")
+    assert_equal(through(CPU, x, **options(record, transposed=transposed)), record, "_t" if transposed else "")
 
 
 @pytest.mark.parametrize(("kind", "dtype", "scale"), product(KINDS, DTYPES[:2], SCALES), ids=str)
@@ -63,7 +65,7 @@ def test_quantize_is_the_reference(kind: str, dtype: torch.dtype, exponent: int,
         how = {"row_scaled": True}
     elif option == "amax":
         how = {"amax": x.abs().max().float() * 3}
-    ours, reference = CPU.quantize(x, **how), quantize(x, **how)  # type: ignore[arg-type]
+    ours, reference = through(CPU, x, **how), quantize(x, **how)  # type: ignore[arg-type]
     assert torch.equal(ours.scales, reference.scales)
     assert torch.equal(ours.codes, reference.codes)
     assert torch.equal(ours.amax, reference.amax)
@@ -74,10 +76,10 @@ def test_a_nan_is_never_lost() -> None:
         x = tensor("normal", (32, 64), 1.0, torch.float32, 0)
         x[17, 5] = bad
         rows = Rows((32,))
-        for hadamard in (False, True):
-            amax = CPU.amax(x, rows, hadamard=hadamard)
+        for encoding in (Encoding("columns"), Encoding("columns", rotation=FIXED), Encoding("rows", rotation=FIXED)):
+            amax = CPU.amax(x, rows, encoding)
             assert not amax.isfinite().all()
-            products = CPU.quantize_columns(x, amax, rows, hadamard=hadamard)
+            products = CPU.quantize(x, amax, rows, encoding)
             assert isinstance(products, torch.Tensor)
             assert not (products * amax).isfinite().all()
 
@@ -89,8 +91,9 @@ def test_threads_change_nothing() -> None:
         results = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            amax = CPU.amax(x, rows, hadamard=True)
-            packed = CPU.quantize_columns(x, amax, rows, hadamard=True, packed=True)
+            encoding = Encoding("columns", rotation=FIXED)
+            amax = CPU.amax(x, rows, encoding)
+            packed = CPU.quantize(x, amax, rows, encoding, packed=True)
             assert isinstance(packed, Packed)
             results.append((amax, packed.codes, packed.scales))
     finally:
@@ -101,19 +104,17 @@ def test_threads_change_nothing() -> None:
 
 def test_packed_operands_take_four_and_a_half_bits_an_element() -> None:
     x, rows = tensor("normal", (256, 128), 1.0, torch.float32, 1), Rows((256,))
-    for packed in (
-        CPU.quantize_rows(x, CPU.amax(x, rows), rows, packed=True),
-        CPU.quantize_columns(x, CPU.amax(x, rows), rows, packed=True),
-    ):
+    for encoding in (Encoding("rows"), Encoding("columns")):
+        packed = CPU.quantize(x, CPU.amax(x, rows, encoding), rows, encoding, packed=True)
         assert isinstance(packed, Packed)
-        assert 8 * (packed.codes.nbytes + packed.scales.nbytes) == 4.5 * x.numel()
+        assert 8 * packed.nbytes == 4.5 * x.numel()
 
 
 def test_the_kernels_import_late_and_start_within_three_seconds() -> None:
-    CPU.quantize(torch.randn(32, 32))  # compiled and on disk from here on
+    through(CPU, torch.randn(32, 32))  # compiled and on disk from here on
     program = (
-        "import sys, time, torch; import model.precision.linear, model.precision.backends.cpu; assert 'numba' not in sys.modules; "
-        "t = time.perf_counter(); model.precision.backends.cpu.FusedCPU().quantize(torch.randn(32, 32)); print(time.perf_counter() - t)"
+        "import sys, time, torch; from model.precision.certify.matrix import quantize; from model.precision.backends.cpu import FusedCPU; "
+        "assert 'numba' not in sys.modules; t = time.perf_counter(); quantize(FusedCPU(), torch.randn(32, 32)); print(time.perf_counter() - t)"
     )
     seconds = [float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout) for _ in range(2)]
     assert min(seconds) < 3, seconds

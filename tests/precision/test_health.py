@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from model.precision import mxfp8, nvfp4
-from model.precision.backend import Packed, Rows
-from model.precision.backends.reference import Reference
-from model.precision.hadamard import rotate
+from model.precision.formats import mxfp8 as mxfp8_format
+from model.precision.formats.base import Format
+from model.precision.formats.nvfp4 import seen
+from model.precision.hadamard import FIXED, rotate
 from model.precision.health import Health
-from tests.precision.operands import tensor
-
-REFERENCE = Reference()
+from model.precision.linear import linear
+from model.precision.operand import Encoding, Operand, Packed, Rows
+from model.precision.site import Site, TokenKeys
+from tests.precision.operands import MXFP8, NVFP4, REFERENCE, nvfp4_with, site, tensor
 
 
 def by_definition(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, block: int, largest: float, bound: float) -> dict[str, float]:
@@ -60,15 +62,22 @@ def values(quantized: nvfp4.Quantized) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized.dequantize(), quantized.scales.view(torch.float8_e4m3fn).float()
 
 
+def measure(health: Health, operand: str, x: torch.Tensor, rows: Rows, encoding: Encoding) -> torch.Tensor:
+    """Quantises x and tells its health; returns its amax."""
+    amax = REFERENCE.amax(x, rows, encoding)
+    packed = REFERENCE.quantize(x, amax, rows, encoding, packed=True)
+    assert isinstance(packed, Packed)
+    found = Operand(packed, encoding.stored(rows), amax, 6 * encoding.bound)
+    health.operand("m", operand, lambda: seen(x, found, rows, encoding, REFERENCE))
+    return amax
+
+
 @pytest.mark.parametrize("kind", ["normal", "heavy", "tiny_block", "zeros"])
 def test_blocks_along_rows(kind: str) -> None:
     x = tensor(kind, (48, 80), 1.0, torch.float32, 1)
     health, rows = Health(), Rows((48,))
     health.start()
-    amax = REFERENCE.amax(x, rows)
-    packed = REFERENCE.quantize_rows(x, amax, rows, packed=True)
-    assert isinstance(packed, Packed)
-    health.nvfp4("m", "x", x, packed, amax, 448.0, rows, REFERENCE)
+    amax = measure(health, "x", x, rows, Encoding("rows"))
     q, scale = values(nvfp4.quantize(x))
     # One unit of scale is worth amax / 2688 here.
     unit = float(amax) / 2688
@@ -89,10 +98,7 @@ def test_blocks_along_columns_of_groups(hadamard: bool) -> None:
     rows = Rows((5, 0, 22))
     health = Health()
     health.start()
-    amax = REFERENCE.amax(x, rows, hadamard=hadamard)
-    packed = REFERENCE.quantize_columns(x, amax, rows, hadamard=hadamard, packed=True)
-    assert isinstance(packed, Packed)
-    health.nvfp4("m", "x_t", x, packed, amax, 448.0, rows, REFERENCE, hadamard=hadamard)
+    measure(health, "x_t", x, rows, Encoding("columns", rotation=FIXED if hadamard else None))
     metrics = health.finish()
     # Every group padded and quantised alone; sums over both.
     signal = noise = lost = nonzero = 0.0
@@ -112,11 +118,8 @@ def test_tiles_and_4over6() -> None:
     w = tensor("normal", (32, 48), 0.02, torch.float32, 3)
     rows, health = Rows((32,)), Health()
     health.start()
-    amax = REFERENCE.amax(w, rows)
-    for operand, how in (("w", {"bound": 448.0}), ("w6", {"clipping": "4over6_mae", "bound": 256.0})):
-        packed = REFERENCE.quantize_rows(w, amax, rows, tiles=True, packed=True, **how)  # type: ignore[arg-type]
-        assert isinstance(packed, Packed)
-        health.nvfp4("m", operand, w, packed, amax, how["bound"], rows, REFERENCE)  # type: ignore[arg-type]
+    for operand, encoding in (("w", Encoding("tiles")), ("w6", Encoding("tiles", clipping="4over6_mae", bound=256.0))):
+        measure(health, operand, w, rows, encoding)
     metrics = health.finish()
     options: dict[str, Any] = {"w": {}, "w6": {"clipping": "4over6_mae", "e4m3_bound": 256}}
     for operand, how in options.items():
@@ -134,7 +137,8 @@ def test_mxfp8() -> None:
     quantized = mxfp8.quantize(x)
     health = Health()
     health.start()
-    health.mxfp8("m", "x", x, quantized, Rows((16,)))
+    rows = Rows((16,))
+    health.operand("m", "x", lambda: mxfp8_format.seen(x, Operand(quantized, rows), rows))
     scale = torch.exp2(quantized.exponents.float() - mxfp8.BIAS)
     compare(health.finish(), "precision/m/x/", by_definition(x, quantized.dequantize(), scale, 32, 448.0, 2.0**127))
 
@@ -168,3 +172,24 @@ def test_only_the_modules_asked_for() -> None:
     for module in ("layers.1.mixer.in_proj", "layers.2.mixer.in_proj"):
         health.gradient(module, torch.ones(2))
     assert list(health.finish()) == ["precision/layers.1.mixer.in_proj/wgrad/zero"]
+
+
+@pytest.mark.parametrize("form", [NVFP4, nvfp4_with(weight_scaling="1d"), MXFP8], ids=repr)
+def test_weights_are_measured_whether_or_not_they_were_quantised_before(form: Format) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, w = torch.randn(32, 32, generator=generator), torch.randn(32, 32, generator=generator).requires_grad_()
+    measured = []
+    for evaluated_first in (False, True):
+        here, index = site(), torch.arange(32)
+
+        def step(here: Site = here, index: torch.Tensor = index) -> None:
+            linear(x.clone().requires_grad_(), w, (form,) * 3, here, TokenKeys(index, index), 0).sum().backward()
+
+        if evaluated_first:
+            step()
+        here.health.start()
+        step()
+        measured.append(here.health.finish())
+    assert measured[0] == measured[1]
+    assert "precision/m/w/sqnr_db" in measured[0]
+    assert ("precision/m/w_t/sqnr_db" in measured[0]) == (form != NVFP4)

@@ -8,11 +8,11 @@ import torch
 
 from model.precision import hadamard, mxfp8, nvfp4, philox
 from model.precision.backends.cpu import FusedCPU
-from model.precision.backends.reference import Reference
-from model.precision.formats import BF16, FP32, MXFP8, Format, NVFP4Options
-from model.precision.linear import Site, TokenKeys, grouped_linear, linear
+from model.precision.formats.base import Format
+from model.precision.linear import grouped_linear, linear
+from model.precision.site import TokenKeys
+from tests.precision.operands import BF16, FP32, MXFP8, NVFP4, REFERENCE, nvfp4_with, site
 
-NVFP4 = Format("nvfp4")
 SEED, STEP = 5, 9
 
 
@@ -63,7 +63,7 @@ def test_each_gemm_runs_in_its_own_format(fprop: Format, dgrad: Format, wgrad: F
     generator = torch.Generator().manual_seed(0)
     x, w, dy = (torch.randn(*shape, generator=generator) for shape in ((64, 48), (32, 48), (64, 32)))
     inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = linear(inputs, weight, (fprop, dgrad, wgrad), Site("m", SEED), keys(64), STEP)
+    y = linear(inputs, weight, (fprop, dgrad, wgrad), site(), keys(64), STEP)
     y.backward(dy)
     for name, ours, exact in zip("y dx dw".split(), (y, inputs.grad, weight.grad), expected(x, w, dy, (fprop, dgrad, wgrad)), strict=True):
         assert ours is not None
@@ -77,7 +77,7 @@ def test_weight_gradients_accumulate_in_fp32_in_main_grad() -> None:
     total = torch.zeros(16, 16, dtype=torch.float64)
     for _ in range(3):
         dy = torch.randn(32, 16, generator=generator).bfloat16()
-        linear(x, w, (BF16, BF16, BF16), Site("m", SEED), keys(32), STEP).backward(dy)
+        linear(x, w, (BF16, BF16, BF16), site(), keys(32), STEP).backward(dy)
         total += dy.double().T @ x.double()
     assert w.grad_added_to_main_grad and w.grad is not None and not w.grad.any()  # type: ignore[attr-defined]
     torch.testing.assert_close(w.main_grad.double(), total, rtol=1e-5, atol=1e-5)  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def test_every_expert_is_an_operand_of_its_own(forms: tuple[Format, Format, Form
     x *= torch.linspace(0.1, 4, 64)[:, None]  # amaxes differ
     w = torch.randn(len(counts), 48, 32, generator=generator)
     inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = grouped_linear(inputs, weight, counts, forms, Site("m", SEED, first_expert=7), keys(64), STEP)
+    y = grouped_linear(inputs, weight, counts, forms, site(first_expert=7), keys(64), STEP)
     y.backward(dy)
     assert inputs.grad is not None and weight.grad is not None
     start = 0
@@ -127,37 +127,36 @@ def test_the_rotation_leaves_the_product_over_tokens_alone() -> None:
 
 def test_shapes_the_format_cannot_take_name_the_module() -> None:
     x, w = torch.randn(32, 32), torch.randn(24, 32)
-    with pytest.raises(ValueError, match=r"weight of layers.1.mixer.gate is 24 x 32, but 2d scaling needs multiples of 16"):
-        linear(x, w, (NVFP4,) * 3, Site("layers.1.mixer.gate", 0), keys(32), 0)
+    with pytest.raises(ValueError, match=r"layers.1.mixer.gate, whose weight on one rank is 24 x 32: 2d scaling needs multiples of 16"):
+        linear(x, w, (NVFP4,) * 3, site("layers.1.mixer.gate"), keys(32), 0)
     x, w = torch.randn(24, 32, requires_grad=True), torch.randn(32, 32, requires_grad=True)
-    with pytest.raises(ValueError, match=r"lm_head has 24 tokens in a microbatch"):
-        linear(x, w, (NVFP4,) * 3, Site("lm_head", 0), keys(24), 0)
+    with pytest.raises(ValueError, match=r"gives lm_head 24 tokens on one rank"):
+        linear(x, w, (NVFP4,) * 3, site("lm_head"), keys(24), 0)
 
 
 def test_four_over_six_and_row_scaling_reach_the_forward_operands() -> None:
     generator = torch.Generator().manual_seed(3)
     x, w = torch.randn(32, 32, generator=generator), torch.randn(32, 32, generator=generator)
-    options = NVFP4Options(clipping="4over6_mse", e4m3_bound=256)
-    y = linear(x, w, (Format("nvfp4", options),) * 3, Site("m", 0), keys(32), 0)
+    y = linear(x, w, (nvfp4_with(clipping="4over6_mse", e4m3_bound=256),) * 3, site(), keys(32), 0)
     how = {"clipping": "4over6_mse", "e4m3_bound": 256}
     exact = values(x, NVFP4, **how) @ values(w, NVFP4, scaling="2d", **how).T
     assert (y.double() - exact).abs().max() <= 2e-6 * exact.abs().max()
-    y = linear(x, w, (Format("nvfp4", NVFP4Options(row_scaled=True)),) * 3, Site("m", 0), keys(32), 0)
+    y = linear(x, w, (nvfp4_with(row_scaled=True),) * 3, site(), keys(32), 0)
     exact = values(x, NVFP4, row_scaled=True) @ values(w, NVFP4, scaling="2d").T
     assert (y.double() - exact).abs().max() <= 2e-6 * exact.abs().max()
 
 
-@pytest.mark.parametrize("backend", [Reference(), FusedCPU()], ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", [REFERENCE, FusedCPU()], ids=lambda b: b.name)
 @pytest.mark.parametrize("form", [NVFP4, MXFP8, BF16], ids=str)
 def test_experts_without_any_token(form: Format, backend: Any) -> None:
     x, w = torch.zeros(0, 32, requires_grad=True), torch.ones(2, 48, 32, requires_grad=True)
-    site = Site("m", SEED, first_expert=0, backend=backend)
-    site.health.start()
-    y = grouped_linear(x, w, [0, 0], (form,) * 3, site, keys(0), STEP)
+    here = site(first_expert=0, backend=backend)
+    here.health.start()
+    y = grouped_linear(x, w, [0, 0], (form,) * 3, here, keys(0), STEP)
     assert y.shape == (0, 48)
     y.backward(torch.zeros(0, 48))
     assert x.grad is not None and x.grad.shape == (0, 32) and w.grad is not None and not w.grad.any()
-    assert not any("/x" in name or "/dy" in name for name in site.health.finish())
+    assert not any("/x" in name or "/dy" in name for name in here.health.finish())
 
 
 def test_depths_that_share_a_module_draw_different_bits() -> None:
@@ -166,7 +165,7 @@ def test_depths_that_share_a_module_draw_different_bits() -> None:
     gradients = []
     for depth in (0, 1, 2, 1):
         inputs = x.clone().requires_grad_()
-        linear(inputs, w, (NVFP4,) * 3, Site("m", SEED), replace(keys(32), depth=depth), STEP).backward(dy)
+        linear(inputs, w, (NVFP4,) * 3, site(), replace(keys(32), depth=depth), STEP).backward(dy)
         gradients.append(inputs.grad)
     assert torch.equal(gradients[1], gradients[3])  # type: ignore[arg-type]
     for a, b in ((0, 1), (0, 2), (1, 2)):

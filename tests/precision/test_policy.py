@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import yaml
 
-from model.precision.policy import Policy, PrecisionConfig, Rule, shares
+from model.precision.formats.nvfp4 import NVFP4Options
+from model.precision.policy import Policy, PrecisionConfig, Rule
 from train.recipe.load import RECIPES
+from train.recipe.reading import plain as plain_values
 from train.recipe.reading import read
 
 
@@ -63,9 +65,52 @@ def test_a_rule_that_matches_nothing_is_an_error() -> None:
     Policy(PrecisionConfig(rules=(Rule("bf16", modules=("mtp.*",), optional=True),)), 4).check(["layers.0.mixer.in_proj"])
 
 
-def test_shares_weigh_each_gemm_by_its_flops() -> None:
-    policy = Policy(PrecisionConfig(rules=(Rule("bf16", modules=("a",), gemms=("wgrad",)),)), 2)
-    assert shares({"a": 3.0, "b": 1.0}, policy, 0.0) == {"nvfp4": 9 / 12, "bf16": 3 / 12}
+def configured(**values: Any) -> PrecisionConfig:
+    return read(PrecisionConfig, values, "precision")
+
+
+def test_a_rule_changes_options_of_its_own_modules_only() -> None:
+    config = configured(
+        nvfp4={"hadamard": False},
+        rules=[
+            {"format": "nvfp4", "modules": ["a.*"], "nvfp4": {"clipping": "4over6_mae", "e4m3_bound": 256}},
+            {"format": "nvfp4", "modules": ["a.b"], "gemms": ["wgrad"], "nvfp4": {"stochastic_rounding": False}},
+        ],
+    )
+    policy = Policy(config, 4)
+    plain, clipped, rounded = (policy.format_for(*where) for where in (("x", "fprop"), ("a.b", "fprop"), ("a.b", "wgrad")))
+    assert plain.options == NVFP4Options(hadamard=False)
+    assert clipped.options == NVFP4Options(hadamard=False, clipping="4over6_mae", e4m3_bound=256)
+    assert rounded.options == NVFP4Options(hadamard=False, stochastic_rounding=False), "only what this rule says"
+    assert plain != clipped and len({plain, clipped, policy.format_for("a.c", "dgrad")}) == 2
+    assert [policy.label(form) for form in (plain, clipped, rounded)] == [
+        "nvfp4",
+        "nvfp4(clipping=4over6_mae, e4m3_bound=256)",
+        "nvfp4(stochastic_rounding=false)",
+    ]
+    assert policy.ever(["x", "a.b"]) == [plain, clipped, rounded]
+    # What a recipe stores of it gives the same again.
+    assert read(PrecisionConfig, plain_values(config), "precision") == config
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"format": "nvfp4", "nvfp4": {"clipping": "5over6"}}, "precision.rules[1].nvfp4.clipping='5over6' is unknown: use saturate or"),
+        ({"format": "nvfp4", "nvfp4": {"e4m3_bound": 256}}, "precision.rules[1].nvfp4.e4m3_bound=256 is for 4over6_mae and 4over6_mse"),
+        ({"format": "nvfp4", "nvfp4": {"hadamrd": False}}, "precision.rules[1].nvfp4.hadamrd is no key of a recipe"),
+        (
+            {"format": "bf16", "nvfp4": {"hadamard": False}},
+            "precision.rules[1].nvfp4 gives options of nvfp4, but precision.rules[1].format is bf16",
+        ),
+        ({"format": "fp4"}, "precision.rules[1].format='fp4' is unknown: use one of fp32, bf16, mxfp8, nvfp4"),
+    ],
+    ids=str,
+)
+def test_a_wrong_rule_is_named(rule: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Policy(configured(rules=[{"format": "bf16"}, rule]), 4)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_moments_become_fractions() -> None:

@@ -16,22 +16,23 @@ import pytest
 import torch
 
 from model.precision import nvfp4
-from model.precision.backend import Packed, Rows, choose
-from model.precision.backends.reference import Reference
-from model.precision.backends.transformer_engine import TransformerEngine, missing
+from model.precision.backends.choice import choose
+from model.precision.backends.transformer_engine import TransformerEngine
 from model.precision.backends.transformer_engine_layers import arguments, recipe, translate
-from model.precision.certify import command as certify
-from model.precision.formats import BF16, FP32, GEMMS, MXFP8, Format, NVFP4Options
-from model.precision.hadamard import rotate
-from model.precision.linear import Site, TokenKeys, WeightCache, grouped_linear, linear
-from model.precision.philox import Stream
+from model.precision.certify import checks
+from model.precision.certify.matrix import quantize as through
+from model.precision.certify.report import Report
+from model.precision.formats.base import Format
+from model.precision.gemm import GEMMS
+from model.precision.hadamard import FIXED, UNSIGNED, Rotation, rotate
+from model.precision.linear import grouped_linear, linear
+from model.precision.operand import Encoding, Packed, Rows
+from model.precision.philox import Given, Stream
+from model.precision.site import TokenKeys, WeightCache
+from tests.precision.operands import BF16, FP32, MXFP8, NVFP4, REFERENCE, site
+from tests.precision.operands import nvfp4_with as form
 
-NVFP4 = Format("nvfp4")
-REFERENCE = Reference()
-
-
-def form(**options: Any) -> Format:
-    return Format("nvfp4", NVFP4Options(**options))
+missing = TransformerEngine.missing
 
 
 # -- recipes -------------------------------------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def kernel(x: torch.Tensor, q: Any, amax: torch.Tensor | None) -> SimpleNamespac
     operand = x.T.contiguous() if q.columnwise else x
     if q.with_rht:
         assert x.dtype == torch.bfloat16
-        operand = rotate(operand, signs=q.with_random_sign_mask)
+        operand = rotate(operand, FIXED if q.with_random_sign_mask else UNSIGNED)
     result = nvfp4.quantize(
         operand,
         scaling="2d" if q.with_2d_quantization else "1d",
@@ -358,26 +359,21 @@ def assert_same(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("features", [64, 144, 40])
 def test_operands_have_the_layout_of_the_interface(stand_in: SimpleNamespace, features: int, sizes: tuple[int, ...], packed: bool) -> None:
     te, rows, x = TransformerEngine(), Rows(sizes), operand(sum(sizes), features)
-    for hadamard in (False, True):
-        amax = te.amax(x, rows, hadamard=hadamard)
-        assert_same(amax, REFERENCE.amax(x, rows, hadamard=hadamard))
+    encodings = [Encoding("columns"), Encoding("rows"), Encoding("columns", rotation=FIXED), Encoding("rows", rotation=UNSIGNED)]
+    encodings.append(Encoding("rows", row_scaled=True))
+    for along in ("rows", "columns", "tiles"):
+        if along != "tiles" or (rows == rows.padded(16) and features % 16 == 0):
+            encodings += [Encoding(along, clipping="4over6_mae", bound=256.0), Encoding(along, clipping="4over6_mse")]  # type: ignore[arg-type]
+    for encoding in encodings:
+        amax = te.amax(x, rows, encoding)
+        assert_same(amax, REFERENCE.amax(x, rows, encoding))
+        if not encoding.row_scaled:
+            amax *= 1.25  # as the maximum over a group of ranks may be
+        ours = te.quantize(x, amax, rows, encoding, packed=packed)
         if sum(sizes):
-            how: dict[str, Any] = {"hadamard": hadamard, "packed": packed}
-            assert_same(te.quantize_columns(x, amax, rows, **how), REFERENCE.quantize_columns(x, amax, rows, **how))
-    amax = te.amax(x, rows) * 1.25  # as the maximum over a group of ranks may be
-    if not sum(sizes):
-        assert te.quantize_rows(x, amax, rows).shape == (0, features)  # type: ignore[union-attr]
-        assert te.quantize_columns(x, amax, rows).shape == (0, features)  # type: ignore[union-attr]
-        return
-    for clipping, bound in (("saturate", 448.0), ("4over6_mae", 256.0), ("4over6_mse", 448.0)):
-        how = {"clipping": clipping, "bound": bound, "packed": packed}
-        assert_same(te.quantize_rows(x, amax, rows, **how), REFERENCE.quantize_rows(x, amax, rows, **how))
-        assert_same(te.quantize_columns(x, amax, rows, **how), REFERENCE.quantize_columns(x, amax, rows, **how))
-        if rows == rows.padded(16) and features % 16 == 0:
-            how["tiles"] = True
-            assert_same(te.quantize_rows(x, amax, rows, **how), REFERENCE.quantize_rows(x, amax, rows, **how))
-    per_row = x.abs().amax(1, keepdim=True).float()
-    assert_same(te.quantize_rows(x, per_row, rows, packed=packed), REFERENCE.quantize_rows(x, per_row, rows, packed=packed))
+            assert_same(ours, REFERENCE.quantize(x, amax, rows, encoding, packed=packed))
+        elif isinstance(ours, torch.Tensor):
+            assert ours.shape == (0, features)
 
 
 def test_quantize_is_the_definition(stand_in: SimpleNamespace) -> None:
@@ -394,7 +390,7 @@ def test_quantize_is_the_definition(stand_in: SimpleNamespace) -> None:
     for values, how in (
         [(x, way) for way in ways] + [(x.bfloat16(), way) for way in turned] + [(x[:41, :72], {}), (x[:41].bfloat16(), turned[0])]
     ):
-        ours, theirs = te.quantize(values.contiguous(), **how), nvfp4.quantize(values.contiguous(), **how)
+        ours, theirs = through(te, values.contiguous(), **how), nvfp4.quantize(values.contiguous(), **how)
         assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scales, theirs.scales)
         assert torch.equal(ours.amax, theirs.amax) and ours.bound == theirs.bound
 
@@ -403,37 +399,39 @@ def test_stochastic_rounding_is_asked_for_where_a_stream_is_given(stand_in: Simp
     te, rows, x = TransformerEngine(), Rows((32,)), operand(32, 64)
     token = torch.arange(32)
     stream = Stream((1, 2), token, token, 0)
-    for quantise in (te.quantize_rows, te.quantize_columns):
-        first, second = (quantise(x, te.amax(x, rows), rows, stream=stream) for _ in range(2))
+    for encoding in (Encoding("rows"), Encoding("columns")):
+        amax = te.amax(x, rows, encoding)
+        first, second = (te.quantize(x, amax, rows, dataclasses.replace(encoding, stream=stream)) for _ in range(2))
         assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
         assert 0.05 < (first != second).float().mean() < 0.6
-        nearest = quantise(x, te.amax(x, rows), rows)
-        assert torch.equal(nearest, quantise(x, te.amax(x, rows), rows))  # type: ignore[arg-type]
+        assert_same(te.quantize(x, amax, rows, encoding), te.quantize(x, amax, rows, encoding))
 
 
 def test_what_transformer_engine_cannot_do_is_refused(stand_in: SimpleNamespace) -> None:
     te, rows = TransformerEngine(), Rows((32,))
     x = operand(32, 64, dtype=torch.float32)
-    amax, token = te.amax(x, rows), torch.arange(32)
-    stream = Stream((1, 2), token, token, 0)
+    amax, token = torch.full((1,), 9.0), torch.arange(32)
+    stream, ones = Stream((1, 2), token, token, 0), torch.full((32, 1), 9.0)
+    drawn, given = Rotation.drawn((1, 2), 3), Given(torch.zeros(32, 64, dtype=torch.uint8))
+    row_scaled = Encoding("rows", row_scaled=True)
     for attempt, words in (
-        (lambda: te.quantize_columns(x, amax, rows, hadamard=True), "bf16 operands only, not float32"),
-        (lambda: te.quantize(x, random_bits=torch.zeros(32, 64, dtype=torch.uint8)), "draws its random bits itself"),
-        (lambda: te.quantize_rows(x, amax, rows, stream=stream, clipping="4over6_mae"), "clipping=4over6_mae"),
-        (lambda: te.quantize_rows(x, torch.full((32, 1), 9.0), rows), "amax of every row itself"),
-        (lambda: te.quantize_rows(x, x.abs().amax(1, keepdim=True), rows, stream=stream), "rounding to nearest only"),
-        (lambda: te.quantize(x, scaling="2d", row_scaled=True), "row_scaled"),
-        (lambda: te.multiply(packed(te, x), amax, packed(te, x), amax, across=True), "only tiles"),
+        (lambda: te.quantize(x, amax, rows, Encoding("columns", rotation=FIXED)), "bf16 operands only, not float32"),
+        (lambda: te.quantize(x.bfloat16(), amax, rows, Encoding("columns", rotation=drawn)), "its own signs only"),
+        (lambda: te.quantize(x, amax, rows, Encoding("rows", given)), "draws its random bits itself"),
+        (lambda: te.quantize(x.bfloat16(), amax, rows, Encoding("rows", None, FIXED, "4over6_mae")), "clipping=4over6_mae"),
+        (lambda: te.quantize(x, ones, rows, row_scaled), "amax of every row itself"),
+        (lambda: te.quantize(x, ones, rows, dataclasses.replace(row_scaled, stream=stream)), "rounding to nearest only"),
+        (lambda: through(te, x, scaling="2d", row_scaled=True), "row_scaled"),
+        (lambda: te.multiply(packed(te, x), amax, 2688.0, packed(te, x), amax, 2688.0, across=True), "only tiles"),
     ):
         with pytest.raises(ValueError, match=words) as refusal:
             attempt()
         assert "\n" not in str(refusal.value)
 
 
-def packed(te: TransformerEngine, x: torch.Tensor, *, columns: bool = False, **how: Any) -> Packed:
-    rows = Rows((len(x),))
-    quantise = te.quantize_columns if columns else te.quantize_rows
-    result = quantise(x, te.amax(x, rows), rows, packed=True, **how)
+def packed(te: TransformerEngine, x: torch.Tensor, along: Any = "rows", **how: Any) -> Packed:
+    rows, encoding = Rows((len(x),)), Encoding(along, **how)
+    result = te.quantize(x, te.amax(x, rows, encoding), rows, encoding, packed=True)
     assert isinstance(result, Packed)
     return result
 
@@ -442,18 +440,17 @@ def packed(te: TransformerEngine, x: torch.Tensor, *, columns: bool = False, **h
 def test_the_three_gemms_on_tensor_cores(stand_in: SimpleNamespace, bound: float) -> None:
     te = TransformerEngine()
     x, w, dy = operand(40, 80, 1), operand(48, 80, 2), operand(40, 48, 3)
-    of = {"x": te.amax(x, Rows((40,))), "w": te.amax(w, Rows((48,))), "dy": te.amax(dy, Rows((40,)))}
-    how: dict[str, Any] = {"clipping": "saturate" if bound == 448 else "4over6_mae", "bound": bound}
-    tiles = packed(te, w, tiles=True, **how)
+    of = {name: t.abs().max().float().reshape(1) for name, t in (("x", x), ("w", w), ("dy", dy))}
+    tiles = packed(te, w, "tiles", clipping="saturate" if bound == 448 else "4over6_mae", bound=bound)
     sides = {
         "fprop": ((packed(te, x), "x", False), (tiles, "w", False)),
         "dgrad": ((packed(te, dy), "dy", False), (tiles, "w", True)),
-        "wgrad": ((packed(te, dy, columns=True), "dy", False), (packed(te, x, columns=True), "x", False)),
+        "wgrad": ((packed(te, dy, "columns"), "dy", False), (packed(te, x, "columns"), "x", False)),
     }
     for name in GEMMS:
         (a, of_a, _), (b, of_b, across) = sides[name]
         right = bound if of_b == "w" else 448.0
-        ours = te.multiply(a, of[of_a], b, of[of_b], right_bound=right, across=across)
+        ours = te.multiply(a, of[of_a], 2688.0, b, of[of_b], 6 * right, across=across)
         left, other = (te.unpack(side, torch.float32).double() for side in (a, b))
         product = (left.T if name == "wgrad" else left) @ (other.T if name == "fprop" else other)
         expected = product * of[of_a].double() * of[of_b].double() / (36 * 448 * right)
@@ -488,11 +485,11 @@ def test_a_linear_layer_multiplies_four_bits(stand_in: SimpleNamespace, options:
         x = operand(tokens, 64).requires_grad_()
         w = torch.stack([operand(48, 64, seed) for seed in range(groups)]).requires_grad_()
         keys = TokenKeys(torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens))
-        site = Site("m", 0, backend=backend, first_expert=0 if groups > 1 else None)
+        here = site(backend=backend, first_expert=0 if groups > 1 else None)
         if groups > 1:
-            y = grouped_linear(x, w, sizes, (wanted,) * 3, site, keys, 0)
+            y = grouped_linear(x, w, sizes, (wanted,) * 3, here, keys, 0)
         else:
-            y = linear(x, w[0], (wanted,) * 3, site, keys, 0)
+            y = linear(x, w[0], (wanted,) * 3, here, keys, 0)
         y.backward(operand(tokens, 48, 9))
         assert x.grad is not None and w.grad is not None
         results.append((y.detach().float(), x.grad.float(), w.grad.float()))
@@ -513,10 +510,10 @@ def three(backend: Any, formats: Any, *, microbatches: int = 1, fused: bool = Tr
     if fused:
         w.main_grad = torch.zeros(32, 96)  # type: ignore[attr-defined]
     index = torch.arange(64)
-    site = Site("m", 0, backend=backend, weights=weights or WeightCache())
+    here = site(backend=backend, weights=weights or WeightCache())
     for microbatch in range(microbatches):
         x.grad = None
-        y = linear(x, w, formats, site, TokenKeys(index, index), 0)
+        y = linear(x, w, formats, here, TokenKeys(index, index), 0)
         y.backward(operand(64, 32, 2 + microbatch))
     assert x.grad is not None and w.grad is not None
     return y.detach(), x.grad, w.main_grad if fused else w.grad  # type: ignore[attr-defined]
@@ -542,23 +539,23 @@ def test_one_recipe_runs_as_a_layer_of_transformer_engine(stand_in: SimpleNamesp
     WholeLinear.quantised_weights = 0
     ours = three(TransformerEngine(), formats, microbatches=3, fused=fused)
     assert WholeLinear.quantised_weights == 1, "once for all microbatches of a step"
-    if formats[0].nvfp4.weight_scaling == "2d":  # along the other side, 1D weights have other scales, which the stand-in leaves out
+    if formats[0].options.weight_scaling == "2d":  # along the other side, 1D weights have other scales, which the stand-in leaves out
         close(ours, three(REFERENCE, formats, microbatches=3, fused=fused))
 
 
 def test_a_changed_weight_is_quantised_again(stand_in: SimpleNamespace) -> None:
     WholeLinear.quantised_weights = 0
-    site = Site("m", 0, backend=TransformerEngine())
+    here = site(backend=TransformerEngine())
     w, index = torch.nn.Parameter(operand(32, 96, 1)), torch.arange(64)
     results = []
     for change in range(3):
         if change == 1:
             with torch.no_grad():
                 w.mul_(-1)
-        results.append(linear(operand(64, 96), w, (NVFP4,) * 3, site, TokenKeys(index, index), 0).detach())
+        results.append(linear(operand(64, 96), w, (NVFP4,) * 3, here, TokenKeys(index, index), 0).detach())
     assert WholeLinear.quantised_weights == 2 and torch.equal(results[1], -results[0]) and torch.equal(results[2], results[1])
-    site.weights.clear()  # as after every optimizer step
-    linear(operand(64, 96), w, (NVFP4,) * 3, site, TokenKeys(index, index), 0)
+    here.weights.clear()  # as after every optimizer step
+    linear(operand(64, 96), w, (NVFP4,) * 3, here, TokenKeys(index, index), 0)
     assert WholeLinear.quantised_weights == 3
 
 
@@ -569,19 +566,19 @@ def test_what_no_recipe_can_say_runs_operand_by_operand(stand_in: SimpleNamespac
         case, (form(stochastic_rounding=False, hadamard=False),) * 3
     )
     tokens, dtype = 48 if case == "shape" else 64, torch.float32 if case == "dtype" else torch.bfloat16
-    site, index = Site("m", 0, backend=TransformerEngine()), torch.arange(tokens)
+    here, index = site(backend=TransformerEngine()), torch.arange(tokens)
     if case == "measured":
-        site.health.start()
+        here.health.start()
     out_dtype = torch.float32 if case == "output" else None
     x, w = operand(tokens, 96).to(dtype).requires_grad_(), torch.nn.Parameter(operand(32, 96, 1).to(dtype))
-    y = linear(x, w, formats, site, TokenKeys(index, index), 0, out_dtype)  # type: ignore[arg-type]
+    y = linear(x, w, formats, here, TokenKeys(index, index), 0, out_dtype)  # type: ignore[arg-type]
     assert WholeLinear.quantised_weights == 0
-    reference = linear(x, w, formats, Site("m", 0), TokenKeys(index, index), 0, out_dtype)  # type: ignore[arg-type]
+    reference = linear(x, w, formats, site(), TokenKeys(index, index), 0, out_dtype)  # type: ignore[arg-type]
     assert (y - reference).abs().max() <= 2**-7 * reference.abs().max()
 
 
 def test_the_certificate_reaches_whole_layers(stand_in: SimpleNamespace) -> None:
     WholeLinear.quantised_weights = 0
-    report = certify.Report()
-    certify.check_gemms(report, TransformerEngine(), torch.device("cpu"))
+    report = Report()
+    checks.check_gemms(report, TransformerEngine(), torch.device("cpu"))
     assert WholeLinear.quantised_weights == 2 and report.good, report.text()

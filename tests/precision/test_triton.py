@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import pytest
 import torch
 
 from model.precision import nvfp4, philox
-from model.precision.backend import Packed, Rows
 from model.precision.backends import triton as triton_backend
+from model.precision.certify.matrix import quantize as through
+from model.precision.hadamard import FIXED
 from model.precision.nvfp4 import Quantized, quantize
+from model.precision.operand import Encoding, Packed, Rows
 from tests.precision.operands import REFERENCE, assert_same, operations, stream, tensor
 from tests.precision.test_vectors import QUANTIZED, RECORDS, assert_equal, field, options
 
@@ -48,7 +52,7 @@ def to(value: Any, device: str) -> Any:
 def check_record(device: str, record: str, transposed: bool) -> None:
     x = field(record, "input")
     x = x.T.contiguous() if transposed else x
-    ours = triton_backend.Triton().quantize(x.to(device), **options(record, transposed=transposed))
+    ours = through(triton_backend.Triton(), x.to(device), **options(record, transposed=transposed))
     assert_equal(to(ours, "cpu"), record, "_t" if transposed else "")
 
 
@@ -69,18 +73,16 @@ def check_wide(device: str) -> None:
     backend, x, rows = triton_backend.Triton(), tensor("heavy", (20, 1100), 1.0, torch.bfloat16, 0), Rows((3, 17))
     x[18, 1099] = 1e6
     on_device = x.to(device)
-    for hadamard in (False, True):
-        amax = REFERENCE.amax(x, rows, hadamard=hadamard)
-        assert_same(to(backend.amax(on_device, rows, hadamard=hadamard), "cpu"), amax, "amax")
-        ours = backend.quantize_columns(on_device, amax.to(device), rows, hadamard=hadamard, stream=stream(20, device=device))
-        assert_same(to(ours, "cpu"), REFERENCE.quantize_columns(x, amax, rows, hadamard=hadamard, stream=stream(20)), "columns")
-        packed = REFERENCE.quantize_columns(x, amax, rows, hadamard=hadamard, packed=True)
-        assert isinstance(packed, Packed)
-        assert_same(to(backend.unpack(to(packed, device), torch.float32), "cpu"), REFERENCE.unpack(packed, torch.float32), "unpacked")
-    amax = REFERENCE.amax(x, rows)
-    for how in ({"packed": True}, {"packed": False}):
-        ours = backend.quantize_rows(on_device, amax.to(device), rows, stream=stream(20, device=device), **how)
-        assert_same(to(ours, "cpu"), REFERENCE.quantize_rows(x, amax, rows, stream=stream(20), **how), "rows")
+    for encoding in (Encoding("columns"), Encoding("columns", rotation=FIXED), Encoding("rows")):
+        amax = REFERENCE.amax(x, rows, encoding)
+        assert_same(to(backend.amax(on_device, rows, encoding), "cpu"), amax, "amax")
+        for packed in (False, True):
+            drawn, here = (replace(encoding, stream=stream(20, device=where)) for where in ("cpu", device))
+            ours = backend.quantize(on_device, amax.to(device), rows, here, packed=packed)
+            assert_same(to(ours, "cpu"), REFERENCE.quantize(x, amax, rows, drawn, packed=packed), encoding.along)
+        kept = REFERENCE.quantize(x, amax, rows, encoding, packed=True)
+        assert isinstance(kept, Packed)
+        assert_same(to(backend.unpack(to(kept, device), torch.float32), "cpu"), REFERENCE.unpack(kept, torch.float32), "unpacked")
 
 
 def check_quantize(device: str, dtype: torch.dtype) -> None:
@@ -108,7 +110,7 @@ def check_quantize(device: str, dtype: torch.dtype) -> None:
             given["random_bits"] = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
         moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
         # Not contiguous: quantise takes any matrix.
-        ours, theirs = to(backend.quantize(x.T.contiguous().T.to(device), **moved), "cpu"), quantize(x, **given)
+        ours, theirs = to(through(backend, x.T.contiguous().T.to(device), **moved), "cpu"), quantize(x, **given)
         assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scales, theirs.scales), how
         assert torch.equal(ours.amax, theirs.amax) and ours.amax.shape == theirs.amax.shape and ours.bound == theirs.bound, how
 
@@ -117,7 +119,7 @@ def check_every_random_byte(device: str) -> None:
     magnitude = torch.linspace(0, 6, 41).repeat(8)
     x = torch.cat((magnitude, -magnitude))[:, None].expand(-1, 256).contiguous()
     bits = torch.arange(256, dtype=torch.uint8).expand(len(x), 256).contiguous()
-    ours = to(triton_backend.Triton().quantize(x.to(device), random_bits=bits.to(device)), "cpu")
+    ours = to(through(triton_backend.Triton(), x.to(device), random_bits=bits.to(device)), "cpu")
     assert torch.equal(ours.codes, quantize(x, random_bits=bits).codes)
 
 
@@ -127,18 +129,22 @@ def check_nothing_finite_hides(device: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x = tensor("normal", (32, 64), 1.0, dtype, 0).to(device)
             x[17, 5] = bad
-            for hadamard in (False, True):
-                amax = backend.amax(x, rows, hadamard=hadamard)
+            for encoding in (
+                Encoding("columns"),
+                Encoding("columns", rotation=FIXED),
+                Encoding("rows"),
+                Encoding("rows", rotation=FIXED),
+                Encoding("rows", stream(32, device=device)),
+                Encoding("rows", clipping="4over6_mse"),
+                Encoding("tiles"),
+            ):
+                amax = backend.amax(x, rows, encoding)
                 assert not amax.isfinite().all()
-                products = backend.quantize_columns(x, amax, rows, hadamard=hadamard)
-                assert isinstance(products, torch.Tensor) and not (products * amax).isfinite().all()
-            amax = backend.amax(x, rows)
-            for how in ({}, {"tiles": True}, {"stream": stream(32, device=device)}, {"clipping": "4over6_mse"}):
-                products = backend.quantize_rows(x, amax, rows, **how)  # type: ignore[arg-type]
-                assert isinstance(products, torch.Tensor) and not (products * amax).isfinite().all(), how
-                packed = backend.quantize_rows(x, amax, rows, **how, packed=True)  # type: ignore[arg-type]
+                products = backend.quantize(x, amax, rows, encoding)
+                assert isinstance(products, torch.Tensor) and not (products * amax).isfinite().all(), encoding
+                packed = backend.quantize(x, amax, rows, encoding, packed=True)
                 assert isinstance(packed, Packed)
-                assert not (backend.unpack(packed, torch.float32) * amax).isfinite().all(), how
+                assert not (backend.unpack(packed, torch.float32) * amax).isfinite().all(), encoding
     # A NaN stays one where the amax is that of other rows.
     x = tensor("normal", (32, 64), 1.0, torch.float32, 0).to(device)
     amax = backend.amax(x, rows)
@@ -151,16 +157,17 @@ def check_empty(device: str) -> None:
     backend = triton_backend.Triton()
     for rows in (Rows((0,)), Rows((0, 0))):
         x = torch.zeros(0, 32, device=device)
-        amax = backend.amax(x, rows)
-        assert amax.tolist() == [0.0] * len(rows.sizes)
-        for products in (backend.quantize_rows(x, amax, rows), backend.quantize_columns(x, amax, rows, hadamard=True)):
+        for encoding in (Encoding("rows"), Encoding("columns", rotation=FIXED)):
+            amax = backend.amax(x, rows, encoding)
+            assert amax.tolist() == [0.0] * len(rows.sizes)
+            products = backend.quantize(x, amax, rows, encoding)
             assert isinstance(products, torch.Tensor) and products.shape == (0, 32)
 
 
 def check_bytes_are_drawn_in_the_kernel(device: str) -> None:
     backend, x, rows = triton_backend.Triton(), tensor("normal", (16, 64), 1.0, torch.float32, 0), Rows((16,))
     runs = ((96, 16), (32, 48))
-    expected = REFERENCE.quantize_rows(x, x.abs().max()[None], rows, stream=stream(16, runs=runs))
+    expected = REFERENCE.quantize(x, x.abs().max()[None], rows, Encoding("rows", stream(16, runs=runs)))
 
     def none(*_: Any, **__: Any) -> torch.Tensor:
         raise AssertionError("random bytes were stored")
@@ -168,7 +175,7 @@ def check_bytes_are_drawn_in_the_kernel(device: str) -> None:
     original, philox.random_bytes = philox.random_bytes, none
     try:
         x = x.to(device)
-        ours = backend.quantize_rows(x, x.abs().max()[None], rows, stream=stream(16, runs=runs, device=device))
+        ours = backend.quantize(x, x.abs().max()[None], rows, Encoding("rows", stream(16, runs=runs, device=device)))
     finally:
         philox.random_bytes = original
     assert_same(to(ours, "cpu"), expected, "rows")
@@ -267,40 +274,41 @@ def test_undefined_combinations_are_refused() -> None:
         ((8, 32), {"row_scaled": True, "hadamard": True}, "forward activations"),
         ((8, 24), {"hadamard": True}, "groups of 16"),
     ):
-        for function in (backend.quantize, nvfp4.quantize):
+        for function in (partial(through, backend), nvfp4.quantize):
             with pytest.raises(ValueError, match=what):
-                function(torch.zeros(shape), **how)  # type: ignore[arg-type]
+                function(torch.zeros(shape), **how)  # type: ignore[operator]
     with pytest.raises(ValueError, match="whole tiles"):
-        backend.quantize_rows(torch.zeros(32, 16), torch.zeros(2), Rows((8, 24)), tiles=True)
+        backend.quantize(torch.zeros(32, 16), torch.zeros(2), Rows((8, 24)), Encoding("tiles"))
 
 
 def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert triton_backend.missing(cuda) == "the triton package is not installed: pip install triton"
+    assert triton_backend.Triton.missing(cuda) == "the triton package is not installed: pip install triton"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert triton_backend.missing(cpu) == "it needs a CUDA GPU and this run is on cpu"
+    assert triton_backend.Triton.missing(cpu) == "it needs a CUDA GPU and this run is on cpu"
     for capability, lacking in (((7, 5), True), ((8, 0), False), ((9, 0), False), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        said = triton_backend.missing(cuda)
+        said = triton_backend.Triton.missing(cuda)
         assert (said is not None and "8.0" in said and "7.5" in said) if lacking else said is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_backend.missing(cpu) is None
+    assert triton_backend.Triton.missing(cpu) is None
 
 
 TYPES = {"x": "*bf16", "amax": "*fp32", "result": "*bf16", "feature_blocks": "*i32", "sample": "*i64", "position": "*i64"} | dict.fromkeys(
-    ("key0", "key1", "step", "rows", "features"), "i32"
+    ("key0", "key1", "step", "rotation", "rows", "features"), "i32"
 )
 FLAGS = {"GROUPED": False, "ROW_SCALED": False, "RANDOM": 2, "EXPERT": False, "CLIPPING": 0, "TOP": 2688.0, "TILES": False, "PACKED": False}
-FLAGS |= {"HADAMARD": True, "SIGNED": True, "COLUMNS": False, "WIDTH": 32}
+FLAGS |= {"ROTATE": 0, "COLUMNS": False, "WIDTH": 32}
 PACKED = {"result": "*u8", "scales": "*u8"}
 GROUPED = {"block_map": "*i32", "expert": "*i64"}
 # What is compiled, with the widths and warps of a launch; every kernel, and every flag once.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str], int]] = {
     "rows": ("rows_kernel", {}, {}, 1),
-    "columns": ("columns_kernel", {}, {}, 1),
+    "columns": ("columns_kernel", {"ROTATE": 1}, {}, 1),
     "rows, packed, routed": ("rows_kernel", {"GROUPED": True, "EXPERT": True, "PACKED": True, "WIDTH": 256}, PACKED | GROUPED, 4),
+    "rows, rotated": ("rows_kernel", {"ROTATE": 2, "WIDTH": 256}, {}, 4),
     "rows, row-scaled": ("rows_kernel", {"ROW_SCALED": True, "RANDOM": 0, "WIDTH": 256}, {}, 4),
     "tiles, packed, 4over6": (
         "rows_kernel",
@@ -308,12 +316,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str], int]] = {
         PACKED,
         4,
     ),
-    "columns, packed, routed": ("columns_kernel", {"GROUPED": True, "EXPERT": True, "PACKED": True, "WIDTH": 128}, PACKED | GROUPED, 1),
-    "columns, given bits, 4over6": (
-        *("columns_kernel", {"RANDOM": 1, "CLIPPING": 2, "TOP": 1536.0, "HADAMARD": False, "WIDTH": 128}, {"bits": "*u8"}, 1),
+    "columns, packed, routed": (
+        "columns_kernel",
+        {"GROUPED": True, "EXPERT": True, "PACKED": True, "ROTATE": 1, "WIDTH": 128},
+        PACKED | GROUPED,
+        1,
     ),
-    "amax": ("amax_kernel", {"HADAMARD": False, "TILES": 4, "WIDTH": 256}, {"result": "*i32"}, 4),
-    "amax, rotated, routed": ("amax_kernel", {"GROUPED": True, "TILES": 4, "WIDTH": 128}, {"result": "*i32", "block_map": "*i32"}, 1),
+    "columns, given bits, 4over6": (*("columns_kernel", {"RANDOM": 1, "CLIPPING": 2, "TOP": 1536.0, "WIDTH": 128}, {"bits": "*u8"}, 1),),
+    "amax": ("amax_kernel", {"TILES": 4, "WIDTH": 256}, {"result": "*i32"}, 4),
+    "amax, rotated, routed": (
+        "amax_kernel",
+        {"GROUPED": True, "ROTATE": 1, "TILES": 4, "WIDTH": 128},
+        {"result": "*i32", "block_map": "*i32"},
+        1,
+    ),
     "unpack rows": ("unpack_kernel", {"WIDTH": 256}, {"codes": "*u8", "scales": "*u8"}, 4),
     "unpack columns": ("unpack_kernel", {"COLUMNS": True, "WIDTH": 128}, {"codes": "*u8", "scales": "*u8"}, 1),
 }
@@ -342,8 +358,7 @@ def test_compiled_kernels_round_as_written(variant: str, capability: int, tmp_pa
     ptx = compiled.asm["ptx"]
     assert not re.search(r"div\.(full|approx)|rcp|(add|mul|sub|fma|div)\.\w+\.ftz", ptx)
     assert ("div.rn.f32" in ptx) == (name in ("rows_kernel", "columns_kernel"))
-    rotates = flags["HADAMARD"] and name in ("columns_kernel", "amax_kernel")
-    assert bool(re.search(r"\bfma\.rn\.f32", ptx)) == rotates
+    assert bool(re.search(r"\bfma\.rn\.f32", ptx)) == bool(flags["ROTATE"])
 
 
 # -- compiled, on a GPU --------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from model.precision.backends.cpu import FusedCPU
-from model.precision.backends.reference import Reference
-from model.precision.certify.command import VECTORS as VECTORS_DIRECTORY
-from model.precision.certify.command import Vectors
-from model.precision.formats import Format, NVFP4Options
-from model.precision.hadamard import rotation
-from model.precision.linear import Site, TokenKeys, linear
+from model.precision.certify.matrix import quantize as through
+from model.precision.certify.vectors import DIRECTORY, Vectors
+from model.precision.hadamard import FIXED
+from model.precision.linear import linear
 from model.precision.nvfp4 import GRID, Quantized, quantize, round_e2m1_stochastic
+from model.precision.site import TokenKeys
+from tests.precision.operands import REFERENCE, nvfp4_with, site
 
 VECTORS = Vectors()
 RECORDS, ARRAYS, QUANTIZED = VECTORS.records, VECTORS.arrays, VECTORS.quantized
@@ -50,17 +50,17 @@ def test_all_records_are_covered() -> None:
 @pytest.mark.parametrize("bound", [448, 256])
 @pytest.mark.parametrize("error", ["mae", "mse"])
 def test_four_over_six_rounds_where_the_reference_does(error: str, bound: int, scaling: Literal["1d", "2d"]) -> None:
-    arrays = np.load(VECTORS_DIRECTORY / "nvfp4_4over6_vectors.npz")
+    arrays = np.load(DIRECTORY / "nvfp4_4over6_vectors.npz")
     x = torch.from_numpy(arrays["input"]).view(torch.bfloat16)
     codes, scales = (torch.from_numpy(arrays[f"{error}_{bound}_{scaling}/{name}"]) for name in ("qdata", "qscale"))
-    for backend in (Reference(), FusedCPU()):
-        ours = backend.quantize(x, scaling=scaling, clipping=f"4over6_{error}", e4m3_bound=bound)  # type: ignore[arg-type]
+    for backend in (REFERENCE, FusedCPU()):
+        ours = through(backend, x, scaling=scaling, clipping=f"4over6_{error}", e4m3_bound=bound)
         assert torch.equal(ours.scales, scales) and torch.equal(ours.codes, codes), backend.name
 
 
 def test_grid_and_rotation() -> None:
     assert torch.equal(torch.tensor(GRID + tuple(-v for v in GRID)), torch.from_numpy(ARRAYS["_e2m1_values"]))
-    assert torch.equal(rotation().bfloat16(), torch.from_numpy(ARRAYS["_rht_matrix_bf16"]).view(torch.bfloat16))
+    assert torch.equal(FIXED.matrix().bfloat16(), torch.from_numpy(ARRAYS["_rht_matrix_bf16"]).view(torch.bfloat16))
 
 
 def test_stochastic_rounding_of_every_byte() -> None:
@@ -89,15 +89,15 @@ def test_stochastic_rounding_has_the_expectation_of_the_reference(record: str) -
 
 def test_gemms() -> None:
     x, w, dy = (field("_gemm_fprop_dgrad_wgrad", name) for name in ("x", "w", "dy"))
-    form = Format("nvfp4", NVFP4Options(stochastic_rounding=False))
+    form = nvfp4_with(stochastic_rounding=False)
     keys = TokenKeys(torch.zeros(len(x), dtype=torch.int64), torch.arange(len(x)))
     inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
     weight.main_grad = torch.zeros(w.shape)  # type: ignore[attr-defined]
-    y = linear(inputs, weight, (form, form, form), Site("m", 0), keys, 0)
+    y = linear(inputs, weight, (form, form, form), site(), keys, 0)
     y.backward(dy)
     # dx in fp32: without the rotation, an operand's dtype does not enter.
     wide = x.float().requires_grad_()
-    wide_y = linear(wide, w.float(), (form, form, form), Site("m", 0), keys, 0)
+    wide_y = linear(wide, w.float(), (form, form, form), site(), keys, 0)
     wide_y.backward(dy.float())
     for name, ours in (("y", wide_y), ("dx", wide.grad), ("dw", weight.main_grad)):  # type: ignore[attr-defined]
         assert ours is not None

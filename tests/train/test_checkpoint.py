@@ -443,7 +443,7 @@ def test_the_next_save_clears_away_what_a_killed_one_left(tmp_path):
     (tmp_path / "step-00000007.partial" / "rank-00000-000.safetensors").write_bytes(b"half")
     said: list[str] = []
     assert latest(tmp_path, report=said.append) is None
-    assert "never finished" in said[0]
+    assert said == []  # it is no checkpoint
     save(tmp_path, 8, simple(), {})
     assert steps(tmp_path) == ["step-00000008"]
 

@@ -7,12 +7,16 @@ from model.config import ModelConfig
 from model.context import ModelContext
 from model.hybrid import HybridModel
 from model.precision.policy import Policy, PrecisionConfig
-from parallel.engine import AdamW, Engine
-from parallel.layout import ParallelConfig, initialize, shutdown
+from parallel.engine import Engine
+from parallel.engines import open_engine
+from parallel.groups import initialize, shutdown
+from parallel.layout import ParallelConfig
 from train.checkpoint.boxes import Box
+from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.parts import Part
 from train.checkpoint.reader import latest, open_checkpoint
-from train.checkpoint.run import _model_parts, _optimizer_parts, restore_run, save_run
+from train.checkpoint.state import model_parts, optimizer_parts
+from train.optimizer import OptimizerConfig, open_optimizer
 
 CONFIG = ModelConfig(
     pattern="ME*-E/*E/*E",
@@ -58,19 +62,20 @@ def build(config: ParallelConfig) -> tuple[HybridModel, Engine]:
     policy = Policy(PrecisionConfig(default="fp32"), len(CONFIG.layers))
     context = ModelContext(CONFIG, layout, policy, 3, torch.float32, layout.device)
     model = HybridModel(context)
-    return model, Engine(model, layout, context.megatron, AdamW())
+    return model, open_engine("megatron", [model], layout, context.sizes, open_optimizer(OptimizerConfig(learning_rate=1e-3)))
 
 
 def store(rank: int, directory: str, config: ParallelConfig) -> None:
     """Step 0: as initialised. Step 1: with a recognisable value in every element of weights and moments."""
     try:
         model, engine = build(config)
-        save_run(directory, engine, model, 0, {})
-        engine.load_step(1)
+        checkpointer = Checkpointer(directory, engine, [model])
+        checkpointer.save(0, {})
+        engine.make_room(lambda param, name: 1)
         with torch.no_grad():
-            for part in (*_model_parts(model), *_optimizer_parts(engine.parameter_states())):
+            for part in (*model_parts([model]), *optimizer_parts(engine.parameter_states())):
                 part.tensor.copy_(marked(part))
-        save_run(directory, engine, model, 1, {})
+        checkpointer.save(1, {})
     finally:
         shutdown(leave_world=False)
 
@@ -79,10 +84,10 @@ def resume(rank: int, directory: str, config: ParallelConfig) -> list[str]:
     """Names of parts that are not what `store` put there."""
     try:
         model, engine = build(config)
-        checkpoint = restore_run(directory, engine, model)
+        checkpoint = Checkpointer(directory, engine, [model]).load_newest()
         assert checkpoint is not None and checkpoint.step == 1
-        parts = [*_model_parts(model), *_optimizer_parts(engine.parameter_states())]
-        assert len(parts) > 50 and all(state.step == 1 for state in engine.parameter_states())
+        parts = [*model_parts([model]), *optimizer_parts(engine.parameter_states())]
+        assert len(parts) > 50 and all(state.numbers == {"step": 1} for state in engine.parameter_states())
         return [part.name for part in parts if not torch.equal(part.tensor, marked(part))]
     finally:
         shutdown(leave_world=False)

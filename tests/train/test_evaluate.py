@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel import layout
+from parallel import groups
 from tests.train.recipes import recipe
 from train import loop
 from train.evaluate import main
@@ -25,25 +25,25 @@ def evaluated(rank: int, *overrides: str) -> tuple[float | None, int]:
     try:
         return evaluate(made, 0), len(made.data.validation_batches(made.recipe.train.micro_batch_size))
     finally:
-        layout.shutdown(leave_world=False)
+        groups.shutdown(leave_world=False)
 
 
 def plain() -> float:
     """The same from whole logits, in fp64."""
     made = loop.build(recipe(*GIVEN))
     try:
-        made.model.eval()
+        made.chunks[0].eval()
         total = count = 0.0
         for batch in made.data.validation_batches(3):
             with torch.no_grad():
-                logits = made.model.logits(to_microbatch(batch, made.layout.device, 0.0, made.recipe.model.mtp_depths))[0].double()
+                logits = made.chunks[0].logits(to_microbatch(batch, made.layout.device, 0.0, made.recipe.model.mtp_depths))[0].double()
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
             total += float(losses[batch.loss_mask.flatten()].sum())
             count += float(batch.loss_mask.sum())
         assert count == made.data.validation_tokens > 1000
         return total / count
     finally:
-        layout.shutdown()
+        groups.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.batch import Microbatch
-from parallel import layout
+from parallel import groups
 from tests.train.recipes import recipe
 from train import loop
+from train.checkpoint.checkpointer import load_weights
 from train.checkpoint.reader import open_checkpoint
-from train.checkpoint.run import load_weights
 from train.export import main
 from train.huggingface.export import export
 from train.huggingface.load import import_hf
@@ -47,8 +47,8 @@ def trained(run_dir: Path, *overrides: str) -> Recipe:
 def our_logits(values: Recipe, run_dir: Path, tokens: torch.Tensor) -> torch.Tensor:
     made = loop.build(values)
     try:
-        load_weights(open_checkpoint(run_dir), made.model)
-        made.model.eval()
+        load_weights(open_checkpoint(run_dir), made.chunks)
+        made.chunks[0].eval()
         zeros = torch.zeros(tokens.shape)
         batch = Microbatch.of(
             tokens=tokens,
@@ -61,9 +61,9 @@ def our_logits(values: Recipe, run_dir: Path, tokens: torch.Tensor) -> torch.Ten
             depths=values.model.mtp_depths,
         )
         with torch.no_grad():
-            return made.model.logits(batch)[0]
+            return made.chunks[0].logits(batch)[0]
     finally:
-        layout.shutdown()
+        groups.shutdown()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -152,10 +152,10 @@ def test_import_is_the_inverse_bit_for_bit(name: str, tmp_path: Path) -> None:
         )
     )
     try:
-        assert loop._restore(started)[0] == 0
-        assert torch.equal(started.model.norm_f.weight, original.read_full("model/norm_f.weight"))
+        load_weights(open_checkpoint(tmp_path / "imported"), started.chunks)
+        assert torch.equal(started.chunks[0].norm_f.weight, original.read_full("model/norm_f.weight"))
     finally:
-        layout.shutdown()
+        groups.shutdown()
     assert values.model.pattern == started.recipe.model.pattern
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from parallel import layout
+from parallel import groups
 from tests.train.recipes import recipe
 from train import loop
 
@@ -24,7 +24,7 @@ def test_the_first_loss_is_within_three_percent_of_ln_vocabulary() -> None:
     try:
         metrics = loop.train_step(made, 0)
     finally:
-        layout.shutdown()
+        groups.shutdown()
     for key in ("loss/lm", "loss/mtp_1", "loss/mtp_2"):
         assert abs(metrics[key] / math.log(272) - 1) < 0.03
     total = metrics["loss/lm"] + 0.3 * (metrics["loss/mtp_1"] + metrics["loss/mtp_2"]) / 2 + metrics["moe/aux_loss"]
@@ -38,7 +38,7 @@ def test_gradient_accumulation_does_not_change_the_step() -> None:
         try:
             results.append([loop.train_step(made, step) for step in range(3)])
         finally:
-            layout.shutdown()
+            groups.shutdown()
     for one, eight in zip(*results, strict=True):
         for key in ("loss/lm", "loss/mtp_2", "grad_norm"):
             assert math.isclose(one[key], eight[key], rel_tol=1e-4 if key == "grad_norm" else 1e-6), key

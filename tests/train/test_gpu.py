@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel import layout
+from parallel import groups
 from tests.train.recipes import SMALL, recipe
 from tests.train.test_resume import DETERMINISTIC
 from train import loop
@@ -25,15 +25,15 @@ def test_a_step_runs_on_the_gpu_in_bf16(precision: str) -> None:
     made = loop.build(recipe(f"precision={precision}"))  # bf16 is what precision.compute=auto means here
     try:
         assert torch.distributed.get_backend() == "nccl"
-        assert {p.device.type for p in made.model.parameters()} == {"cuda"}
-        assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
+        assert {p.device.type for p in made.chunks[0].parameters()} == {"cuda"}
+        assert {p.dtype for p in made.chunks[0].parameters()} == {torch.bfloat16}
         losses = [loop.train_step(made, step)["loss/lm"] for step in range(20)]
         assert losses[0] == pytest.approx(5.6, abs=0.2) and losses[-1] < losses[0] - 0.5
         states = list(made.engine.parameter_states())
         assert all(s.master is not None and s.master.dtype == torch.float32 for s in states)
-        assert all(p.main_grad.dtype == torch.float32 for p in made.model.parameters())
+        assert all(p.main_grad.dtype == torch.float32 for p in made.chunks[0].parameters())
     finally:
-        layout.shutdown()
+        groups.shutdown()
 
 
 def test_the_gpu_computes_what_the_cpu_computes(tmp_path: Path) -> None:

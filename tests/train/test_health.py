@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel import layout
+from parallel import groups
 from tests.train.recipes import recipe
 from tests.train.test_resume import DETERMINISTIC
 from train import loop
@@ -88,7 +88,7 @@ def first_step(rank: int, overrides: tuple[str, ...]) -> dict[str, float]:
     try:
         return health_of(loop.train_step(made, 0))
     finally:
-        layout.shutdown(leave_world=False)
+        groups.shutdown(leave_world=False)
 
 
 @pytest.mark.parametrize(("name", "micro", "extra"), [("pipeline", 8, ("parallel.pipeline=2",)), ("data", 4, ())])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from parallel import layout
+from parallel import groups
 from parallel.replicas import differing_replicas
 from tests.train.recipes import recipe
 from train import loop
@@ -31,9 +31,9 @@ def train(rank: int, overrides: tuple[str, ...]) -> tuple[list[dict[str, float]]
     made = loop.build(recipe(*overrides, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     try:
         metrics = [loop.train_step(made, step) for step in range(STEPS)]
-        return metrics, differing_replicas(made.model)
+        return metrics, differing_replicas(made.chunks[0])
     finally:
-        layout.shutdown(leave_world=False)
+        groups.shutdown(leave_world=False)
 
 
 @pytest.fixture(scope="module")

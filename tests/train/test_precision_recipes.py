@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from model.precision.formats import Format
+from model.count import linear_modules
+from model.precision.backends.transformer_engine import TransformerEngine
+from model.precision.formats.base import Format
+from model.precision.formats.nvfp4 import NVFP4Options
 from tests.train.recipes import recipe
 from tests.train.test_resume import outcome
 from train import loop
 from train.observe.metrics import read_metrics
 from train.recipe.load import RECIPES
-from train.recipe.precision_checks import validate_transformer_engine
+from train.recipe.tree import Recipe
 
 # Of tiny's first Mamba layer: in_proj and out_proj in fprop / dgrad / wgrad.
 WHAT_RUNS = {
@@ -51,10 +54,14 @@ def test_what_a_group_runs(group: str) -> None:
     if group.startswith("nvfp4") and group != "nvfp4_all":
         for module in ("layers.3.mixer.qkv_proj", "layers.6.mixer.experts.up_proj", "mtp.layers.0.eh_proj", "lm_head"):
             assert names(policy.formats(module)) == "bf16/bf16/bf16", module
-    standard = Format("nvfp4").nvfp4
-    ours = policy.config.nvfp4
+    standard, ours = NVFP4Options(), policy.config.form("nvfp4").options
     changed = {field: getattr(ours, field) for field in vars(standard) if getattr(ours, field) != getattr(standard, field)}
     assert changed == OPTIONS.get(group, {})
+
+
+def check_transformer_engine(recipe: Recipe) -> None:
+    formats = recipe.policy.ever(module.name for module in linear_modules(recipe.model))
+    TransformerEngine.check(formats, compute=recipe.precision.compute, amax_scope=recipe.precision.amax_scope)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +76,9 @@ def test_what_a_group_runs(group: str) -> None:
 )
 def test_what_transformer_engine_cannot_do_is_said_before_the_run(options: tuple[str, ...], words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
-        validate_transformer_engine(recipe("precision.backend=transformer_engine", *options))
+        check_transformer_engine(recipe("precision.backend=transformer_engine", *options))
     assert all(word in str(error.value) for word in words)
-    validate_transformer_engine(recipe("precision.backend=transformer_engine", "precision.compute=fp32", "precision=bf16"))
+    check_transformer_engine(recipe("precision.backend=transformer_engine", "precision.compute=fp32", "precision=bf16"))
 
 
 @pytest.mark.parametrize(

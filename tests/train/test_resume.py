@@ -148,14 +148,14 @@ def test_gradients_that_are_not_finite_never_reach_the_weights(tmp_path: Path, m
     made = loop.build(recipe(f"run.dir={tmp_path}"))
     try:
         loop.train_step(made, 0)
-        before = {name: p.detach().clone() for name, p in made.model.state_dict().items()}
-        forward = made.model.norm_f.forward
-        monkeypatch.setattr(made.model.norm_f, "forward", lambda x: forward(x) * float("nan"))
+        before = {name: p.detach().clone() for name, p in made.chunks[0].state_dict().items()}
+        forward = made.chunks[0].norm_f.forward
+        monkeypatch.setattr(made.chunks[0].norm_f, "forward", lambda x: forward(x) * float("nan"))
         assert loop.train_step(made, 1)["taken"] == 0.0
         monkeypatch.undo()
-        for name, value in made.model.state_dict().items():
+        for name, value in made.chunks[0].state_dict().items():
             if not name.endswith((".load", ".loss")):
                 assert torch.equal(value, before[name]), name
         assert loop.train_step(made, 2)["taken"] == 1.0
     finally:
-        loop.layouts.shutdown()
+        loop.groups.shutdown()

@@ -134,6 +134,16 @@ def size_problem(path: Path) -> str | None:
     return None
 
 
+def finished(directory: Path) -> list[str]:
+    """Names of the checkpoints that a writer once finished, damaged since or not, the newest first.
+
+    Of one step, the one with its final name comes before that which made room for it (`.old`). What carries any other name, above all
+    `.partial`, is a leftover of a writer and no checkpoint.
+    """
+    found = ((re.fullmatch(r"step-(\d+)(\.old)?", path.name), path.name) for path in (directory.iterdir() if directory.is_dir() else ()))
+    return [name for _, _, name in sorted(((int(match[1]), match[2] is None, name) for match, name in found if match), reverse=True)]
+
+
 def latest(directory: Path | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint | None:
     """The newest valid checkpoint under `directory` (`RUN/checkpoints`), or None.
 
@@ -143,22 +153,10 @@ def latest(directory: Path | str, *, verify: bool = True, report: Callable[[str]
     """
     directory = Path(directory)
     rank, size = rank_and_size()
-
-    def candidates() -> list[tuple[int, bool, str]]:
-        return sorted(
-            (
-                (int(match[1]), match[2] == "", path.name)
-                for path in (directory.iterdir() if rank == 0 and directory.is_dir() else ())
-                if (match := re.fullmatch(r"step-(\d+)((?:\.old)?(?:\.partial)?)", path.name))
-            ),
-            reverse=True,
-        )
-
-    for _, _, name in together(candidates, f"cannot look for checkpoints in {directory}")[0]:
+    names = together(lambda: finished(directory) if rank == 0 else [], f"cannot look for checkpoints in {directory}")[0]
+    for name in names:
         checkpoint, problem = None, None
         try:
-            if name.endswith(".partial"):
-                raise CheckpointError("it was never finished")
             checkpoint = Checkpoint(directory / name)
             if verify:
                 checkpoint.verify(sorted(checkpoint.manifest.files)[rank::size])

@@ -36,6 +36,8 @@ from train.checkpoint.ranks import rank_and_size, together
 from train.checkpoint.reader import size_problem, step_directory
 
 GIBIBYTE = 1 << 30
+LEFTOVER = ".partial"
+"""ends the name of a directory that is being written or deleted, and that nobody will finish once its writer is gone"""
 CHUNK = 32 << 20
 """bytes copied to the host, hashed and written at a time"""
 
@@ -66,7 +68,7 @@ def save(
     """
     directory = Path(directory)
     final = step_directory(directory, step)
-    partial = final.with_name(final.name + ".partial")
+    partial = final.with_name(final.name + LEFTOVER)
     doing = f"cannot write checkpoint {final}"
     rank, _ = rank_and_size()
     held = [part for part in parts if part.box.elements]
@@ -76,8 +78,7 @@ def save(
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             sync_directory(directory.parent)
-            for leftover in directory.glob("step-*.partial"):
-                shutil.rmtree(leftover)
+            _remove_leftovers(directory)
             partial.mkdir()
         return [_describe(part) for part in held]
 
@@ -237,15 +238,15 @@ def _replace(partial: Path, final: Path) -> None:
     """
     old = final.with_name(final.name + ".old")
     if final.exists() and size_problem(final):
-        shutil.rmtree(final)
+        _discard(final)
     elif final.exists():
         if old.exists():
-            shutil.rmtree(old)
+            _discard(old)
         final.rename(old)
     partial.rename(final)
     sync_directory(final.parent)
     if old.exists():
-        shutil.rmtree(old)
+        _discard(old)
 
 
 def _retain(directory: Path, step: int, keep: int) -> None:
@@ -260,11 +261,29 @@ def _retain(directory: Path, step: int, keep: int) -> None:
         return
     for s, path in steps:
         if s < complete[keep - 1]:
-            # Renamed first: deletion cut short leaves nothing that looks like a checkpoint, and the next save
-            # clears it away.
-            doomed = path.with_name(path.name + ".partial")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Deletes a checkpoint. Renamed first: a deletion cut short leaves nothing that looks like one, and the next writer clears it away."""
+    doomed = path.with_name(path.name + LEFTOVER)
+    if doomed.exists():
+        # A partial of the same step is about to get its name.
+        doomed = path.with_name(path.name + ".damaged" + LEFTOVER)
+        shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_leftovers(directory: Path | str) -> None:
+    """Removes what a writer that was killed left behind; every rank of the default process group calls this, and no writer is at work."""
+    action = (lambda: _remove_leftovers(Path(directory))) if rank_and_size()[0] == 0 else (lambda: None)
+    together(action, f"cannot clear unfinished checkpoints out of {directory}")
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for leftover in directory.glob(f"step-*{LEFTOVER}"):
+        shutil.rmtree(leftover)
 
 
 def _check_json(value: Any, where: str) -> None:

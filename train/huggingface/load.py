@@ -14,8 +14,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from train.checkpoint.boxes import Box
+from train.checkpoint.checkpointer import CHECKPOINTS
 from train.checkpoint.parts import Part
-from train.checkpoint.run import CHECKPOINTS
 from train.checkpoint.writer import save
 from train.huggingface.config import from_hugging_face, model_config
 from train.recipe.reading import plain

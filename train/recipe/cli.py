@@ -13,6 +13,7 @@ All keys with their defaults form the base every recipe is merged over, so a key
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.layout import world_size
+from train.recipe.help import help_text
 from train.recipe.load import RECIPES, plain_values, read_recipe, store_base
 from train.recipe.reading import RecipeError
 from train.recipe.sentences import one_sentence
@@ -40,11 +42,17 @@ QUIET = (
 )
 
 
-def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | None = None, *, on_this_machine: bool = True) -> int:
+def main(
+    run: Callable[[Recipe], int],
+    module: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    ranks: int | Literal["started", "fewest"] = "started",
+) -> int:
     """Composes the recipe, validates it and calls `run`; returns the exit status (2: the recipe or the command line is wrong).
 
-    module: the command's name for the processes of a sweep, as in `python -m MODULE`. on_this_machine: the recipe is to run on the ranks that
-    were started; False: it is only looked at, so it may ask for as many as it needs.
+    module: the command's name for the processes of a sweep, as in `python -m MODULE`. ranks: on which the recipe is to run: those that were
+    started, or a number of them, or the fewest it fits, for a recipe that is only looked at.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     store_base()
@@ -60,14 +68,21 @@ def main(run: Callable[[Recipe], int], module: str, arguments: Sequence[str] | N
             sweep.run_job(config)
             return
         try:
-            status = run(read_recipe(plain_values(config), ranks))
+            status = run(read_recipe(plain_values(config), number))
         except RecipeError as error:  # Hydra would print a line of its own around an exception
             status = refuse(str(error))
 
+    if {"-h", "--help"} & set(options):
+        within = next((a for a in options[options.index("-h" if "-h" in options else "--help") + 1 :] if not a.startswith("-")), None)
+        try:
+            print(help_text(module, within))
+        except ValueError as error:
+            return refuse(str(error))
+        return 0
     if {"-m", "--multirun"} & set(options) and (shared := shared_directory(overrides)) is not None:
         return refuse(f"{shared} would be the run directory of every job of the sweep: leave it out, each job gets one of its own")
     try:
-        ranks = world_size() if on_this_machine else None
+        number = world_size() if ranks == "started" else None if ranks == "fewest" else ranks
     except ValueError as error:
         return refuse(str(error))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed

@@ -1,5 +1,7 @@
 """The checks that need more than one group of a recipe."""
 
+from parallel.engines import check_engine
+from train.optimizer import check_optimizer
 from train.recipe.layout_checks import validate_layout
 from train.recipe.precision_checks import validate_precision
 from train.recipe.tree import Recipe
@@ -14,6 +16,8 @@ def validate(recipe: Recipe, world_size: int) -> None:
     _validate_train(recipe, world_size)
     _validate_phases(recipe)
     recipe.parallel.validate(world_size)
+    check_engine(recipe.parallel.engine)
+    check_optimizer(recipe.optimizer)
     _validate_optimizer(recipe)
     _validate_rest(recipe)
     validate_layout(recipe)

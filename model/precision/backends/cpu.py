@@ -7,17 +7,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.precision import hadamard as rht
-from model.precision import nvfp4
-from model.precision.backend import Packed, Rows, rounded_to_bf16
-from model.precision.nvfp4 import BLOCK, Clipping, Quantized
-from model.precision.philox import EXPERT_SHIFT, FEATURES_PER_CALL, WORD, Stream
+from model.precision.backend import Backend
+from model.precision.hadamard import FIXED
+from model.precision.nvfp4 import BLOCK
+from model.precision.operand import Encoding, Packed, Rows, rounded_to_bf16, row_amax
+from model.precision.philox import EXPERT_SHIFT, FEATURES_PER_CALL, WORD, Draws, Stream
 
 Array = np.ndarray[Any, Any]
 ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `cpu_kernels` counts them
@@ -95,89 +95,81 @@ def _row_blocks(rows: Rows) -> tuple[Array, Array, Array]:
     return np.concatenate(starts), np.concatenate(counts), np.concatenate(groups)
 
 
-def _noise(stream: Stream | None, bits: Tensor | None, rows: int, features: int, *, in_blocks: bool = False) -> tuple[Any, ...]:
+def _noise(stream: Draws | None, rows: int, features: int, *, in_blocks: bool = False) -> tuple[Any, ...]:
     """The kernels' arguments noise ... k1: see `cpu_kernels.quantize_columns`."""
     nothing, none = np.zeros(0, np.uint32), NO_CODES if in_blocks else NO_BYTES
     zero = np.uint64(0)
-    if stream is not None:
-        runs = stream.runs or ((0, features),)
-        if any(first % FEATURES_PER_CALL or count % FEATURES_PER_CALL for first, count in runs[:-1]) or runs[-1][0] % FEATURES_PER_CALL:
-            bits = stream.bytes(features)  # runs that share a call's 16 bytes: drawn apart
-        else:
-            first_blocks = [
-                np.arange(first // FEATURES_PER_CALL, -(-(first + count) // FEATURES_PER_CALL), dtype=np.uint32) for first, count in runs
-            ]
-            expert = np.zeros(rows, np.uint32)
-            if stream.expert is not None:
-                expert = ((stream.expert.numpy() + 1) << EXPERT_SHIFT).astype(np.uint32)
-            where = [(values.numpy() & WORD).astype(np.uint32) for values in (stream.position, stream.sample)]
-            key = [np.uint64(word) for word in stream.key]
-            return 2, none, np.concatenate(first_blocks), expert, *where, np.uint64(stream.step & WORD), *key
-    if bits is not None:
-        drawn = _pad_features(bits).contiguous().numpy() if in_blocks else bits.contiguous().numpy()
-        return 1, _in_blocks(drawn) if in_blocks else drawn, nothing, nothing, nothing, nothing, zero, zero, zero
-    return 0, none, nothing, nothing, nothing, nothing, zero, zero, zero
+    if stream is None:
+        return 0, none, nothing, nothing, nothing, nothing, zero, zero, zero
+    if isinstance(stream, Stream) and (runs := stream.whole_calls(features)) is not None:
+        first_blocks = [
+            np.arange(first // FEATURES_PER_CALL, -(-(first + count) // FEATURES_PER_CALL), dtype=np.uint32) for first, count in runs
+        ]
+        expert = np.zeros(rows, np.uint32)
+        if stream.expert is not None:
+            expert = ((stream.expert.numpy() + 1) << EXPERT_SHIFT).astype(np.uint32)
+        where = [(values.numpy() & WORD).astype(np.uint32) for values in (stream.position, stream.sample)]
+        key = [np.uint64(word) for word in stream.key]
+        return 2, none, np.concatenate(first_blocks), expert, *where, np.uint64(stream.step & WORD), *key
+    bits = stream.bytes(features)
+    drawn = _pad_features(bits).contiguous().numpy() if in_blocks else bits.contiguous().numpy()
+    return 1, _in_blocks(drawn) if in_blocks else drawn, nothing, nothing, nothing, nothing, zero, zero, zero
 
 
-def _factors(hadamard: bool, signs: bool = True) -> Array:
-    return rht.rotation(signs=signs).numpy() if hadamard else NO_FLOATS
+def _factors(encoding: Encoding) -> Array:
+    return encoding.rotation.matrix().numpy() if encoding.rotation is not None else NO_FLOATS
 
 
-class FusedCPU:
+class FusedCPU(Backend):
     """See `model.precision.backend.Backend`."""
 
     name = "cpu"
 
-    def amax(self, x: Tensor, rows: Rows, *, hadamard: bool = False) -> Tensor:
-        k, a, groups = _kernels(), _array(x), len(rows.sizes)
-        if hadamard:
-            starts, counts, of_block = _row_blocks(rows)
-            parts: list[Array] = []
+    @classmethod
+    def missing(cls, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else f"it runs on CPUs, and this run is on {device.type}"
 
-            def rotated(first: int, last: int) -> None:
-                largest = np.zeros(groups, np.int32)
-                k.columns_amax(a, first, last, starts, counts, of_block, _factors(True).T.copy(), ROUNDING[x.dtype], largest)
-                parts.append(largest)
-
-            _spread(rotated, len(starts), x.numel())
-            return _largest(np.max(parts, axis=0))
-        return self._row_amax(x, rows, NO_FLOATS)
-
-    def _row_amax(self, x: Tensor, rows: Rows, factors: Array) -> Tensor:
-        k, a, rounding = _kernels(), _in_blocks(_array(_pad_features(x))), ROUNDING[x.dtype]
+    def amax(self, x: Tensor, rows: Rows, encoding: Encoding) -> Tensor:
+        if encoding.row_scaled:
+            return row_amax(x)
+        if encoding.along == "columns" and encoding.rotation is not None:
+            return self._rotated_columns_amax(x, rows, _factors(encoding).T.copy())
+        k, a, factors, rounding = _kernels(), _in_blocks(_array(_pad_features(x))), _factors(encoding), ROUNDING[x.dtype]
         of_row = np.empty(len(a), np.int32)
         _spread(lambda first, last: k.row_amax(a, first, last, factors, rounding, of_row), len(a), x.numel())
         return _largest(np.array([of_row[i:j].max(initial=0) for i, j in rows.bounds], np.int32))
 
-    def quantize_rows(
-        self,
-        x: Tensor,
-        amax: Tensor,
-        rows: Rows,
-        *,
-        stream: Stream | None = None,
-        clipping: Clipping = "saturate",
-        bound: float = 448.0,
-        tiles: bool = False,
-        packed: bool = False,
-        random_bits: Tensor | None = None,
-        factors: Array = NO_FLOATS,
-    ) -> Tensor | Packed:
-        """As the interface says; factors: rotate every block first (see `cpu_kernels.load_row`), random_bits: instead of a stream."""
-        k, features = _kernels(), x.shape[1]
+    def _rotated_columns_amax(self, x: Tensor, rows: Rows, factors: Array) -> Tensor:
+        k, a, groups = _kernels(), _array(x), len(rows.sizes)
+        starts, counts, of_block = _row_blocks(rows)
+        parts: list[Array] = []
+
+        def rotated(first: int, last: int) -> None:
+            largest = np.zeros(groups, np.int32)
+            k.columns_amax(a, first, last, starts, counts, of_block, factors, ROUNDING[x.dtype], largest)
+            parts.append(largest)
+
+        _spread(rotated, len(starts), x.numel())
+        return _largest(np.max(parts, axis=0))
+
+    def quantize(self, x: Tensor, amax: Tensor, rows: Rows, encoding: Encoding, *, packed: bool = False) -> Tensor | Packed:
+        return (self._columns if encoding.along == "columns" else self._rows)(x, amax, rows, encoding, packed)
+
+    def _rows(self, x: Tensor, amax: Tensor, rows: Rows, encoding: Encoding, packed: bool) -> Tensor | Packed:
+        k, features, tiles = _kernels(), x.shape[1], encoding.along == "tiles"
         a = _in_blocks(_array(_pad_features(x)))
         blocks = a.shape[1]
         products = NO_BLOCKS if packed else np.empty(a.shape, np.float32)
         codes = np.empty((len(a), blocks * BLOCK // 2), np.uint8) if packed else NO_BYTES
         scales = np.empty((len(a) // BLOCK if tiles else len(a), blocks), np.uint8) if packed else NO_BYTES
-        how, b = CLIPPING[clipping], np.float32(bound)
+        how, b = CLIPPING[encoding.clipping], np.float32(encoding.bound)
         flat = amax.detach().numpy().reshape(-1)
         if tiles:
             groups = _groups(Rows(tuple(size // BLOCK for size in rows.sizes)))
             _spread(lambda i, j: k.quantize_tiles(a, i, j, groups, flat, b, how, packed, products, codes, scales), len(groups), x.numel())
         else:
-            groups = np.arange(len(a), dtype=np.int32) if amax.dim() == 2 else _groups(rows)
-            noise = _noise(stream, random_bits, len(a), features, in_blocks=True)
+            groups = np.arange(len(a), dtype=np.int32) if encoding.row_scaled else _groups(rows)
+            noise, factors = _noise(encoding.stream, len(a), features, in_blocks=True), _factors(encoding)
             _spread(
                 lambda i, j: k.quantize_rows(
                     a, i, j, groups, flat, b, factors, ROUNDING[x.dtype], how, *noise, packed, products, codes, scales
@@ -186,30 +178,19 @@ class FusedCPU:
                 x.numel(),
             )
         if packed:
-            return Packed("tiles" if tiles else "rows", torch.from_numpy(codes), torch.from_numpy(scales), features)
+            return Packed(encoding.along, torch.from_numpy(codes), torch.from_numpy(scales), features)
         return torch.from_numpy(products.reshape(len(a), -1))[:, :features]
 
-    def quantize_columns(
-        self,
-        x: Tensor,
-        amax: Tensor,
-        rows: Rows,
-        *,
-        hadamard: bool = False,
-        stream: Stream | None = None,
-        clipping: Clipping = "saturate",
-        bound: float = 448.0,
-        packed: bool = False,
-    ) -> Tensor | Packed:
+    def _columns(self, x: Tensor, amax: Tensor, rows: Rows, encoding: Encoding, packed: bool) -> Tensor | Packed:
         k, a, features = _kernels(), _array(x), x.shape[1]
         starts, counts, groups = _row_blocks(rows)
         n = len(starts)
         products = NO_FLOATS if packed else np.empty((BLOCK * n, features), np.float32)
         codes = np.empty((BLOCK // 2 * n, features), np.uint8) if packed else NO_BYTES
         scales = np.empty((n, features), np.uint8) if packed else NO_BYTES
-        noise = _noise(stream, None, len(a), features)
-        flat, factors, rounding = amax.detach().numpy(), _factors(hadamard).T.copy(), ROUNDING[x.dtype]
-        how, b = CLIPPING[clipping], np.float32(bound)
+        noise = _noise(encoding.stream, len(a), features)
+        flat, factors, rounding = amax.detach().numpy(), _factors(encoding).T.copy(), ROUNDING[x.dtype]
+        how, b = CLIPPING[encoding.clipping], np.float32(encoding.bound)
         _spread(
             lambda i, j: k.quantize_columns(
                 a, i, j, starts, counts, groups, flat, b, factors, rounding, how, *noise, packed, products, codes, scales
@@ -241,39 +222,6 @@ class FusedCPU:
         _spread(lambda first, last: k.round_to_bf16(values, first, last, rounded), len(values), len(values))
         return result
 
-    def quantize(
-        self,
-        x: Tensor,
-        *,
-        scaling: Literal["1d", "2d"] = "1d",
-        hadamard: bool = False,
-        random_bits: Tensor | None = None,
-        clipping: Clipping = "saturate",
-        e4m3_bound: int = 448,
-        row_scaled: bool = False,
-        amax: Tensor | None = None,
-        hadamard_signs: bool = True,
-    ) -> Quantized:
-        nvfp4.check(x, scaling=scaling, hadamard=hadamard, random_bits=random_bits, clipping=clipping, row_scaled=row_scaled)
-        bound = float(e4m3_bound) if clipping != "saturate" else 448.0
-        factors = _factors(hadamard, hadamard_signs)
-        if amax is None:
-            amax = x.abs().amax(1, keepdim=True).float() if row_scaled else self._row_amax(x, Rows((len(x),)), factors)[0]
-        packed = self.quantize_rows(
-            x,
-            amax if row_scaled else amax.reshape(1),
-            Rows((len(x),)),
-            clipping=clipping,
-            bound=bound,
-            tiles=scaling == "2d",
-            packed=True,
-            random_bits=random_bits,
-            factors=factors,
-        )
-        assert isinstance(packed, Packed)
-        scales = packed.scales.repeat_interleave(BLOCK, dim=0) if scaling == "2d" else packed.scales
-        return Quantized(packed.codes[:, : x.shape[1] // 2], scales, amax, bound)
-
 
 def compile_all() -> None:
     """Runs every kernel once on every dtype, so that the compiled code lies on disk."""
@@ -283,16 +231,12 @@ def compile_all() -> None:
     stream = Stream((1, 2), tokens, tokens, 0)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(BLOCK, 2 * BLOCK).to(dtype)
-        amax = backend.amax(x, rows)
-        backend.amax(x, rows, hadamard=True)
-        for packed in (False, True):
-            tiles = backend.quantize_rows(x, amax, rows, tiles=True, packed=packed)
-            along_rows = backend.quantize_rows(x, amax, rows, stream=stream, packed=packed)
-            columns = backend.quantize_columns(x, amax, rows, hadamard=True, stream=stream, packed=packed)
-        for operand in (tiles, along_rows, columns):
+        for encoding in (Encoding("tiles"), Encoding("rows", stream), Encoding("columns", stream, FIXED), Encoding("rows", rotation=FIXED)):
+            amax = backend.amax(x, rows, encoding)
+            backend.quantize(x, amax, rows, encoding)
+            operand = backend.quantize(x, amax, rows, encoding, packed=True)
             assert isinstance(operand, Packed)
             backend.unpack(operand, torch.float32)
-        backend.quantize(x, hadamard=True)
         backend.bf16(x)
 
 

@@ -25,50 +25,25 @@ Source: TE 2.20.2, its recipe, tensor and GEMM modules and its PyTorch extension
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.precision import hadamard as rht
-from model.precision import nvfp4
-from model.precision.backend import Packed, Rows, gemm_dtype, pad_rows, rounded_to_bf16
+from model.precision.backend import Asked, Backend
 from model.precision.backends.reference import Reference
-from model.precision.backends.transformer_engine_layers import Layer, Layers
-from model.precision.formats import Formats
-from model.precision.nvfp4 import BLOCK, Clipping, Quantized
-from model.precision.philox import Stream
+from model.precision.backends.transformer_engine_layers import Layer, Layers, expressible
+from model.precision.hadamard import FIXED, UNSIGNED
+from model.precision.nvfp4 import BLOCK, MAX_CODE
+from model.precision.operand import Encoding, Packed, Rows, gemm_dtype, pad_rows
+from model.precision.philox import Given
 
 CAPABILITIES = ((10, 0), (10, 3))  # TE's NVFP4 training kernels: B200, B300
 ALIGNED_INNER = 32  # FP4 GEMMs load 16 bytes
 SCALE_ROWS, SCALE_COLUMNS = 128, 4  # TE pads arrays of scales to these
 # Each replaces a division or an error measure by an approximation, and with it codes.
 FAST_MATH = ("NVTE_USE_FAST_MATH", "NVTE_NVFP4_4OVER6_ERR_USE_FAST_MATH")
-
-
-def missing(device: torch.device) -> str | None:
-    """What keeps TE from running on this device, as the end of a sentence; None when nothing does."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "the transformer-engine package is not installed: pip install 'nibble[te]' on a machine with CUDA"
-    if device.type != "cuda":
-        return f"it needs a Blackwell GPU, and this run is on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability not in CAPABILITIES:
-        return (
-            f"it needs a GPU of compute capability 10.0 or 10.3 (Blackwell), and this one has {capability[0]}.{capability[1]}: "
-            "use precision.backend=triton"
-        )
-    for name in FAST_MATH:
-        if os.environ.get(name, "0") not in ("", "0"):
-            return f"the environment variable {name} changes the values of NVFP4: unset it"
-    try:
-        _, extension = _modules()
-    except Exception as error:  # TE raises many kinds when its parts do not fit each other or the driver
-        return f"the transformer-engine package does not import ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
-    if not hasattr(extension, "nvfp4_quantize_with_amax"):
-        return "this version of transformer-engine cannot quantise with a given amax: pip install 'nibble[te]' installs 2.20.2"
-    return None
 
 
 def _modules() -> tuple[Any, Any]:
@@ -96,7 +71,7 @@ def _transpose_codes(codes: Tensor) -> Tensor:
     return index[:, ::2] | (index[:, 1::2] << 4)
 
 
-class TransformerEngine:
+class TransformerEngine(Backend):
     """See `model.precision.backend.Backend`; raises ValueError for what TE cannot do.
 
     Every group of rows is quantised by a call of its own with the amax given. Products come from packed operands by plain PyTorch; `multiply`
@@ -104,9 +79,9 @@ class TransformerEngine:
     """
 
     name = "transformer_engine"
-    bf16 = staticmethod(rounded_to_bf16)
-    own_draws = True
-    own_rotation = True
+    draws_own_bits = True
+    rotates_in_own_order = True
+    multiplies_packed = True
 
     def __init__(self) -> None:
         self._te, self._tex = _modules()
@@ -114,8 +89,58 @@ class TransformerEngine:
         self._plain = Reference()
         self._layers = Layers(self._te)
 
-    def layer(self, name: str, x: Tensor, weight: Tensor, formats: Formats) -> Layer | None:
-        """TE's own layer for x [tokens, K] times the transpose of weight [N, K]; None where it cannot do just what the formats say."""
+    @classmethod
+    def missing(cls, device: torch.device) -> str | None:
+        if importlib.util.find_spec("transformer_engine") is None:
+            return "the transformer-engine package is not installed: pip install 'nibble[te]' on a machine with CUDA"
+        if device.type != "cuda":
+            return f"it needs a Blackwell GPU, and this run is on {device.type}"
+        capability = torch.cuda.get_device_capability(device)
+        if capability not in CAPABILITIES:
+            return (
+                f"it needs a GPU of compute capability 10.0 or 10.3 (Blackwell), and this one has {capability[0]}.{capability[1]}: "
+                "use precision.backend=triton"
+            )
+        for name in FAST_MATH:
+            if os.environ.get(name, "0") not in ("", "0"):
+                return f"the environment variable {name} changes the values of NVFP4: unset it"
+        try:
+            _, extension = _modules()
+        except Exception as error:  # TE raises many kinds when its parts do not fit each other or the driver
+            return (
+                f"the transformer-engine package does not import ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
+            )
+        if not hasattr(extension, "nvfp4_quantize_with_amax"):
+            return "this version of transformer-engine cannot quantise with a given amax: pip install 'nibble[te]' installs 2.20.2"
+        return None
+
+    @classmethod
+    def check(cls, formats: Iterable[Asked], *, compute: str, amax_scope: str) -> None:
+        for form in formats:
+            if form.name != "nvfp4":
+                continue
+            if form.options.hadamard and compute != "bf16":
+                raise ValueError(
+                    f"precision.compute={compute} with precision.backend=transformer_engine cannot rotate operands, which Transformer Engine does "
+                    "in bf16 only: use precision.compute=bf16, precision.nvfp4.hadamard=false or precision.backend=triton"
+                )
+            if form.options.row_scaled and amax_scope == "tensor_parallel":
+                raise ValueError(
+                    "precision.amax_scope=tensor_parallel with precision.nvfp4.row_scaled=true cannot run with "
+                    "precision.backend=transformer_engine, which takes the amax of every row itself: use precision.amax_scope=local or "
+                    "precision.backend=triton"
+                )
+
+    @classmethod
+    def describe(cls, modules: Sequence[tuple[str, tuple[Asked, Asked, Asked], bool]]) -> str:
+        plain = [(name, formats) for name, formats, routed in modules if not routed]
+        whole = sum(expressible(formats, name) for name, formats in plain)
+        return (
+            f"NVFP4 backend: {cls.name}; {whole} of {len(plain)} linear modules by layers of its own, the others and routed experts operand by "
+            "operand (where MXFP8 is multiplied in bf16)"
+        )
+
+    def layer(self, name: str, x: Tensor, weight: Tensor, formats: tuple[Asked, Asked, Asked]) -> Layer | None:
         return self._layers.find(name, x, weight, formats)
 
     def _quantizer(self, device: torch.device, **options: Any) -> Any:
@@ -130,39 +155,36 @@ class TransformerEngine:
         self,
         x: Tensor,
         amax: Tensor | None,
+        encoding: Encoding,
         *,
         columns: bool = False,
-        hadamard: bool = False,
-        signs: bool = True,
-        tiles: bool = False,
-        stochastic: bool = False,
-        clipping: Clipping = "saturate",
-        bound: float = 448.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [M, N], multiples of 16, as codes uint8 [M, N / 2], scales uint8 [M, N / 16] and amax; of its transpose with `columns`.
-
-        amax: fp32 of one element; None: one for each row, TE's own.
+        """x [M, N], multiples of 16, as codes uint8 [M, N / 2], scales uint8 [M, N / 16] and amax; of its transpose with `columns`, along
+        which alone TE rotates. amax: fp32 of one element; None: one for each row, TE's own.
         """
-        if hadamard and x.dtype != torch.bfloat16:
+        rotation, clipping, stochastic = encoding.rotation, encoding.clipping, encoding.stream is not None
+        if rotation not in (None, FIXED, UNSIGNED):
+            raise ValueError("Transformer Engine rotates by its own signs only, not by drawn ones: use precision.backend=triton")
+        if rotation is not None and x.dtype != torch.bfloat16:
             raise ValueError(
                 f"Transformer Engine rotates bf16 operands only, not {str(x.dtype).removeprefix('torch.')}: "
                 "use precision.compute=bf16, precision.nvfp4.hadamard=false or precision.backend=triton"
             )
-        if clipping != "saturate" and (hadamard or stochastic):
-            raise ValueError(f"Transformer Engine has no clipping={clipping} with the Hadamard transform or stochastic rounding")
+        if clipping != "saturate" and rotation is not None:
+            raise ValueError(f"Transformer Engine has no clipping={clipping} with the Hadamard transform")
         with torch.cuda.device_of(x):  # quantizers are made, and kernels launched, on the current device
             quantizer = self._quantizer(
                 x.device,
                 rowwise=not columns,
                 columnwise=columns,
-                with_rht=hadamard,
-                with_post_rht_amax=hadamard,
-                with_random_sign_mask=signs,
-                with_2d_quantization=tiles,
+                with_rht=rotation is not None,
+                with_post_rht_amax=rotation is not None,
+                with_random_sign_mask=rotation != UNSIGNED,
+                with_2d_quantization=encoding.along == "tiles",
                 stochastic_rounding=stochastic,
                 row_scaled_nvfp4=amax is None,
                 nvfp4_use_4over6=clipping != "saturate",
-                nvfp4_e4m3_max=int(bound),
+                nvfp4_e4m3_max=int(encoding.bound),
                 nvfp4_4over6_err_mode="MSE" if clipping == "4over6_mse" else "MAE",
             )
             if amax is None:
@@ -176,8 +198,10 @@ class TransformerEngine:
         codes, scales = codes.view(torch.uint8).reshape(outer, inner // 2), scales.view(torch.uint8)[:outer, : inner // BLOCK]
         return codes, scales, getattr(result, f"_amax_{along}")
 
-    def _row_scaled(self, x: Tensor, amax: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        codes, scales, own = self._encode(_pad(x, BLOCK, BLOCK), None, **options)
+    def _row_scaled(self, x: Tensor, amax: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
+        if encoding.stream is not None:
+            raise ValueError("Transformer Engine scales rows one by one with rounding to nearest only")
+        codes, scales, own = self._encode(_pad(x, BLOCK, BLOCK), None, encoding)
         if not torch.equal(own.reshape(-1)[: len(x)], amax.reshape(-1)):
             raise ValueError(
                 "Transformer Engine takes the amax of every row itself, but other ones were given: "
@@ -192,112 +216,41 @@ class TransformerEngine:
             if size:
                 yield padded[start:stop], largest, size
 
-    def amax(self, x: Tensor, rows: Rows, *, hadamard: bool = False) -> Tensor:
-        return self._plain.amax(x, rows, hadamard=hadamard)
+    def amax(self, x: Tensor, rows: Rows, encoding: Encoding) -> Tensor:
+        return self._plain.amax(x, rows, encoding)
 
-    def quantize_rows(
-        self,
-        x: Tensor,
-        amax: Tensor,
-        rows: Rows,
-        *,
-        stream: Stream | None = None,
-        clipping: Clipping = "saturate",
-        bound: float = 448.0,
-        tiles: bool = False,
-        packed: bool = False,
-    ) -> Tensor | Packed:
-        how: dict[str, Any] = {"stochastic": stream is not None, "clipping": clipping, "bound": bound}
-        if amax.dim() == 2:
-            if tiles or stream is not None:
-                raise ValueError("Transformer Engine scales rows one by one with 1d scaling and rounding to nearest only")
-            encoded = [self._row_scaled(x, amax, **how)] if len(x) else []
+    def quantize(self, x: Tensor, amax: Tensor, rows: Rows, encoding: Encoding, *, packed: bool = False) -> Tensor | Packed:
+        features = x.shape[1]
+        if isinstance(encoding.stream, Given):
+            raise ValueError("Transformer Engine draws its random bits itself: use precision.backend=triton to give them")
+        encoded = []
+        if encoding.row_scaled:
+            encoded += [self._row_scaled(x, amax, encoding)] if len(x) else []
         else:
-            encoded = []
             for part, largest, size in self._each(x, amax, rows):
-                codes, scales, _ = self._encode(part, largest, tiles=tiles, **how)
+                if encoding.along == "columns":
+                    codes, scales, _ = self._encode(part, largest, encoding, columns=True)
+                    encoded.append((codes[:features].T, scales[:features].T))
+                    continue
+                turned = encoding.rotation is not None  # along rows: TE's columns are the rows of the transpose
+                codes, scales, _ = self._encode(part.T.contiguous() if turned else part, largest, encoding, columns=turned)
                 # TE repeats the scale of a tile for each of its rows.
-                encoded.append((codes[:size], scales[:size:BLOCK] if tiles else scales[:size]))
-        blocks = _up(x.shape[1], BLOCK) // BLOCK
-        result = Packed("tiles" if tiles else "rows", *_joined(encoded, blocks * BLOCK // 2, blocks, x.device), x.shape[1])
-        return result if packed else self.unpack(result, gemm_dtype(x))
-
-    def quantize_columns(
-        self,
-        x: Tensor,
-        amax: Tensor,
-        rows: Rows,
-        *,
-        hadamard: bool = False,
-        stream: Stream | None = None,
-        clipping: Clipping = "saturate",
-        bound: float = 448.0,
-        packed: bool = False,
-    ) -> Tensor | Packed:
-        features, encoded = x.shape[1], []
-        for part, largest, _ in self._each(x, amax, rows):
-            codes, scales, _ = self._encode(
-                part, largest, columns=True, hadamard=hadamard, stochastic=stream is not None, clipping=clipping, bound=bound
-            )
-            encoded.append((codes[:features].T, scales[:features].T))
-        result = Packed("columns", *_joined(encoded, features, features, x.device), features)
-        return result if packed else self.unpack(result, gemm_dtype(x))
+                encoded.append((codes[:size], scales[:size:BLOCK] if encoding.along == "tiles" else scales[:size]))
+        blocks = _up(features, BLOCK) // BLOCK
+        wide = (features, features) if encoding.along == "columns" else (blocks * BLOCK // 2, blocks)
+        result = Packed(encoding.along, *_joined(encoded, *wide, x.device), features)
+        return result if packed else self.unpack(result, gemm_dtype(x.device))
 
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         return self._plain.unpack(packed, dtype)
 
-    def quantize(
-        self,
-        x: Tensor,
-        *,
-        scaling: Literal["1d", "2d"] = "1d",
-        hadamard: bool = False,
-        random_bits: Tensor | None = None,
-        clipping: Clipping = "saturate",
-        e4m3_bound: int = 448,
-        row_scaled: bool = False,
-        amax: Tensor | None = None,
-        hadamard_signs: bool = True,
-    ) -> Quantized:
-        nvfp4.check(x, scaling=scaling, hadamard=hadamard, random_bits=random_bits, clipping=clipping, row_scaled=row_scaled)
-        if random_bits is not None:
-            raise ValueError("Transformer Engine draws its random bits itself: use the reference or precision.backend=triton to give them")
-        bound = float(e4m3_bound) if clipping != "saturate" else 448.0
-        how: dict[str, Any] = {"clipping": clipping, "bound": bound}
-        if amax is None:
-            seen = rht.rotate(x, signs=hadamard_signs) if hadamard else x
-            amax = seen.abs().amax(1, keepdim=True).float() if row_scaled else seen.abs().amax().float()
-        if row_scaled:
-            codes, scales = self._row_scaled(x, amax, **how)
-        elif hadamard:  # TE rotates along columns only: its columns are our rows
-            codes, scales, _ = self._encode(_pad(x, BLOCK, BLOCK).T.contiguous(), amax, columns=True, hadamard=True, signs=hadamard_signs)
-        else:
-            codes, scales, _ = self._encode(_pad(x, BLOCK, BLOCK), amax, tiles=scaling == "2d", **how)
-        return Quantized(codes[: len(x), : x.shape[1] // 2].contiguous(), scales[: len(x)].contiguous(), amax, bound)
-
     # -- FP4 tensor cores ------------------------------------------------------------------------------------------------------------------
 
     def multiply(
-        self,
-        left: Packed,
-        left_amax: Tensor,
-        right: Packed,
-        right_amax: Tensor,
-        *,
-        left_bound: float = 448.0,
-        right_bound: float = 448.0,
-        across: bool = False,
+        self, left: Packed, left_amax: Tensor, left_largest: float, right: Packed, right_amax: Tensor, right_largest: float, *, across: bool
     ) -> Tensor:
-        """The NVFP4 GEMM of two operands of one group each, on FP4 tensor cores: fp32 [M, N], times alpha.
-
-            fprop   left: rows of x      right: rows or tiles of W      x W^T
-            dgrad   left: rows of dy     right: tiles of W, across      dy W
-            wgrad   left: columns of dy  right: columns of x            dy^T x
-
-        Blocks of both run along the inner dimension. amax: fp32 of one element. across: use the tiles of `right` along their other side.
-        """
-        a, rows = self._side(left, left_amax, left_bound, False)
-        b, columns = self._side(right, right_amax, right_bound, across)
+        a, rows = self._side(left, left_amax, left_largest / MAX_CODE, False)
+        b, columns = self._side(right, right_amax, right_largest / MAX_CODE, across)
         # In TE's notation, column-major, the second operand comes first.
         gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_gemm
         product = gemm(b, a, out_dtype=torch.float32, layout="TN")[0]

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.precision.formats import Format, Formats
+from model.precision.backend import Asked
+
+Formats = tuple[Asked, Asked, Asked]
 
 ALIGNED = 32  # of tokens and features: FP4 GEMMs load 16 bytes, MXFP8 blocks are 32 long; what is not is padded operand by operand
 
 
-def translate(form: Format) -> dict[str, Any]:
+def translate(form: Asked) -> dict[str, Any]:
     """Keyword arguments of TE's recipe class for a format: of NVFP4BlockScaling, or of MXFP8BlockScaling.
 
     Every option is written down, for TE takes the defaults of most from environment variables. Raises ValueError for formats that need no
@@ -31,7 +33,7 @@ def translate(form: Format) -> dict[str, Any]:
     if form.name == "mxfp8":
         return {"margin": 0, "enable_2d_quantization": False, **unquantised}
     if form.name == "nvfp4":
-        options = form.nvfp4
+        options = form.options
         return {
             "disable_rht": not options.hadamard,
             "disable_stochastic_rounding": not options.stochastic_rounding,
@@ -42,7 +44,7 @@ def translate(form: Format) -> dict[str, Any]:
             "nvfp4_4over6_err_mode": "MSE" if options.clipping == "4over6_mse" else "MAE",
             **unquantised,
         }
-    raise ValueError(f"{form} is no quantised format: Transformer Engine runs it without a recipe")
+    raise ValueError(f"{form.name} is no quantised format: Transformer Engine runs it without a recipe")
 
 
 def arguments(formats: Formats, module: str) -> tuple[str, dict[str, Any]] | None:
@@ -54,7 +56,7 @@ def arguments(formats: Formats, module: str) -> tuple[str, dict[str, Any]] | Non
     fprop, dgrad, wgrad = formats
     if all(form.name in ("fp32", "bf16") for form in formats):
         return None
-    names = f"{fprop} in fprop, {dgrad} in dgrad and {wgrad} in wgrad"
+    names = f"{fprop.name} in fprop, {dgrad.name} in dgrad and {wgrad.name} in wgrad"
     whole = fprop == dgrad == wgrad
     # TE's only other choice: a forward pass in the format, and a backward pass from unquantised operands.
     forward_only = fprop.name in ("mxfp8", "nvfp4") and dgrad.name == wgrad.name == "bf16"
@@ -65,8 +67,8 @@ def arguments(formats: Formats, module: str) -> tuple[str, dict[str, Any]] | Non
         )
     if whole and fprop.name == "nvfp4":
         for option, value, off in (
-            ("clipping", fprop.nvfp4.clipping, "saturate"),
-            ("row_scaled", fprop.nvfp4.row_scaled, False),
+            ("clipping", fprop.options.clipping, "saturate"),
+            ("row_scaled", fprop.options.row_scaled, False),
         ):
             if value != off:
                 raise ValueError(

@@ -23,34 +23,20 @@ import contextlib
 import importlib.util
 import os
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.precision import nvfp4
-from model.precision.backend import Packed, Rows, gemm_dtype, rounded_to_bf16
-from model.precision.nvfp4 import BLOCK, MAX_CODE, Clipping, Quantized, Scaling
-from model.precision.philox import FEATURES_PER_CALL, WORD, Stream
+from model.precision.backend import Backend
+from model.precision.nvfp4 import BLOCK, MAX_CODE
+from model.precision.operand import Encoding, Packed, Rows, gemm_dtype, row_amax
+from model.precision.philox import FEATURES_PER_CALL, WORD, Draws, Stream
 
 ROWS_WIDTH = 256  # columns of a tile with blocks along rows, for four warps
 COLUMNS_WIDTH = 128  # with blocks along columns, for one warp: all 16 rows of a column are in one thread, nothing crosses threads
 AMAX_TILES = 4  # tiles of columns of a program: fewer atomics
-
-
-def missing(device: torch.device) -> str | None:
-    """What keeps Triton from running on this device, as the end of a sentence; None when nothing does."""
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed: pip install triton"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda":
-        return f"it needs a CUDA GPU and this run is on {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"it needs a GPU of compute capability 8.0 (Ampere) or above, and this one has {major}.{minor}"
-    return None
 
 
 @lru_cache(maxsize=64)
@@ -84,91 +70,53 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-class Triton:
+class Triton(Backend):
     """See `model.precision.backend.Backend`."""
 
     name = "triton"
-    bf16 = staticmethod(rounded_to_bf16)
 
     def __init__(self) -> None:
+        # Here and not above: Triton is there on machines with a GPU only.
         from model.precision.backends import triton_kernels
 
         self._kernels = triton_kernels
         self._clipping = {"saturate": triton_kernels.SATURATE, "4over6_mae": triton_kernels.MAE, "4over6_mse": triton_kernels.MSE}
 
-    def quantize(
-        self,
-        x: Tensor,
-        *,
-        scaling: Scaling = "1d",
-        hadamard: bool = False,
-        random_bits: Tensor | None = None,
-        clipping: Clipping = "saturate",
-        e4m3_bound: int = 448,
-        row_scaled: bool = False,
-        amax: Tensor | None = None,
-        hadamard_signs: bool = True,
-    ) -> Quantized:
-        nvfp4.check(x, scaling=scaling, hadamard=hadamard, random_bits=random_bits, clipping=clipping, row_scaled=row_scaled)
-        bound = float(e4m3_bound) if clipping != "saturate" else 448.0
-        if hadamard:
-            # Blocks along columns of the transpose: the rotation exists for these only.
-            turned = x.T.contiguous()
-            rows = Rows((len(turned),))
-            if amax is None:
-                amax = self._amax(turned, rows, hadamard=True, signs=hadamard_signs)[0]
-            bits = None if random_bits is None else random_bits.T.contiguous()
-            packed = self._columns(turned, amax.reshape(1), rows, hadamard=True, signs=hadamard_signs, bits=bits, bound=bound)
-            assert isinstance(packed, Packed)
-            # A byte of the transpose pairs two of its rows, that is, two columns of x.
-            return Quantized(packed.codes.T.contiguous(), packed.scales.T.contiguous(), amax, bound)
-        rows = Rows((len(x),))
-        if amax is None:
-            amax = x.abs().amax(1, keepdim=True).float() if row_scaled else self.amax(x, rows)[0]
-        packed = self._rows(
+    @classmethod
+    def missing(cls, device: torch.device) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "the triton package is not installed: pip install triton"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        if device.type != "cuda":
+            return f"it needs a CUDA GPU and this run is on {device.type}"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs a GPU of compute capability 8.0 (Ampere) or above, and this one has {major}.{minor}"
+        return None
+
+    def amax(self, x: Tensor, rows: Rows, encoding: Encoding) -> Tensor:
+        if encoding.row_scaled:
+            return row_amax(x)
+        x = x.contiguous()
+        result = torch.zeros(len(rows.sizes), dtype=torch.int32, device=x.device)
+        block_map, blocks = self._blocks(x, rows)
+        rotation, flag = self._rotation(encoding)
+        self._launch(
+            self._kernels.amax_kernel,
             x,
-            amax.reshape(1) if amax.numel() == 1 else amax.expand(len(x), 1),
-            rows,
-            bits=random_bits,
-            clipping=clipping,
-            bound=bound,
-            tiles=scaling == "2d",
-            packed=True,
+            (x, block_map, rotation, result, *x.shape),
+            blocks=blocks,
+            width=COLUMNS_WIDTH if flag == self._kernels.DOWN.value else ROWS_WIDTH,
+            tiles=AMAX_TILES,
+            GROUPED=block_map is not None,
+            ROTATE=flag,
+            TILES=AMAX_TILES,
         )
-        assert isinstance(packed, Packed)
-        scales = packed.scales.repeat_interleave(BLOCK, dim=0) if scaling == "2d" else packed.scales
-        return Quantized(packed.codes[:, : x.shape[1] // 2].contiguous(), scales, amax, bound)
+        return result.view(torch.float32)
 
-    def amax(self, x: Tensor, rows: Rows, *, hadamard: bool = False) -> Tensor:
-        return self._amax(x, rows, hadamard=hadamard)
-
-    def quantize_rows(
-        self,
-        x: Tensor,
-        amax: Tensor,
-        rows: Rows,
-        *,
-        stream: Stream | None = None,
-        clipping: Clipping = "saturate",
-        bound: float = 448.0,
-        tiles: bool = False,
-        packed: bool = False,
-    ) -> Tensor | Packed:
-        return self._rows(x, amax, rows, stream=stream, clipping=clipping, bound=bound, tiles=tiles, packed=packed)
-
-    def quantize_columns(
-        self,
-        x: Tensor,
-        amax: Tensor,
-        rows: Rows,
-        *,
-        hadamard: bool = False,
-        stream: Stream | None = None,
-        clipping: Clipping = "saturate",
-        bound: float = 448.0,
-        packed: bool = False,
-    ) -> Tensor | Packed:
-        return self._columns(x, amax, rows, hadamard=hadamard, stream=stream, clipping=clipping, bound=bound, packed=packed)
+    def quantize(self, x: Tensor, amax: Tensor, rows: Rows, encoding: Encoding, *, packed: bool = False) -> Tensor | Packed:
+        return (self._columns if encoding.along == "columns" else self._rows)(x.contiguous(), amax.contiguous(), rows, encoding, packed)
 
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         columns = packed.along == "columns"
@@ -187,82 +135,38 @@ class Triton:
 
     # -- arguments of the kernels ----------------------------------------------------------------------------------------------------------
 
-    def _amax(self, x: Tensor, rows: Rows, *, hadamard: bool, signs: bool = True) -> Tensor:
-        x = x.contiguous()
-        result = torch.zeros(len(rows.sizes), dtype=torch.int32, device=x.device)
-        block_map, blocks = self._blocks(x, rows)
-        self._launch(
-            self._kernels.amax_kernel,
-            x,
-            (x, block_map, result, *x.shape),
-            blocks=blocks,
-            width=COLUMNS_WIDTH if hadamard else ROWS_WIDTH,
-            tiles=AMAX_TILES,
-            GROUPED=block_map is not None,
-            HADAMARD=hadamard,
-            SIGNED=signs,
-            TILES=AMAX_TILES,
-        )
-        return result.view(torch.float32)
-
-    def _rows(
-        self,
-        x: Tensor,
-        amax: Tensor,
-        rows: Rows,
-        *,
-        bits: Tensor | None = None,
-        stream: Stream | None = None,
-        clipping: Clipping,
-        bound: float,
-        tiles: bool,
-        packed: bool,
-    ) -> Tensor | Packed:
+    def _rows(self, x: Tensor, amax: Tensor, rows: Rows, encoding: Encoding, packed: bool) -> Tensor | Packed:
+        tiles, features = encoding.along == "tiles", x.shape[1]
         if tiles and rows.padded(BLOCK) != rows:
             raise ValueError(f"16 x 16 tiles need groups of whole tiles, not of {list(rows.sizes)} rows")
-        x = x.contiguous()
-        features = x.shape[1]
         wide = -(-features // BLOCK)
         scales = None
         if packed:
             result = torch.empty(len(x), wide * BLOCK // 2, dtype=torch.uint8, device=x.device)
             scales = torch.empty(len(x) // BLOCK if tiles else len(x), wide, dtype=torch.uint8, device=x.device)
         else:
-            result = torch.empty(len(x), features, dtype=gemm_dtype(x), device=x.device)
+            result = torch.empty(len(x), features, dtype=gemm_dtype(x.device), device=x.device)
         block_map, blocks = self._blocks(x, rows)
-        random, flags = self._random(x, bits, stream)
+        random, flags = self._random(x, encoding.stream)
+        rotation, rotate = self._rotation(encoding)
         self._launch(
             self._kernels.rows_kernel,
             x,
-            (x, amax.contiguous(), block_map, *random, result, scales, *x.shape),
+            (x, amax, block_map, *random, rotation, result, scales, *x.shape),
             blocks=blocks,
             width=ROWS_WIDTH,
             GROUPED=block_map is not None,
-            ROW_SCALED=amax.dim() == 2,
+            ROW_SCALED=encoding.row_scaled,
             **flags,
-            CLIPPING=self._clipping[clipping].value,
-            TOP=MAX_CODE * bound,
+            CLIPPING=self._clipping[encoding.clipping].value,
+            TOP=MAX_CODE * encoding.bound,
+            ROTATE=rotate,
             TILES=tiles,
             PACKED=packed,
         )
-        along: Literal["tiles", "rows"] = "tiles" if tiles else "rows"
-        return result if scales is None else Packed(along, result, scales, features)
+        return result if scales is None else Packed(encoding.along, result, scales, features)
 
-    def _columns(
-        self,
-        x: Tensor,
-        amax: Tensor,
-        rows: Rows,
-        *,
-        hadamard: bool,
-        signs: bool = True,
-        bits: Tensor | None = None,
-        stream: Stream | None = None,
-        clipping: Clipping = "saturate",
-        bound: float,
-        packed: bool = True,
-    ) -> Tensor | Packed:
-        x = x.contiguous()
+    def _columns(self, x: Tensor, amax: Tensor, rows: Rows, encoding: Encoding, packed: bool) -> Tensor | Packed:
         features = x.shape[1]
         block_map, blocks = self._blocks(x, rows)
         scales = None
@@ -270,23 +174,30 @@ class Triton:
             result = torch.empty(blocks * BLOCK // 2, features, dtype=torch.uint8, device=x.device)
             scales = torch.empty(blocks, features, dtype=torch.uint8, device=x.device)
         else:
-            result = torch.empty(blocks * BLOCK, features, dtype=gemm_dtype(x), device=x.device)
-        random, flags = self._random(x, bits, stream)
+            result = torch.empty(blocks * BLOCK, features, dtype=gemm_dtype(x.device), device=x.device)
+        random, flags = self._random(x, encoding.stream)
+        rotation, rotate = self._rotation(encoding)
         self._launch(
             self._kernels.columns_kernel,
             x,
-            (x, amax.contiguous(), block_map, *random, result, scales, *x.shape),
+            (x, amax, block_map, *random, rotation, result, scales, *x.shape),
             blocks=blocks,
             width=COLUMNS_WIDTH,
             GROUPED=block_map is not None,
             **flags,
-            CLIPPING=self._clipping[clipping].value,
-            TOP=MAX_CODE * bound,
-            HADAMARD=hadamard,
-            SIGNED=signs,
+            CLIPPING=self._clipping[encoding.clipping].value,
+            TOP=MAX_CODE * encoding.bound,
+            ROTATE=rotate,
             PACKED=packed,
         )
         return result if scales is None else Packed("columns", result, scales, features)
+
+    def _rotation(self, encoding: Encoding) -> tuple[int, int]:
+        """The kernels' arguments `rotation`, bit k set where sign k is negative, and ROTATE: which way."""
+        if encoding.rotation is None:
+            return 0, self._kernels.NOT.value
+        signs = sum(1 << k for k, sign in enumerate(encoding.rotation.signs) if sign < 0)
+        return signs, (self._kernels.DOWN if encoding.along == "columns" else self._kernels.ACROSS).value
 
     @staticmethod
     def _blocks(x: Tensor, rows: Rows) -> tuple[Tensor | None, int]:
@@ -296,22 +207,18 @@ class Triton:
         block_map = _block_map(rows.sizes, x.device)
         return block_map, block_map.shape[1]
 
-    def _random(self, x: Tensor, bits: Tensor | None, stream: Stream | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _random(self, x: Tensor, stream: Draws | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The kernels' arguments from `bits` to `step`, and their flags."""
         kernels, features = self._kernels, x.shape[1]
-        if stream is not None:
-            runs = stream.runs or ((0, features),)
-            # Only the last run may end inside a block.
-            if all(first % FEATURES_PER_CALL == 0 for first, _ in runs) and all(count % FEATURES_PER_CALL == 0 for _, count in runs[:-1]):
-                arrays = (stream.sample.contiguous(), stream.position.contiguous())
-                expert = None if stream.expert is None else stream.expert.contiguous()
-                words = (_signed(stream.key[0]), _signed(stream.key[1]), _signed(stream.step))
-                arguments = (None, *arrays, expert, _feature_blocks(runs, x.device), *words)
-                return arguments, {"RANDOM": kernels.PHILOX.value, "EXPERT": expert is not None}
-            bits = stream.bytes(features)
-        if bits is not None:
-            return (bits.contiguous(), *(None,) * 4, 0, 0, 0), {"RANDOM": kernels.GIVEN.value, "EXPERT": False}
-        return (*(None,) * 5, 0, 0, 0), {"RANDOM": kernels.NEAREST.value, "EXPERT": False}
+        if stream is None:
+            return (*(None,) * 5, 0, 0, 0), {"RANDOM": kernels.NEAREST.value, "EXPERT": False}
+        if isinstance(stream, Stream) and (runs := stream.whole_calls(features)) is not None:
+            arrays = (stream.sample.contiguous(), stream.position.contiguous())
+            expert = None if stream.expert is None else stream.expert.contiguous()
+            words = (_signed(stream.key[0]), _signed(stream.key[1]), _signed(stream.step))
+            arguments = (None, *arrays, expert, _feature_blocks(runs, x.device), *words)
+            return arguments, {"RANDOM": kernels.PHILOX.value, "EXPERT": expert is not None}
+        return (stream.bytes(features).contiguous(), *(None,) * 4, 0, 0, 0), {"RANDOM": kernels.GIVEN.value, "EXPERT": False}
 
     @staticmethod
     def _launch(kernel: Any, x: Tensor, arguments: tuple[Any, ...], *, blocks: int, width: int, tiles: int = 1, **flags: Any) -> None:

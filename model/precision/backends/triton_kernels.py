@@ -21,19 +21,19 @@ import torch
 import triton
 import triton.language as tl
 
-from model.precision.hadamard import SIGNS
-
 FLT_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 SIXTH = tl.constexpr(1 / 6)
-NEGATIVE_SIGNS = tl.constexpr(sum(1 << k for k, sign in enumerate(SIGNS) if sign < 0))
 
-# Where random bytes come from, and how scales are chosen.
+# Where random bytes come from, how scales are chosen, and along what blocks are rotated.
 NEAREST = tl.constexpr(0)
 GIVEN = tl.constexpr(1)
 PHILOX = tl.constexpr(2)
 SATURATE = tl.constexpr(0)
 MAE = tl.constexpr(1)
 MSE = tl.constexpr(2)
+NOT = tl.constexpr(0)
+DOWN = tl.constexpr(1)
+ACROSS = tl.constexpr(2)
 
 
 # -- loading -------------------------------------------------------------------------------------------------------------------------------
@@ -83,20 +83,34 @@ def _load(x, first, count, column, features):
 
 
 @triton.jit
-def _load_rotated(x, first, count, column, features, SIGNED: tl.constexpr, WIDTH: tl.constexpr):
-    """The same, rotated along the 16 rows and rounded to x's dtype."""
-    out = tl.arange(0, 16)[:, None]
+def _entry(k, out, rotation):
+    """1/4 or -1/4: element (k, out) of the rotation whose sign k is negative where bit k of `rotation` is set."""
+    # Sylvester's entry is negative where k & out has an odd number of ones.
+    ones = out & k
+    ones = ones ^ (ones >> 2)
+    ones = ones ^ (ones >> 1)
+    ones = ones ^ ((rotation >> k) & 1)
+    return tl.where((ones & 1) == 1, -0.25, 0.25)
+
+
+@triton.jit
+def _load_rotated(x, first, count, column, features, rotation, ROTATE: tl.constexpr, WIDTH: tl.constexpr):
+    """The same, rotated along the 16 rows (DOWN) or along every 16 columns (ACROSS), and rounded to x's dtype."""
+    row = tl.arange(0, 16)
     total = tl.zeros([16, WIDTH], tl.float32)
     for k in tl.static_range(16):
-        row = tl.load(x + (first + k) * features + column, mask=(column < features) & (tl.full([WIDTH], k, tl.int32) < count), other=0.0)
-        # Sylvester's entry (k, out) is negative where k & out has an odd number of ones.
-        ones = out & k
-        ones = ones ^ (ones >> 2)
-        ones = ones ^ (ones >> 1)
-        if SIGNED:
-            ones = ones ^ ((NEGATIVE_SIGNS >> k) & 1)
-        entry = tl.where((ones & 1) == 1, -0.25, 0.25)
-        total = tl.fma(tl.broadcast_to(_widen(row)[None, :], [16, WIDTH]), tl.broadcast_to(entry, [16, WIDTH]), total)
+        if ROTATE == DOWN:
+            one = tl.load(
+                x + (first + k) * features + column, mask=(column < features) & (tl.full([WIDTH], k, tl.int32) < count), other=0.0
+            )
+            values = tl.broadcast_to(_widen(one)[None, :], [16, WIDTH])
+            entry = _entry(k, row[:, None], rotation)
+        else:
+            source = (column // 16) * 16 + k
+            inside = (row < count)[:, None] & (source < features)[None, :]
+            values = _widen(tl.load(x + (first + row)[:, None] * features + source[None, :], mask=inside, other=0.0))
+            entry = _entry(k, (column % 16)[None, :], rotation)
+        total = tl.fma(values, tl.broadcast_to(entry, [16, WIDTH]), total)
     return _round_to(total, x.dtype.element_ty)
 
 
@@ -293,16 +307,16 @@ def _scale_byte(scale):
 # -- kernels -------------------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rotation"])
 def amax_kernel(
     x,
     block_map,
+    rotation,
     result,
     rows,
     features,
     GROUPED: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ROTATE: tl.constexpr,
     TILES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -311,15 +325,15 @@ def amax_kernel(
     largest = tl.zeros([16, WIDTH], tl.int32)
     for tile in range(TILES):
         column = (tl.program_id(1) * TILES + tile) * WIDTH + tl.arange(0, WIDTH)
-        if HADAMARD:
-            values = _load_rotated(x, first, count, column, features, SIGNED, WIDTH)
+        if ROTATE != NOT:
+            values = _load_rotated(x, first, count, column, features, rotation, ROTATE, WIDTH)
         else:
             values = _load(x, first, count, column, features)
         largest = tl.maximum(largest, _magnitude_bits(values))
     tl.atomic_max(result + group, tl.max(tl.max(largest, axis=0), axis=0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "step"])
+@triton.jit(do_not_specialize=["key0", "key1", "step", "rotation"])
 def rows_kernel(
     x,
     amax,
@@ -332,6 +346,7 @@ def rows_kernel(
     key0,
     key1,
     step,
+    rotation,
     result,
     scales,
     rows,
@@ -342,6 +357,7 @@ def rows_kernel(
     EXPERT: tl.constexpr,
     CLIPPING: tl.constexpr,
     TOP: tl.constexpr,
+    ROTATE: tl.constexpr,
     TILES: tl.constexpr,
     PACKED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -352,7 +368,11 @@ def rows_kernel(
     first, count, group = _block_of_rows(block_map, rows, GROUPED)
     row = tl.arange(0, 16)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    x_block = tl.reshape(_load(x, first, count, column, features), [OUTER, 16, 1])
+    if ROTATE != NOT:
+        values = _load_rotated(x, first, count, column, features, rotation, ROTATE, WIDTH)
+    else:
+        values = _load(x, first, count, column, features)
+    x_block = tl.reshape(values, [OUTER, 16, 1])
     if ROW_SCALED:
         of_rows = tl.load(amax + first + row, mask=row < count, other=0.0)
         of_block = tl.reshape(tl.broadcast_to(of_rows[:, None], [16, BLOCKS]), [OUTER, 1, 1])
@@ -382,7 +402,7 @@ def rows_kernel(
         tl.store(result + (first + row)[:, None] * features + column[None, :], products, mask=inside)
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "step"])
+@triton.jit(do_not_specialize=["key0", "key1", "step", "rotation"])
 def columns_kernel(
     x,
     amax,
@@ -395,6 +415,7 @@ def columns_kernel(
     key0,
     key1,
     step,
+    rotation,
     result,
     scales,
     rows,
@@ -404,8 +425,7 @@ def columns_kernel(
     EXPERT: tl.constexpr,
     CLIPPING: tl.constexpr,
     TOP: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ROTATE: tl.constexpr,
     PACKED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -413,8 +433,8 @@ def columns_kernel(
     first, count, group = _block_of_rows(block_map, rows, GROUPED)
     block = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    if HADAMARD:
-        values = _load_rotated(x, first, count, column, features, SIGNED, WIDTH)
+    if ROTATE != NOT:
+        values = _load_rotated(x, first, count, column, features, rotation, ROTATE, WIDTH)
     else:
         values = _load(x, first, count, column, features)
     random = _random(

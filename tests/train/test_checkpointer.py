@@ -1,16 +1,17 @@
 """Saving and restoring model, optimizer and loop state together, with a stand-in for the engine."""
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from parallel.engine import ParameterState
 from parallel.shards import Piece, set_pieces
+from train.checkpoint.checkpointer import Checkpointer, load_weights
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import open_checkpoint
-from train.checkpoint.run import load_weights, restore_run, save_run
 
 
 class Model(nn.Module):
@@ -33,16 +34,6 @@ class Model(nn.Module):
         return ((x * self.norm) @ self.fused.float().t()).pow(2).mean() + self.bias.sum()
 
 
-@dataclass
-class State:
-    param: nn.Parameter
-    master: Tensor | None
-    exp_avg: Tensor | None
-    exp_avg_sq: Tensor | None
-    step: int | None
-    flat_range: tuple[int, int] | None
-
-
 class Engine:
     """AdamW on fp32 masters; with `flat`, its state appears as two flat shards, as the distributed optimizer's."""
 
@@ -62,21 +53,22 @@ class Engine:
                 if master is not param:
                     param.copy_(master)
 
-    def load_step(self, step: int) -> None:
-        for master in self.masters:
+    def make_room(self, number: Callable[[nn.Parameter, str], float]) -> None:
+        for param, master in zip(self.params, self.masters, strict=True):
             moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[master] = {"step": torch.tensor(float(step)), **moments}
+            self.adam.state[master] = {"step": torch.tensor(float(number(param, "step"))), **moments}
 
-    def parameter_states(self) -> list[State]:
+    def parameter_states(self) -> list[ParameterState]:
         states = []
         for param, master in zip(self.params, self.masters, strict=True):
-            adam = self.adam.state.get(master, {})
-            step = int(adam["step"]) if adam else None
-            held = [None if master is param else master.detach(), adam.get("exp_avg"), adam.get("exp_avg_sq")]
+            adam = dict(self.adam.state.get(master, {}))
+            numbers = {"step": int(adam.pop("step"))} if adam else {}
+            held = {"master": master.detach(), **adam}
             cuts = [0, param.numel() // 3, param.numel()]
             for start, stop in itertools.pairwise(cuts) if self.flat else [(0, 0)]:
-                views = [None if t is None else t.view(-1)[start:stop] if self.flat else t for t in held]
-                states.append(State(param, *views, step, (start, stop) if self.flat else None))
+                views = {name: t.view(-1)[start:stop] if self.flat else t for name, t in held.items()}
+                own = views.pop("master")
+                states.append(ParameterState(param, None if master is param else own, views, numbers, (start, stop) if self.flat else None))
         return states
 
 
@@ -97,13 +89,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dtype, flat):
     model = Model(dtype)
     engine = Engine(model, flat[0])
     train(model, engine, range(3))
-    save_run(tmp_path, engine, model, 3, {"loop": {"best": 1.5}}, tokens=96)
+    Checkpointer(tmp_path, engine, [model]).save(3, {"loop": {"best": 1.5}}, tokens=96)
     expected = train(model, engine, range(3, 7))
 
     torch.manual_seed(2)
     again = Model(dtype)
     engine = Engine(again, flat[1])
-    checkpoint = restore_run(tmp_path, engine, again)
+    checkpoint = Checkpointer(tmp_path, engine, [again]).load_newest()
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.tokens, checkpoint.state) == (3, 96, {"loop": {"best": 1.5}})
     assert train(again, engine, range(3, 7)) == expected
@@ -118,23 +110,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dtype, flat):
 
 def test_before_the_first_optimizer_step_there_are_no_moments(tmp_path):
     model = Model()
-    save_run(tmp_path, Engine(model), model, 0, {})
+    Checkpointer(tmp_path, Engine(model), [model]).save(0, {})
     again = Model()
-    checkpoint = restore_run(tmp_path, Engine(again), again)
+    checkpoint = Checkpointer(tmp_path, Engine(again), [again]).load_newest()
     assert checkpoint is not None and not checkpoint.names("exp_avg")
     assert torch.equal(model.fused, again.fused)
 
 
 def test_nothing_to_restore(tmp_path):
     model = Model()
-    assert restore_run(tmp_path, Engine(model), model) is None
+    assert Checkpointer(tmp_path, Engine(model), [model]).load_newest() is None
 
 
 def test_weights_alone(tmp_path):
     model = Model()
     engine = Engine(model)
     train(model, engine, range(2))
-    save_run(tmp_path, engine, model, 2, {})
+    Checkpointer(tmp_path, engine, [model]).save(2, {})
     again = Model()
     load_weights(open_checkpoint(tmp_path), [again])
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
@@ -144,35 +136,41 @@ def test_a_tensor_without_pieces_cannot_be_saved(tmp_path):
     model = Model()
     model.register_buffer("bias", torch.zeros(3))
     with pytest.raises(CheckpointError, match="bias has no pieces"):
-        save_run(tmp_path, Engine(model), model, 1, {})
+        Checkpointer(tmp_path, Engine(model), [model]).save(1, {})
 
 
-def test_step_counts_must_agree(tmp_path):
+def test_numbers_that_differ_are_kept_for_each_parameter(tmp_path):
     model = Model()
     engine = Engine(model)
     train(model, engine, range(1))
-    engine.adam.state[model.norm]["step"] += 1
-    with pytest.raises(CheckpointError, match="counted 1 steps for some parameters and 2 for others"):
-        save_run(tmp_path, engine, model, 1, {})
+    engine.adam.state[model.norm]["step"] += 4
+    Checkpointer(tmp_path, engine, [model]).save(1, {})
+    checkpoint = open_checkpoint(tmp_path)
+    assert [n for n in checkpoint.names() if n.startswith("step")] == ["step/k", "step/norm.weight", "step/q"]
+    again = Model()
+    resumed = Engine(again)
+    Checkpointer(tmp_path, resumed, [again]).load_newest()
+    assert [state.numbers["step"] for state in resumed.parameter_states()] == [1, 5]
+    assert train(again, resumed, range(1, 3)) == train(model, engine, range(1, 3))
 
 
 @pytest.mark.parametrize("stored, words", [(False, "has no tensor model/extra"), (True, "it holds exp_avg/extra and 2")])
 def test_a_run_that_holds_other_tensors_is_refused(tmp_path, stored, words):
     model = Model(extra=stored)
     engine = Engine(model)
-    engine.load_step(1)
-    save_run(tmp_path, engine, model, 1, {})
+    engine.make_room(lambda param, name: 1)
+    Checkpointer(tmp_path, engine, [model]).save(1, {})
     again = Model(extra=not stored)
     before = again.fused.clone()
     with pytest.raises(CheckpointError) as error:
-        restore_run(tmp_path, Engine(again), again)
+        Checkpointer(tmp_path, Engine(again), [again]).load_newest()
     assert words in str(error.value) and "cannot resume from" in str(error.value) and "\n" not in str(error.value)
     assert torch.equal(before, again.fused)
 
 
 def test_a_run_in_another_dtype_is_refused(tmp_path):
     model = Model()
-    save_run(tmp_path, Engine(model), model, 1, {})
+    Checkpointer(tmp_path, Engine(model), [model]).save(1, {})
     again = Model(torch.bfloat16)
     with pytest.raises(CheckpointError, match=r"model/q is torch\.float32"):
-        restore_run(tmp_path, Engine(again), again)
+        Checkpointer(tmp_path, Engine(again), [again]).load_newest()

@@ -3,45 +3,37 @@
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from parallel.engine import ModelSizes
 from parallel.layout import ParallelConfig
 
 
-def transformer_config(
-    *,
-    parallel: ParallelConfig,
-    params_dtype: torch.dtype,
-    layers: int,
-    hidden_size: int,
-    attention_heads: int = 1,
-    experts: int | None = None,
-    top_k: int = 1,
-) -> TransformerConfig:
+def transformer_config(parallel: ParallelConfig, sizes: ModelSizes) -> TransformerConfig:
     """Our layout and sizes in Megatron's terms.
 
     `calculate_per_token_loss` makes Megatron add gradients up and never divide them: losses arrive normalised over the global batch.
     """
     moe = {}
-    if experts is not None:
+    if sizes.experts is not None:
         moe = {
-            "num_moe_experts": experts,
-            "moe_router_topk": top_k,
+            "num_moe_experts": sizes.experts,
+            "moe_router_topk": sizes.top_k,
             "moe_token_dispatcher_type": "alltoall",
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
-            "moe_ffn_hidden_size": hidden_size,
+            "moe_ffn_hidden_size": sizes.hidden_size,
         }
     return TransformerConfig(
-        num_layers=max(layers, parallel.pipeline),
-        hidden_size=hidden_size,
-        num_attention_heads=attention_heads,
+        num_layers=max(sizes.layers, parallel.pipeline),
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.attention_heads,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        pipeline_dtype=params_dtype,
-        params_dtype=params_dtype,
-        bf16=params_dtype == torch.bfloat16,
+        pipeline_dtype=sizes.params_dtype,
+        params_dtype=sizes.params_dtype,
+        bf16=sizes.params_dtype == torch.bfloat16,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=torch.cuda.is_available(),  # gloo has no batched point-to-point transfers

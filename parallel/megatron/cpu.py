@@ -113,7 +113,7 @@ def shared_group(ranks: Any = None, timeout: Any = None, **_: Any) -> Any:
 
 
 def forget_groups() -> None:
-    """For `parallel.layout.shutdown`, which destroys them."""
+    """For `parallel.groups.shutdown`, which destroys them."""
     _groups.clear()
 
 

@@ -1,0 +1,86 @@
+"""Joining and leaving the process groups of a layout, which are Megatron's whatever the engine: the model communicates over them too."""
+
+import datetime
+import gc
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from parallel.layout import Layout, ParallelConfig, world_size
+from parallel.megatron import cpu
+
+
+def initialize(config: ParallelConfig, seed: int) -> Layout:
+    """Joins the process group (a group of one when no launcher started this process), builds Megatron's groups.
+
+    May be called again after `shutdown`, with another layout. seed: for Megatron's own CUDA random states, which nothing here draws
+    from. Raises ValueError for an impossible layout.
+    """
+    config.validate(world_size())
+    cuda = torch.cuda.is_available()
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        cpu.apply()
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=config.timeout_minutes)
+        backend = "nccl" if cuda else "gloo"
+        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
+        else:  # an in-memory store: nothing to collide with
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=config.timeout_minutes,  # type: ignore[arg-type]  # it makes a timedelta of them, which takes fractions
+    )
+    if cuda:
+        model_parallel_cuda_manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+
+    def place(group: dist.ProcessGroup) -> tuple[int, int]:
+        return dist.get_world_size(group), dist.get_rank(group)
+
+    tensor, pipeline, data = place(groups.tp), place(groups.pp), place(groups.dp)
+    expert, expert_tensor, expert_data = place(groups.ep), place(groups.expt_tp), place(groups.expt_dp)
+    return Layout(
+        config,
+        dist.get_world_size(),
+        dist.get_rank(),
+        device,
+        groups,
+        *tensor,
+        *pipeline,
+        *data,
+        *expert,
+        *expert_tensor,
+        *expert_data,
+    )
+
+
+def shutdown(*, leave_world: bool = True) -> None:
+    """Gives Megatron's groups back and, with `leave_world`, the process group too. Safe to call twice."""
+    if not dist.is_initialized():
+        return
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+        # Megatron forgets its groups but leaves them open.
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+        cpu.forget_groups()
+    if leave_world:
+        dist.destroy_process_group()
+    # A group ends its threads with its last reference; models and their hooks hold some in cycles.
+    gc.collect()

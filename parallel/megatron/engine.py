@@ -1,0 +1,227 @@
+"""Megatron-core as the engine: its DistributedDataParallel, pipeline schedules and mixed-precision optimizers.
+
+Megatron builds an Adam of its own. Its optimizers (fp32, bf16 with fp32 masters, distributed) are kept, with their masters, their gradient
+norm and their all-gather; only torch's optimizer inside each is replaced by the recipe's, which then updates the same masters.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from parallel.engine import ForwardStep, ModelSizes, Optimizer, ParameterState, StepResult
+from parallel.layout import Layout
+from parallel.megatron import cpu
+from parallel.megatron.config import transformer_config
+from parallel.megatron.stage import MegatronStage
+from parallel.stage import Stage
+
+FlatRange = tuple[int, int] | None
+
+
+class MegatronEngine:
+    """See `parallel.engine.Engine`."""
+
+    def __init__(self, chunks: Sequence[Stage], layout: Layout, sizes: ModelSizes, optimizer: Optimizer):
+        self.layout = layout
+        self.settings = optimizer
+        config = transformer_config(layout.config, sizes)
+        if not torch.cuda.is_available():
+            for chunk in chunks:
+                for param in chunk.parameters():
+                    cpu.as_cuda_type(param)
+        sharded = layout.config.distributed_optimizer
+        self.chunks: list[DistributedDataParallel] = [
+            DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    overlap_grad_reduce=False,
+                    overlap_param_gather=False,
+                    use_distributed_optimizer=sharded,
+                    check_for_nan_in_grad=False,  # checked below, without ending the run
+                    average_in_collective=False,
+                ),
+                MegatronStage(chunk, config, layout),
+                disable_bucketing=index > 0,  # only the first chunk's reduction could overlap with anything
+            )
+            for index, chunk in enumerate(chunks)
+        ]
+        chained = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",  # replaced below
+                lr=0.0,
+                weight_decay=optimizer.weight_decay,
+                clip_grad=optimizer.clip,
+                bf16=sizes.params_dtype == torch.bfloat16,
+                params_dtype=sizes.params_dtype,
+                use_distributed_optimizer=sharded,
+            ),
+            self.chunks,
+            use_gloo_process_groups=False,
+        )
+        assert isinstance(chained, ChainedOptimizer)
+        self._chained = chained
+        self._parts: list[MegatronOptimizer] = [part for part in chained.chained_optimizers if not part.is_stub_optimizer]
+        for part in self._parts:
+            part.optimizer = _instead_of(part.optimizer, optimizer)
+        config.finalize_model_grads_func = self._finalize
+        config.grad_scale_func = None
+        syncs = [chunk.no_sync for chunk in self.chunks]
+        config.no_sync_func = syncs[0] if len(syncs) == 1 else syncs  # type: ignore[assignment]  # the interleaved schedule takes a list
+        self._schedule: Callable[..., list[Any]] = get_forward_backward_func()
+
+    # -- one step ------------------------------------------------------------------------------------------------------------------
+
+    def train_step(
+        self,
+        forward_step: ForwardStep,
+        microbatches: Sequence[Any],
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        learning_rate: float,
+    ) -> StepResult:
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self._chained.zero_grad()
+        feeds = [iter(microbatches) for _ in self.chunks]
+        self._run(forward_step, feeds, len(microbatches), sequence_length, micro_batch_size, forward_only=False)
+        for group in self._chained.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
+        return self._update()
+
+    def evaluate(
+        self, forward_step: ForwardStep, microbatches: Iterator[Any], count: int, *, sequence_length: int, micro_batch_size: int
+    ) -> None:
+        for chunk in self.chunks:
+            chunk.eval()
+        # With several chunks each asks for every microbatch.
+        feeds = [microbatches] if len(self.chunks) == 1 else [iter(kept) for kept in [list(microbatches)] * len(self.chunks)]
+        with torch.no_grad():
+            self._run(forward_step, feeds, count, sequence_length, micro_batch_size, forward_only=True)
+
+    def _run(
+        self,
+        forward_step: ForwardStep,
+        feeds: list[Iterator[Any]],
+        count: int,
+        sequence_length: int,
+        micro_batch_size: int,
+        *,
+        forward_only: bool,
+    ) -> None:
+        self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=feeds if len(feeds) > 1 else feeds[0],
+            model=self.chunks,
+            num_microbatches=count,
+            seq_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def _finalize(self, model: list[nn.Module], num_tokens: Tensor | None = None, **ignored: Any) -> None:
+        # num_tokens stays behind: losses are already divided by the global counts.
+        finalize_model_grads(model, None)
+
+    @torch.no_grad()
+    def _update(self) -> StepResult:
+        """What Megatron's own step does, with the check of all ranks between the norm and the clipping."""
+        overflow = self._chained.prepare_grads()
+        norm = float(self._chained.get_grad_norm() or 0.0)
+        # The norm is a sum over model-parallel ranks, but replicas must agree too, and a bf16 overflow flag must not be lost.
+        bad = torch.tensor([float(overflow or not math.isfinite(norm))], device=self.layout.device)
+        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        if bad.item() > 0:
+            return StepResult(norm, taken=False)
+        for part in self._parts:
+            if parameters := part.get_parameters():
+                # By its module, where Megatron itself looks for it: without CUDA it is another one.
+                megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=self.settings.clip, total_norm=norm)
+        return StepResult(norm, taken=bool(self._chained.step_with_ready_grads()))
+
+    # -- state, by model parameter -------------------------------------------------------------------------------------------------
+
+    def parameter_states(self) -> Iterator[ParameterState]:
+        for part, param, master, flat_range in self._masters():
+            tensors: dict[str, Tensor] = {}
+            numbers: dict[str, float] = {}
+            state = part.optimizer.state.get(master, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == master.shape:
+                    tensors[name] = value.detach()
+                else:
+                    numbers[name] = value.item() if isinstance(value, Tensor) else value
+            if state:
+                group = _group_of(part.optimizer, master)
+                numbers |= {name: group[name] for name in self.settings.group_numbers}
+            yield ParameterState(param, None if param.dtype == torch.float32 else master.detach(), tensors, numbers, flat_range)
+
+    def make_room(self, number: Callable[[nn.Parameter, str], float]) -> None:
+        for part, param, master, _ in self._masters():
+            room = self.settings.room(master)
+            for name, value in room.items():
+                if value.shape != master.shape:
+                    value.fill_(number(param, name))
+            part.optimizer.state[master] = room
+            group = _group_of(part.optimizer, master)
+            group |= {name: type(group.get(name, 0))(number(param, name)) for name in self.settings.group_numbers}
+
+    def reload_masters(self) -> None:
+        self._chained.reload_model_params()
+
+    @torch.no_grad()
+    def update_masters(self, change: Callable[[nn.Parameter, Tensor, FlatRange], None]) -> None:
+        for _, param, master, flat_range in self._masters():
+            change(param, master.detach(), flat_range)
+            weight = param.detach()
+            (weight if flat_range is None else weight.view(-1)[slice(*flat_range)]).copy_(master)
+        if self.layout.config.distributed_optimizer:
+            for chunk in self.chunks:
+                chunk.start_param_sync()
+
+    def close(self) -> None:
+        """Nothing of Megatron's outlives its objects."""
+
+    def _masters(self) -> Iterator[tuple[MegatronOptimizer, nn.Parameter, Tensor, FlatRange]]:
+        """(Megatron's optimizer, model parameter, the tensor torch's optimizer updates for it, its flat range when sharded)."""
+        for part in self._parts:
+            groups = part.optimizer.param_groups
+            if isinstance(part, DistributedOptimizer):
+                for param, (group, order) in part.model_param_group_index_map.items():
+                    buffer, dtype, bucket = part.model_param_gbuf_map[param]
+                    span = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][param]["param"]
+                    yield part, param, groups[group]["params"][order], (span.start, span.end)
+            elif isinstance(part, Float16OptimizerWithFloat16Params):
+                for models, masters in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+                    yield from ((part, param, master, None) for param, master in zip(models, masters, strict=True))
+                for models in part.fp32_from_fp32_groups:
+                    yield from ((part, param, param, None) for param in models)
+            else:
+                yield from ((part, param, param, None) for group in groups for param in group["params"])
+
+
+def _instead_of(adam: torch.optim.Optimizer, optimizer: Optimizer) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the masters of Megatron's Adam, which has not taken a step."""
+    groups = [{key: value for key, value in group.items() if key not in adam.defaults} for group in adam.param_groups]
+    # Some masters are views, which torch's constructor refuses: it is shown detached ones of the same memory.
+    made = optimizer.make([{**group, "params": [master.detach() for master in group["params"]]} for group in groups])
+    for group, masters in zip(made.param_groups, groups, strict=True):
+        group["params"] = masters["params"]
+    return made
+
+
+def _group_of(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(param is master for param in group["params"]))
