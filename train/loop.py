@@ -139,6 +139,7 @@ def _train(run: Run, changes: list[str]) -> None:
         formats_change = step > 0 and table is not table_at(tables, (step - 1) / recipe.total_steps)
         if formats_change:
             observers.on_formats(step + 1, table.text)
+        observers.on_step_begin(step + 1)
         begin = time.perf_counter()
         metrics = train_step(run, step)
         step += 1

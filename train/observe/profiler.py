@@ -31,12 +31,13 @@ class Profiler(Observer):
         self._say = say
         self._folder = Path()
         self._window: profile | None = None
-        self._first = 0
+        self._first = self._step = 0
 
     def on_start(self, run: RunInfo) -> None:
         self._folder = run.run_dir / FOLDER
 
     def on_step_begin(self, step: int) -> None:
+        self._step = step
         if self._window is not None and step not in self.config:
             self._finish(step - 1)
         elif self._window is None and step in self.config:
@@ -46,7 +47,7 @@ class Profiler(Observer):
 
     def on_step(self, metrics: Metrics) -> None:
         # Where the last step of the window is logged, what follows it (an evaluation, a checkpoint) stays out of the trace.
-        if self._window is not None and metrics["step"] + 1 not in self.config:
+        if self._window is not None and int(metrics["step"]) + 1 not in self.config:
             self._finish(int(metrics["step"]))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -54,7 +55,7 @@ class Profiler(Observer):
 
     def close(self) -> None:
         if self._window is not None:
-            self._finish(self.config.last)
+            self._finish(self._step)
 
     def _finish(self, last: int) -> None:
         window, self._window = self._window, None
