@@ -23,7 +23,7 @@ def evaluated(rank: int, *overrides: str) -> tuple[float | None, int]:
     """What `evaluate` says of a new model, and the number of validation batches."""
     made = loop.build(recipe(*GIVEN, *overrides, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     try:
-        return evaluate(made, 0), len(made.data.validation_batches(made.recipe.train.micro_batch_size))
+        return evaluate(made, 0), len(made.data.validation_batches(made.recipe.micro_batch_size))
     finally:
         groups.shutdown(leave_world=False)
 
