@@ -48,13 +48,16 @@ def duration(seconds: float) -> str:
 
 
 def evaluation_line(metrics: Metrics, run: RunInfo | None) -> str:
+    """The step, and what one evaluation measured after it."""
+    return f"{step_column(metrics, run)}  {evaluation_text(metrics)}"
+
+
+def evaluation_text(metrics: Metrics) -> str:
     """What one evaluation measured: the validation loss as `loss_text`, whatever else by its name."""
-    parts = [step_column(metrics, run)]
-    if "eval/loss" in metrics:
-        parts.append(f"validation loss {loss_text(metrics)}")
+    parts = [f"validation loss {loss_text(metrics)}"] if "eval/loss" in metrics else []
     shown = ("step", "tokens", "eval/loss", "eval/bits_per_byte")
-    parts += [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in metrics.items() if key not in shown]
-    return "  ".join(parts)
+    others = [key for key in metrics if key not in shown and not key.startswith("seconds/")]
+    return "  ".join([*parts, *(f"{key.removeprefix('eval/')} {metrics[key]:.4g}" for key in others)])
 
 
 def loss_text(metrics: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ import psutil
 
 from train.observe.base import Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.redact import without_secrets
+from train.signals import STOPPED
 
 ID_FILE = "wandb_id"
 _GRACE_SECONDS = 5.0  # on top of W&B's own timeout, which a service that hangs does not keep
@@ -42,6 +43,7 @@ class WandbObserver(Observer):
         self._step = -1  # of the row W&B is still collecting
         self._calls: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
+        self._exit_code = 0
         self._failure: str | None = None  # found by the worker, said by the next hook
 
     def on_start(self, run: RunInfo) -> None:
@@ -66,7 +68,26 @@ class WandbObserver(Observer):
     def on_end(self, summary: Mapping[str, Any]) -> None:
         numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
         self._later("write the summary", lambda run: run.summary.update(numbers))
-        self._later("finish", lambda run: run.finish(exit_code=0))
+        if "signal" in summary:
+            self._later("mark the run as stopped", lambda run: run.mark_preempting())
+            self._exit_code = STOPPED
+        self._finish()
+
+    def on_error(self, error: BaseException) -> None:
+        self._exit_code = 1
+        self._finish()
+
+    def close(self) -> None:
+        self._exit_code = self._exit_code or 1  # neither of the two was called
+        self._finish()
+
+    def _finish(self) -> None:
+        """Ends the W&B run with the exit code of this one: 0 shows as finished, another as failed, or as preempted after a signal."""
+        if self._run is None:
+            self._report_failure()
+            return
+        code = self._exit_code
+        self._later("finish", lambda run: run.finish(exit_code=code))
         if self._worker is not None:
             self._calls.put(("stop", _stop))
             self._worker.join(self.config.wandb_timeout_seconds + _GRACE_SECONDS)

@@ -26,7 +26,7 @@ REQUIRED = {  # keys without a default: null in the base, so that they too can b
     "model": ("pattern", "vocab_size", "hidden_size"),
     "optimizer": ("learning_rate",),
 }
-OPTIONAL_GROUPS = ("cluster",)  # of which a recipe need not choose a file, and the command line may
+OPTIONAL_GROUPS = ("cluster", "optimizer")  # of which a recipe need not choose a file, and the command line may
 MISSING = "???"
 
 

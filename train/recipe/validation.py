@@ -4,7 +4,7 @@ from parallel.engines import check_engine
 from train.optimizer import check_optimizer
 from train.recipe.layout_checks import validate_layout
 from train.recipe.precision_checks import validate_precision
-from train.recipe.tree import Recipe
+from train.recipe.tree import ALLOWABLE, Recipe
 
 
 def validate(recipe: Recipe, world_size: int) -> None:
@@ -12,6 +12,7 @@ def validate(recipe: Recipe, world_size: int) -> None:
     recipe.model.validate()
     recipe.data.validate()
     recipe.monitor.validate()
+    recipe.evaluation.validate()
     recipe.cluster.validate()
     _validate_train(recipe, world_size)
     _validate_phases(recipe)
@@ -130,6 +131,9 @@ def _validate_rest(recipe: Recipe) -> None:
     for key, duration in (("checkpoint.every", checkpoint.every), ("run.stop_after", run.stop_after)):
         if duration is not None and not duration.count:
             raise ValueError(f"{key}={duration} must be at least one step: use null for never")
+    for key in run.allow:
+        if key not in ALLOWABLE:
+            raise ValueError(f"run.allow=[{key}] cannot be allowed: name some of {', '.join(ALLOWABLE)}")
     if not 0 <= run.seed < 2**63:
         raise ValueError(f"run.seed={run.seed} must lie between 0 and 2^63 - 1")
     if not run.name.strip() or "/" in run.name:
