@@ -28,7 +28,6 @@ class Linear(nn.Module):
 
     name: canonical module name, which the policy and the random bits know. std: of the initial weights. sections: rows
     of W by the tensors they are stored as (one section `<name>.weight` unless fused). out_dtype: of y, unless x's.
-    active_share: part of the tokens that pass here, for the accounts.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class Linear(nn.Module):
         std: float,
         sections: Sequence[Section] | None = None,
         out_dtype: torch.dtype | None = None,
-        active_share: float = 1.0,
     ):
         super().__init__()
         layout = context.layout
@@ -69,7 +67,7 @@ class Linear(nn.Module):
             pieces = parts
         self.weight = sharded_parameter(context, (rows, columns), pieces, init.normal(std), SPREAD[mode])
         self.site = context.site(name, outputs=outputs, own_tokens=mode == "replicated" and layout.sequence_parallel)
-        context.linears.append(LinearUse(name, 2.0 * in_features * out_features * active_share))
+        context.linears.append(LinearUse(name, out_features, in_features, SPREAD[mode], 2.0 * in_features * out_features))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, in] -> [sequence, batch, out]; which dimension is local depends on the mode."""
