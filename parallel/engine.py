@@ -72,6 +72,10 @@ class ParameterState:
     flat_range: tuple[int, int] | None = None
 
 
+def unmarked(phase: str) -> None:
+    """Nobody measures the phases of a step."""
+
+
 class ForwardStep(Protocol):
     """(microbatches, model chunk) -> (output, loss function), called once a microbatch; see `train.step.LossStep`."""
 
@@ -105,8 +109,10 @@ class Engine(Stateful, Protocol):
         sequence_length: int,
         micro_batch_size: int,
         learning_rate: float,
+        mark: Callable[[str], None] = unmarked,
     ) -> StepResult:
-        """One optimizer step over `microbatches`; every rank of a pipeline passes the same ones."""
+        """One optimizer step over `microbatches`; every rank of a pipeline passes the same ones. mark: is called with the name of each phase
+        that ends, forward_backward and optimizer."""
         ...
 
     def evaluate(

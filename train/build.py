@@ -34,13 +34,32 @@ class Run:
     plan: BatchPlan
     run_dir: Path
 
+    @property
+    def sequence_length(self) -> int:
+        return self.recipe.train.sequence_length
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.recipe.micro_batch_size
+
+    @property
+    def mtp_depths(self) -> int:
+        return self.recipe.model.mtp_depths
+
+    def progress(self, step: int) -> float:
+        """The fraction of the run that is done after `step` steps; it decides the formats."""
+        return min(step / self.recipe.total_steps, 1.0)
+
 
 def params_dtype(recipe: Recipe) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision.compute]
 
 
-def build(recipe: Recipe) -> Run:
-    """Process groups, data, model and engine. Raises ValueError, in one sentence, for what only shows when files are opened."""
+def build(recipe: Recipe, layout: Layout | None = None) -> Run:
+    """Data, model and engine, on a layout that stands or on one that is made here.
+
+    Raises ValueError, in one sentence, for what only shows when files are opened.
+    """
     wanted = "cuda" if torch.cuda.is_available() else "cpu"
     precision, modules = recipe.precision, [module.name for module in linear_modules(recipe.model)]
     formats = recipe.policy.ever(modules)
@@ -56,7 +75,7 @@ def build(recipe: Recipe) -> Run:
             f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size} tokens: set "
             f"model.vocab_size to at least {data.tokenizer.vocab_size}"
         )
-    layout = groups.initialize(recipe.parallel, recipe.run.seed)
+    layout = layout or groups.initialize(recipe.parallel, recipe.run.seed)
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     train = recipe.train

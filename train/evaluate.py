@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: the LM loss over the whole validation text.
+"""Evaluates a checkpoint with the evaluators of its recipe (`evaluation.evaluators`).
 
 python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoint of it
 """
@@ -12,7 +12,8 @@ from train.arguments import key_values
 from train.build import build
 from train.checkpoint.checkpointer import load_weights
 from train.checkpoint.reader import open_checkpoint
-from train.evaluation.validation import evaluate
+from train.evaluation import measure
+from train.observe.lines import evaluation_text
 from train.recipe.load import read_recipe
 from train.run_directory import stored_recipe
 
@@ -26,14 +27,14 @@ def main(arguments: Sequence[str]) -> int:
         checkpoint = open_checkpoint(values["checkpoint"])
         run = build(read_recipe(stored_recipe(checkpoint), world_size()))
         load_weights(checkpoint, run.chunks)
-        loss = evaluate(run, checkpoint.step)
+        metrics = measure(run, run.recipe.evaluation.chosen(), checkpoint.step)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         groups.shutdown()
     if run.layout.rank == 0:
-        print(f"{checkpoint.path}: " + ("no validation text" if loss is None else f"validation loss {loss:.4f} nats per token"))
+        print(f"{checkpoint.path}: " + (evaluation_text(metrics) or "no validation text"))
     return 0
 
 

@@ -23,7 +23,7 @@ def refuse(message: str) -> int:
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     said = False
     if world != "1":
-        _leave_for_launcher(message)
+        leave_for_launcher(f"error: {message}")
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             said = _already_said(message)
         elif rank != "0":
@@ -42,8 +42,8 @@ def _already_said(message: str) -> bool:
         return False
 
 
-def _leave_for_launcher(message: str) -> None:
+def leave_for_launcher(message: str) -> None:
     """torchrun sums up what ended its ranks from a file of each."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        Path(path).write_text(json.dumps({"message": f"error: {message}", "timestamp": str(int(time.time()))}))
+        Path(path).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))

@@ -1,11 +1,37 @@
-"""What lies in a run's directory beside its checkpoints and metrics."""
+"""What lies in a run's directory beside its checkpoints and metrics, and who may write there.
 
+recipe.yaml              the recipe as it is now, without secrets
+recipe.before-00000240.yaml  the one before, when a start after step 240 changed it
+history.jsonl            one line for every start that changed something: when, after which step, {key: [old, new]}
+tokenizer/               what reads this run's tokens
+finished.json            the summary of a run that has taken its last step
+lock                     whose the directory is while a run writes there, see `train.lock`
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 import yaml
 
-from train.checkpoint.reader import Checkpoint
+from data.tokenizer import Tokenizer
+from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.reader import Checkpoint, open_checkpoint
+from train.lock import RunLock
+from train.observe.metrics import FILE_NAME, decode_lines
+from train.observe.redact import without_secrets
+from train.recipe.reading import RecipeError, plain
+from train.recipe.resume import changed_keys
+from train.recipe.tree import Recipe
+
+T = TypeVar("T")
 
 
 def run_dir_of(checkpoint: Checkpoint) -> Path:
@@ -21,3 +47,144 @@ def stored_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{path} does not exist, so the model of {checkpoint.path} is unknown: keep checkpoints inside their run directory"
         )
     return yaml.safe_load(path.read_text())
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory of a run that is about to start, or to go on.
+
+    changes: {key: (old value, new value)} of what this start changes of the recipe; done: steps of its newest complete checkpoint, as far as
+    file sizes tell; finished: the summary, when there is nothing left to do.
+    """
+
+    path: Path
+    changes: Mapping[str, tuple[Any, Any]]
+    done: int
+    finished: Mapping[str, Any] | None
+
+    def store_recipe(self, recipe: Recipe, step: int) -> None:
+        """Writes recipe.yaml; a changed one takes the place of the old one, which is kept, and history.jsonl says what changed."""
+        target = self.path / "recipe.yaml"
+        if target.exists() and not self.changes:
+            return
+        if target.exists():
+            change = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "step": step, "changes": self.changes}
+            kept = self.path / f"recipe.before-{step:08d}.yaml"
+            if not kept.exists():
+                _write(kept, target.read_text())
+            with (self.path / "history.jsonl").open("a") as history:
+                history.write(json.dumps(without_secrets(change), default=str) + "\n")
+            (self.path / "finished.json").unlink(missing_ok=True)
+        _write(target, yaml.safe_dump(without_secrets(plain(recipe)), sort_keys=False))
+
+    def store_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """What an export or a later evaluation needs to read this run's tokens."""
+        directory = self.path / "tokenizer"
+        if not (directory / "facts.json").exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(directory)
+            facts = {"end_of_document": tokenizer.end_of_document, "vocab_size": tokenizer.vocab_size}
+            _write(directory / "facts.json", json.dumps(facts, indent=2) + "\n")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        _write(self.path / "finished.json", json.dumps(dict(summary), indent=2) + "\n")
+
+
+@contextmanager
+def opened(recipe: Recipe, rank: int) -> Iterator[RunDirectory]:
+    """Owns the run's directory while entered; collective. Raises RecipeError, on every rank, where it cannot be this run's."""
+    path = Path(recipe.run_dir)
+    lock = RunLock(path)
+
+    def look() -> RunDirectory:
+        _check_place(path)
+        lock.acquire()
+        stored, done = _stored(path), _steps_done(path)
+        changes = {} if stored is None else changed_keys(stored, recipe, done)
+        finished = _finished(recipe, path)
+        if finished is None:
+            _check_metrics(path)
+        return RunDirectory(path, changes, done, finished)
+
+    try:
+        yield _on_first_rank(look, rank, path)
+    finally:
+        lock.release()
+
+
+def _on_first_rank(action: Callable[[], T], rank: int, path: Path) -> T:
+    """What rank 0 found, on every rank; its RecipeError, too."""
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = action()
+        except OSError as error:
+            outcome[1] = f"run.dir={path} cannot be used ({error}): choose another run.dir"
+        except ValueError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise RecipeError(outcome[1])
+    return outcome[0]
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    stored = path / "recipe.yaml"
+    if not stored.exists():
+        return None
+    try:
+        return yaml.safe_load(stored.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{stored} cannot be read ({error}): restore it, or choose another run.dir") from None
+
+
+def _steps_done(path: Path) -> int:
+    done = 0
+    for directory in path.glob("checkpoints/step-*"):
+        if re.fullmatch(r"step-\d+(\.old)?", directory.name):
+            try:
+                done = max(done, Checkpoint(directory).step)
+            except CheckpointError:
+                continue
+    return done
+
+
+def _finished(recipe: Recipe, path: Path) -> dict[str, Any] | None:
+    """The summary of a run that is already done."""
+    marker = path / "finished.json"
+    if not marker.exists():
+        return None
+    try:
+        summary = json.loads(marker.read_text())
+        return summary if summary["step"] == recipe.total_steps else None
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(f"{marker} is damaged: remove it to go on from the last checkpoint, or choose another run.dir") from None
+
+
+def _check_place(path: Path) -> None:
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "is no directory" if not nearest.is_dir() else "may not be written"
+        raise RecipeError(f"run.dir={path} cannot be used, because {nearest} {why}: choose another run.dir")
+
+
+def _check_metrics(path: Path) -> None:
+    metrics = path / FILE_NAME
+    if metrics.exists():
+        try:
+            decode_lines(metrics.read_bytes())
+        except ValueError as error:
+            raise RecipeError(f"{metrics} is damaged ({error}): restore or remove it before resuming") from None
+
+
+def check_source(recipe: Recipe) -> None:
+    """Raises CheckpointError, on every rank, when the checkpoint to start from is not there."""
+    if recipe.checkpoint.initialize_from is not None:
+        open_checkpoint(recipe.checkpoint.initialize_from)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -18,7 +18,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from parallel.engine import ForwardStep, ModelSizes, Optimizer, ParameterState, StepResult
+from parallel.engine import ForwardStep, ModelSizes, Optimizer, ParameterState, StepResult, unmarked
 from parallel.layout import Layout
 from parallel.megatron import cpu
 from parallel.megatron.config import transformer_config
@@ -90,6 +90,7 @@ class MegatronEngine:
         sequence_length: int,
         micro_batch_size: int,
         learning_rate: float,
+        mark: Callable[[str], None] = unmarked,
     ) -> StepResult:
         for chunk in self.chunks:
             chunk.train()
@@ -97,10 +98,13 @@ class MegatronEngine:
         self._chained.zero_grad()
         feeds = [iter(microbatches) for _ in self.chunks]
         self._run(forward_step, feeds, len(microbatches), sequence_length, micro_batch_size, forward_only=False)
+        mark("forward_backward")
         for group in self._chained.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
-        return self._update()
+        result = self._update()
+        mark("optimizer")
+        return result
 
     def evaluate(
         self, forward_step: ForwardStep, microbatches: Iterator[Any], count: int, *, sequence_length: int, micro_batch_size: int

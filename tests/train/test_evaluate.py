@@ -12,18 +12,20 @@ from parallel import groups
 from tests.train.recipes import recipe
 from train import loop
 from train.evaluate import main
-from train.evaluation.validation import evaluate
+from train.evaluation import measure
 from train.observe.metrics import read_metrics
 from train.step import to_microbatch
 
 GIVEN = ("precision=fp32", "train.micro_batch_size=4", "data.validation_fraction=0.00105")
 
 
-def evaluated(rank: int, *overrides: str) -> tuple[float | None, int]:
-    """What `evaluate` says of a new model, and the number of validation batches."""
+def evaluated(rank: int, *overrides: str) -> tuple[float, int]:
+    """What the evaluators say of a new model, and the number of validation batches."""
     made = loop.build(recipe(*GIVEN, *overrides, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     try:
-        return evaluate(made, 0), len(made.data.validation_batches(made.recipe.train.micro_batch_size))
+        return measure(made, made.recipe.evaluation.chosen(), 0)["eval/loss"], len(
+            made.data.validation_batches(made.recipe.train.micro_batch_size)
+        )
     finally:
         groups.shutdown(leave_world=False)
 

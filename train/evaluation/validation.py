@@ -1,44 +1,44 @@
-"""Evaluation: the LM loss over the whole validation text, in fixed windows.
+"""The LM loss over the whole validation text, in fixed windows."""
 
-python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoint of it
-"""
-
+import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from model.batch import Microbatch
-from train.build import Run
+from train.evaluation.base import Measured, register_evaluator
 from train.step import LossStep, to_microbatch
 
 
-def evaluate(run: Run, step: int) -> float | None:
-    """Mean LM loss in nats per validation token, the same on every rank; None without validation text.
+@dataclass(frozen=True)
+class ValidationLoss:
+    """eval/loss: nats per token; eval/bits_per_byte: the same in bits per byte of text, which compares tokenizers; absent where the text's
+    bytes are unknown. Nothing without validation text.
 
     Windows are dealt out to the data-parallel ranks in turn; ranks that run out of them go on with masked ones, because every rank must take
     part in every collective.
     """
-    batches = run.data.validation_batches(run.recipe.micro_batch_size)
-    if not batches:
-        return None
-    layout, depths = run.layout, run.recipe.model.mtp_depths
-    progress = min(step / run.recipe.total_steps, 1.0)
-    rounds = -(-len(batches) // layout.data_size)
 
-    def microbatches() -> Iterator[Microbatch]:
-        for place in range(layout.data_rank, rounds * layout.data_size, layout.data_size):
-            microbatch = to_microbatch(batches[min(place, len(batches) - 1)], layout.device, progress, depths)
-            masked = torch.zeros_like(microbatch.loss_mask)
-            yield microbatch if place < len(batches) else replace(microbatch, loss_mask=masked)
+    def evaluate(self, run: Measured, step: int) -> dict[str, float]:
+        batches = run.data.validation_batches(run.micro_batch_size)
+        if not batches:
+            return {}
+        layout, progress = run.layout, run.progress(step)
+        rounds = -(-len(batches) // layout.data_size)
 
-    counts = torch.tensor([run.data.validation_tokens, *[1] * depths], device=layout.device)
-    losses = LossStep(layout, counts, 0.0)
-    run.engine.evaluate(
-        losses,
-        microbatches(),
-        rounds,
-        sequence_length=run.recipe.train.sequence_length,
-        micro_batch_size=run.recipe.micro_batch_size,
-    )
-    return float(losses.means()[0])
+        def microbatches() -> Iterator[Microbatch]:
+            for place in range(layout.data_rank, rounds * layout.data_size, layout.data_size):
+                microbatch = to_microbatch(batches[min(place, len(batches) - 1)], layout.device, progress, run.mtp_depths)
+                masked = torch.zeros_like(microbatch.loss_mask)
+                yield microbatch if place < len(batches) else replace(microbatch, loss_mask=masked)
+
+        counts = torch.tensor([run.data.validation_tokens, *[1] * run.mtp_depths], device=layout.device)
+        losses = LossStep(layout, counts, 0.0)
+        run.engine.evaluate(losses, microbatches(), rounds, sequence_length=run.sequence_length, micro_batch_size=run.micro_batch_size)
+        loss = float(losses.means()[0])
+        bytes_per_token = run.data.bytes_per_token
+        return {"eval/loss": loss} | ({"eval/bits_per_byte": loss / math.log(2) / bytes_per_token} if bytes_per_token else {})
+
+
+register_evaluator("validation", ValidationLoss)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ Metrics = Mapping[str, float | int]
 class QuantizationConfig:
     """When quantisation is measured, see `model.precision.health`."""
 
-    every: int = 50  # steps; 0: never
-    modules: tuple[str, ...] = ()  # globs over canonical module and layer names; empty: all
+    every: int = 50
+    """Steps between measurements; 0: never."""
+    modules: tuple[str, ...] = ()
+    """Globs over canonical module and layer names; empty: all."""
 
     def due(self, step: int) -> bool:
         """Whether step (from 1) is measured."""
@@ -23,15 +26,45 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps torch.profiler watches, see `train.observe.profiler`."""
+
+    start: int = 10
+    """The first profiled step."""
+    steps: int = 0
+    """How many steps are profiled; 0: none."""
+
+    @property
+    def last(self) -> int:
+        """The last profiled step."""
+        return self.start + self.steps - 1
+
+    def __contains__(self, step: int) -> bool:
+        return self.start <= step <= self.last
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     """The recipe's `monitor` group."""
 
-    wandb: str = "offline"  # offline: written below <run>/wandb only | online: also sent | disabled
+    wandb: str = "offline"
+    """Weights & Biases: offline (written below <run>/wandb only), online (also sent), or disabled."""
     wandb_project: str = "nibble"
-    wandb_entity: str | None = None  # None: the account's default
-    wandb_timeout_seconds: float = 60.0  # the longest W&B may keep a run waiting at its start and at its end
-    picture: bool = True  # draw <run>/report/loss.png when the run ends
+    """Project of the W&B run."""
+    wandb_entity: str | None = None
+    """User or team the W&B run belongs to; null: the account's default."""
+    wandb_timeout_seconds: float = 60.0
+    """Seconds W&B may keep a run waiting, at its start and at its end."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, below <run>/tensorboard."""
+    picture: bool = True
+    """Draw <run>/report/loss.png when the run ends."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """Health of quantisation, measured every so many steps."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """A window of steps under torch.profiler, whose trace lands below <run>/profile."""
+    observers: tuple[str, ...] = ()
+    """Further observers of this run, by the names under which `register_observer` knows them."""
 
     def validate(self) -> None:
         """Raises ValueError, in one sentence, for a value that cannot be used."""
@@ -45,6 +78,23 @@ class MonitorConfig:
             )
         if self.quantization.every < 0:
             raise ValueError(f"monitor.quantization.every={self.quantization.every} is negative: use 0 for never, or for instance 50")
+        if self.profile.start < 1:
+            raise ValueError(f"monitor.profile.start={self.profile.start} must be at least 1, the first step of a run")
+        if self.profile.steps < 0:
+            raise ValueError(f"monitor.profile.steps={self.profile.steps} is negative: use 0 for no profile, or for instance 3")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "monitor.tensorboard=true needs the package tensorboard, which is not installed: pip install 'nibble[tensorboard]', or leave it false"
+            )
+        for index, name in enumerate(self.observers):
+            key = f"monitor.observers[{index}]={name!r}"
+            if name not in OBSERVERS:
+                known = (
+                    f"use one of {', '.join(OBSERVERS)}" if OBSERVERS else "register it with register_observer before the recipe is read"
+                )
+                raise ValueError(f"{key} is unknown: {known}")
+            if name in self.observers[:index]:
+                raise ValueError(f"{key} is named twice: leave one out")
 
 
 @dataclass(frozen=True)
@@ -73,10 +123,14 @@ class Observer:
 
     `metrics` are keyed by the metric names of the architecture, always with `step` and `tokens`; values are plain
     Python numbers. `state()` goes into the checkpoint (JSON values only) and comes back through `load_state` *before*
-    `on_start`.
+    `on_start`. A run ends with `on_end` or with `on_error`, never with both, and always with one `close`. A hook that
+    raises stops neither the run nor other observers (see `train.observe.opening`).
     """
 
     def on_start(self, run: RunInfo) -> None: ...
+
+    def on_step_begin(self, step: int) -> None:
+        """Step `step` (from 1) is the next to be taken, logged or not."""
 
     def on_formats(self, step: int, precision_table: str) -> None:
         """The precision schedule changes formats with this step (from 1), the next one taken."""
@@ -88,15 +142,35 @@ class Observer:
         """A step that was not taken, because its gradients were not finite."""
 
     def on_evaluation(self, metrics: Metrics) -> None:
-        """An evaluation: `step`, `tokens`, `eval/loss`."""
+        """An evaluation: `step`, `tokens`, and what the evaluators measured, such as `eval/loss`."""
 
     def on_checkpoint(self, step: int, path: Path) -> None: ...
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """The last call. `summary` may hold `step`, `tokens`, `eval/loss`, `baseline/trigram`, `seconds`, `stopped`
-        (why the run ended before its last step; absent when it finished)."""
+        """The run finished, or stopped in good order. `summary` may hold `step`, `tokens`, `eval/loss`, `baseline/trigram`, `seconds`,
+        `stopped` (why the run ended before its last step; absent when it finished), `signal` (the name of the signal that asked for it)."""
+
+    def on_error(self, error: BaseException) -> None:
+        """The run failed with this error, on this rank or on another; its message is a sentence."""
+
+    def close(self) -> None:
+        """The last call, once, whatever happened: releases files, threads and services."""
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+OBSERVERS: dict[str, Callable[[MonitorConfig], Observer]] = {}
+"""What `register_observer` was told, by name."""
+
+
+def register_observer(name: str, factory: Callable[[MonitorConfig], Observer]) -> None:
+    """Makes `monitor.observers=[name]` possible: `factory` is called once a run, on rank 0, with the recipe's `monitor` group.
+
+    Raises ValueError for a name that is taken.
+    """
+    if name in OBSERVERS:
+        raise ValueError(f"an observer named {name!r} is registered already: choose another name")
+    OBSERVERS[name] = factory

@@ -50,8 +50,12 @@ class Console(Observer):
             self._waiting.append(text)
             return
         print(text, file=self._stream or sys.stdout, flush=True)
-        with (self._run.run_dir / FILE_NAME).open("a", encoding="utf-8") as log:
-            log.write(text + "\n")
+        self._log(text)
+
+    def _log(self, text: str) -> None:
+        if self._run is not None:
+            with (self._run.run_dir / FILE_NAME).open("a", encoding="utf-8") as log:
+                log.write(text + "\n")
 
     def on_start(self, run: RunInfo) -> None:
         run.run_dir.mkdir(parents=True, exist_ok=True)
@@ -106,6 +110,11 @@ class Console(Observer):
         step = int(summary.get("step", self._last_step))
         seconds = float(summary.get("session_seconds", self._clock() - self._start_time))
         stopped = summary.get("stopped")
+        if "signal" in summary:
+            self.say(
+                f"Stopped by {summary['signal']} after step {step:,} of {run.total_steps:,}: start the same command again to go on from there."
+            )
+            return
         self.say("")
         if stopped or step < run.total_steps:
             why = f" ({stopped})" if stopped else ""
@@ -121,6 +130,9 @@ class Console(Observer):
         if self._picture is not None and self._picture.path is not None:
             self.say(f"  loss curves      {self._picture.path}")
         self.say(f"  run directory    {run.run_dir}")
+
+    def on_error(self, error: BaseException) -> None:
+        self._log(f"Failed: {error}")  # what a person sees is printed by whoever ends the run, on the rank that failed
 
     def _seconds_left(self, step: int) -> float | None:
         """Smoothed wall time per step (evaluations and checkpoints included) times the steps left."""

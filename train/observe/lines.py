@@ -9,6 +9,7 @@ from typing import Any
 from train.observe.base import Metrics, RunInfo
 
 _WIDTH = 118  # columns of the header
+_DATA_WAIT = 0.05  # of a step: a smaller wait for data is not worth a word
 
 
 def step_line(metrics: Metrics, total_steps: int, seconds_left: float | None) -> str:
@@ -28,6 +29,8 @@ def step_line(metrics: Metrics, total_steps: int, seconds_left: float | None) ->
         parts.append(f"{count(metrics['tokens_per_second'])} tok/s")
     if "mfu" in metrics:
         parts.append(f"mfu {metrics['mfu']:.1%}")
+    if metrics.get("seconds/data", 0.0) >= _DATA_WAIT * metrics.get("step_seconds", 0.0) > 0:
+        parts.append(f"data wait {metrics['seconds/data'] / metrics['step_seconds']:.0%}")
     if seconds_left is not None:
         parts.append(f"left {duration(seconds_left)}")
     return "  ".join(parts)
@@ -48,13 +51,16 @@ def duration(seconds: float) -> str:
 
 
 def evaluation_line(metrics: Metrics, run: RunInfo | None) -> str:
+    """The step, and what one evaluation measured after it."""
+    return f"{step_column(metrics, run)}  {evaluation_text(metrics)}"
+
+
+def evaluation_text(metrics: Metrics) -> str:
     """What one evaluation measured: the validation loss as `loss_text`, whatever else by its name."""
-    parts = [step_column(metrics, run)]
-    if "eval/loss" in metrics:
-        parts.append(f"validation loss {loss_text(metrics)}")
+    parts = [f"validation loss {loss_text(metrics)}"] if "eval/loss" in metrics else []
     shown = ("step", "tokens", "eval/loss", "eval/bits_per_byte")
-    parts += [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in metrics.items() if key not in shown]
-    return "  ".join(parts)
+    others = [key for key in metrics if key not in shown and not key.startswith("seconds/")]
+    return "  ".join([*parts, *(f"{key.removeprefix('eval/')} {metrics[key]:.4g}" for key in others)])
 
 
 def loss_text(metrics: Mapping[str, Any]) -> str:

@@ -111,6 +111,9 @@ class MetricsFile(Observer):
         self._write(metrics)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
+        self.close()  # whole before pictures are drawn from it
+
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None

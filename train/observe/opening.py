@@ -1,59 +1,111 @@
-"""Which observers a recipe asks for, and one object that speaks to all of them."""
+"""Which observers a recipe asks for, and one object that speaks to all of them and lets none of them do harm."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.observe.base import Metrics, MonitorConfig, Observer, RunInfo
+from train.observe.base import OBSERVERS, Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.console import Console
 from train.observe.facts import FactsFile
 from train.observe.metrics import MetricsFile
 from train.observe.picture import LossPicture
+from train.observe.profiler import Profiler
+from train.observe.tensorboard_observer import TensorBoard
 from train.observe.wandb_observer import WandbObserver
 
 
-class Observers(Observer):
-    """Passes each moment to every observer in order; their states are kept under their class names."""
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
-    def __init__(self, observers: Sequence[Observer]) -> None:
+
+class Observers(Observer):
+    """Passes each moment to every observer in order; their states are kept under their class names.
+
+    An observer that raises is reported in one line, and the others hear of the moment all the same. One that cannot even start is left out
+    from then on; any other is told of the next moment as usual, because a disk that was full may have room again, and the same complaint is
+    said once. `close` reaches every observer, once. say: receives the lines.
+    """
+
+    def __init__(self, observers: Sequence[Observer], say: Callable[[str], None] = _to_stderr) -> None:
         self.observers = tuple(observers)
+        self._say = say
+        self._silent: set[Observer] = set()
+        self._said: dict[Observer, str] = {}
+        self._closed = False
 
     def on_start(self, run: RunInfo) -> None:
-        for observer in self.observers:
-            observer.on_start(run)
+        self._tell("on_start", lambda observer: observer.on_start(run))
+
+    def on_step_begin(self, step: int) -> None:
+        self._tell("on_step_begin", lambda observer: observer.on_step_begin(step))
 
     def on_formats(self, step: int, precision_table: str) -> None:
-        for observer in self.observers:
-            observer.on_formats(step, precision_table)
+        self._tell("on_formats", lambda observer: observer.on_formats(step, precision_table))
 
     def on_step(self, metrics: Metrics) -> None:
-        for observer in self.observers:
-            observer.on_step(metrics)
+        self._tell("on_step", lambda observer: observer.on_step(metrics))
 
     def on_skipped(self, step: int, grad_norm: float) -> None:
-        for observer in self.observers:
-            observer.on_skipped(step, grad_norm)
+        self._tell("on_skipped", lambda observer: observer.on_skipped(step, grad_norm))
 
     def on_evaluation(self, metrics: Metrics) -> None:
-        for observer in self.observers:
-            observer.on_evaluation(metrics)
+        self._tell("on_evaluation", lambda observer: observer.on_evaluation(metrics))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
-        for observer in self.observers:
-            observer.on_checkpoint(step, path)
+        self._tell("on_checkpoint", lambda observer: observer.on_checkpoint(step, path))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        for observer in self.observers:
-            observer.on_end(summary)
+        self._tell("on_end", lambda observer: observer.on_end(summary))
+
+    def on_error(self, error: BaseException) -> None:
+        self._tell("on_error", lambda observer: observer.on_error(error))
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._silent.clear()
+            self._tell("close", lambda observer: observer.close())
 
     def state(self) -> dict[str, Any]:
-        return {type(observer).__name__: state for observer in self.observers if (state := observer.state())}
+        states: dict[str, Any] = {}
+
+        def collect(observer: Observer) -> None:
+            if state := observer.state():
+                states[type(observer).__name__] = state
+
+        self._tell("state", collect)
+        return states
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        self._tell("load_state", lambda observer: observer.load_state(state.get(type(observer).__name__, {})))
+
+    def _tell(self, moment: str, hook: Callable[[Observer], None]) -> None:
         for observer in self.observers:
-            observer.load_state(state.get(type(observer).__name__, {}))
+            if observer in self._silent:
+                continue
+            try:
+                hook(observer)
+            except Exception as error:
+                if moment == "on_start":
+                    self._silent.add(observer)
+                self._report(observer, moment, error)
+
+    def _report(self, observer: Observer, moment: str, error: Exception) -> None:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        consequence = "the run goes on without it" if moment == "on_start" else "the run goes on"
+        line = f"observer {type(observer).__name__} failed in {moment} ({type(error).__name__}: {reason}): {consequence}"
+        if self._said.get(observer) == line:
+            return
+        self._said[observer] = line
+        try:
+            self._say(line)
+        except Exception:  # the console may be the one that fails
+            with contextlib.suppress(Exception):
+                _to_stderr(line)
 
 
 def open_observers(config: MonitorConfig) -> Observers:
@@ -67,8 +119,13 @@ def open_observers(config: MonitorConfig) -> Observers:
     chosen: list[Observer] = [MetricsFile(), FactsFile()]
     if config.wandb != "disabled":
         chosen.append(WandbObserver(config, say=console.say))
+    if config.tensorboard:
+        chosen.append(TensorBoard())
+    if config.profile.steps:
+        chosen.append(Profiler(config.profile, say=console.say))
+    chosen += [OBSERVERS[name](config) for name in config.observers]
     if picture is not None:
         picture.say = console.say
         chosen.append(picture)
     chosen.append(console)
-    return Observers(chosen)
+    return Observers(chosen, say=console.say)

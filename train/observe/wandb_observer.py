@@ -25,8 +25,10 @@ import psutil
 
 from train.observe.base import Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.redact import without_secrets
+from train.signals import STOPPED
 
 ID_FILE = "wandb_id"
+SYSTEM_SECONDS = 15.0  # between measurements of the machine: CPU, memory, disk, GPUs
 _GRACE_SECONDS = 5.0  # on top of W&B's own timeout, which a service that hangs does not keep
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 
@@ -42,6 +44,7 @@ class WandbObserver(Observer):
         self._step = -1  # of the row W&B is still collecting
         self._calls: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
+        self._exit_code = 0
         self._failure: str | None = None  # found by the worker, said by the next hook
 
     def on_start(self, run: RunInfo) -> None:
@@ -66,7 +69,26 @@ class WandbObserver(Observer):
     def on_end(self, summary: Mapping[str, Any]) -> None:
         numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
         self._later("write the summary", lambda run: run.summary.update(numbers))
-        self._later("finish", lambda run: run.finish(exit_code=0))
+        if "signal" in summary:
+            self._later("mark the run as stopped", lambda run: run.mark_preempting())
+            self._exit_code = STOPPED
+        self._finish()
+
+    def on_error(self, error: BaseException) -> None:
+        self._exit_code = 1
+        self._finish()
+
+    def close(self) -> None:
+        self._exit_code = self._exit_code or 1  # neither of the two was called
+        self._finish()
+
+    def _finish(self) -> None:
+        """Ends the W&B run with the exit code of this one: 0 shows as finished, another as failed, or as preempted after a signal."""
+        if self._run is None:
+            self._report_failure()
+            return
+        code = self._exit_code
+        self._later("finish", lambda run: run.finish(exit_code=code))
         if self._worker is not None:
             self._calls.put(("stop", _stop))
             self._worker.join(self.config.wandb_timeout_seconds + _GRACE_SECONDS)
@@ -102,8 +124,10 @@ class WandbObserver(Observer):
             disable_job_creation=True,
             save_code=False,
             x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
+            x_disable_stats=False,
+            x_stats_sampling_interval=SYSTEM_SECONDS,
+            x_stats_coreweave_metadata_base_url="http://127.0.0.1:9",  # nobody: else a server is asked where the machine stands
+            x_disable_machine_info=False,
             x_save_requirements=False,
             x_transaction_log_flush_interval=1.0,  # seconds; what a killed run may lose
         )

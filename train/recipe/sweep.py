@@ -94,8 +94,9 @@ def _is_finished(config: DictConfig, run_dir: Path) -> bool:
     values = plain_values(config)
     values.setdefault("run", {})["dir"] = str(run_dir)
     recipe = read_recipe(values, None)
-    changed_keys(yaml.safe_load(stored.read_text()), recipe)
-    return bool(json.loads(marker.read_text()).get("step") == recipe.total_steps)
+    done = int(json.loads(marker.read_text())["step"])
+    changed_keys(yaml.safe_load(stored.read_text()), recipe, done)
+    return done == recipe.total_steps
 
 
 def _plain_name(override: str) -> str:

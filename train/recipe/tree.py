@@ -13,8 +13,15 @@ from model.precision.policy import Policy, PrecisionConfig
 from parallel.cluster import ClusterConfig
 from parallel.layout import ParallelConfig
 from train.duration import Duration
+from train.evaluation import EvaluationConfig
 from train.observe import MonitorConfig
 from train.optimizer import OptimizerConfig
+
+ALLOWABLE = tuple(
+    f"optimizer.{name}"
+    for name in ("learning_rate", "min_learning_rate", "warmup", "decay", "decay_style", "weight_decay", "clip", "betas", "eps")
+)
+"""What run.allow may name."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class RunConfig:
     """Of initial weights, data order and random bits."""
     stop_after: Duration | None = None
     """End early, with a checkpoint, without changing the schedule; null: at the last step."""
+    allow: tuple[str, ...] = ()
+    """Keys of the optimizer that a run which goes on may change on purpose, from its next step on, as in [optimizer.learning_rate]."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps from one logged step to the next; 0: only the first and the last."""
     eval_every: int = 0
-    """Steps from one validation loss to the next; 0: only at the end."""
+    """Steps from one evaluation to the next; 0: only at the end."""
     threads: int | None = None
     """CPU threads of a rank; null: as OMP_NUM_THREADS says, or the machine's cores divided among its ranks."""
 
@@ -87,6 +96,8 @@ class Recipe:
     """How ranks divide the work."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When a run is saved."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured beside the training loss."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """What is watched and drawn."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -4,7 +4,7 @@ from parallel.engines import check_engine
 from train.optimizer import check_optimizer
 from train.recipe.layout_checks import validate_layout
 from train.recipe.precision_checks import validate_precision
-from train.recipe.tree import Recipe
+from train.recipe.tree import ALLOWABLE, Recipe
 
 
 def validate(recipe: Recipe, world_size: int) -> None:
@@ -12,8 +12,10 @@ def validate(recipe: Recipe, world_size: int) -> None:
     recipe.model.validate()
     recipe.data.validate()
     recipe.monitor.validate()
+    recipe.evaluation.validate()
     recipe.cluster.validate()
     _validate_train(recipe, world_size)
+    _validate_profile(recipe)
     _validate_phases(recipe)
     recipe.parallel.validate(world_size)
     check_engine(recipe.parallel.engine)
@@ -80,6 +82,14 @@ def _validate_batch(global_batch_size: int, micro_batch_size: int, data_ranks: i
         )
 
 
+def _validate_profile(recipe: Recipe) -> None:
+    profile = recipe.monitor.profile
+    if profile.steps and profile.start > recipe.total_steps:
+        raise ValueError(
+            f"monitor.profile.start={profile.start} lies behind the run of {recipe.total_steps} steps: use {recipe.total_steps} or less"
+        )
+
+
 def _validate_phases(recipe: Recipe) -> None:
     """Phases that end must reach the end of the run."""
     phases, length = recipe.data.phases, recipe.train.sequence_length
@@ -130,6 +140,9 @@ def _validate_rest(recipe: Recipe) -> None:
     for key, duration in (("checkpoint.every", checkpoint.every), ("run.stop_after", run.stop_after)):
         if duration is not None and not duration.count:
             raise ValueError(f"{key}={duration} must be at least one step: use null for never")
+    for key in run.allow:
+        if key not in ALLOWABLE:
+            raise ValueError(f"run.allow=[{key}] cannot be allowed: name some of {', '.join(ALLOWABLE)}")
     if not 0 <= run.seed < 2**63:
         raise ValueError(f"run.seed={run.seed} must lie between 0 and 2^63 - 1")
     if not run.name.strip() or "/" in run.name:

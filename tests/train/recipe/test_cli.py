@@ -102,6 +102,10 @@ WRONG = [
     (["data.phases=[{blend:[{path:x}]},{blend:[{path:y}]}]"], ["data.phases[0].tokens", "last phase"]),
     (["data.phases=[{blend:[{path:/does/not/exist}]}]"], ["/does/not/exist", "does not exist"]),
     (["data.tokenizer.kind=file"], ["data.tokenizer.path", "tokenizer.json"]),
+    (["monitor.observers=[nobody]"], ["monitor.observers[0]='nobody'", "register_observer"]),
+    (["evaluation.evaluators=[validation,nothing]"], ["evaluation.evaluators[1]='nothing'", "validation", "register_evaluator"]),
+    (["evaluation.evaluators=[validation,validation]"], ["evaluation.evaluators[1]='validation'", "twice"]),
+    (["run.allow=[model.hidden_size]"], ["run.allow=[model.hidden_size]", "optimizer.learning_rate"]),
     (["monitor.wandb=sometimes"], ["monitor.wandb='sometimes'", "offline"]),
     (["checkpoint.every=0"], ["checkpoint.every=0", "null"]),
     (["checkpoint.keep=0"], ["checkpoint.keep=0", "at least 1"]),
@@ -189,4 +193,4 @@ def test_a_sweep_runs_every_job_in_a_directory_of_its_own_and_skips_finished_one
     assert metrics == [(run / "metrics.jsonl").read_bytes() for run in runs]
     longer = sweep("train.steps=3")
     assert longer.returncode == 1 and "2 jobs, 0 finished, 2 failed" in longer.stdout
-    assert longer.stderr.count("error: train.steps=3 differs from 2, with which the run in runs/tiny-sweep/seed-") == 2
+    assert longer.stderr.count("error: train.steps=3 instead of 2 would give step 2, one of the 2 done, the learning rate 0.004") == 2

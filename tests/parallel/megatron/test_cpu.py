@@ -39,7 +39,7 @@ def test_torch_cuda_has_the_name(name: str) -> None:
 
 
 def test_factories_asked_for_cuda_allocate_on_the_cpu() -> None:
-    view = cpu._TorchOnCpu()
+    view = cpu.TorchOnCpu()
     assert view.zeros(2, device="cuda").device.type == "cpu"
     assert view.tensor([1.0], device="cuda").device.type == "cpu"
     assert view.float32 is torch.float32

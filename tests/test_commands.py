@@ -1,0 +1,191 @@
+"""Every command line of README, CONTRIBUTING and docs runs as it is written, with overrides appended that shorten it.
+
+A line nobody has said here how to shorten fails, so none can be added untested. `make` targets are only expanded: what they start is listed too.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
+PROGRAMS = r"(?:[A-Z_]+=\S+ +)*(?:python3?|torchrun|make|pytest|pip|git|ruff|mypy|cd|srun|sbatch|\.venv/bin/\S+|\. \.venv\S+)\s"
+
+QUICK = "train.steps=2 train.sequence_length=64 monitor.wandb=disabled data.validation_fraction=0.001 data.cache={cache}"
+FIRST = "python -m train -cn tiny train.steps=200 run.dir=runs/first"
+EXPORT = "python -m train.export checkpoint=runs/first to=exported"
+SWEEP = "python -m train -cn nvfp4_gap -m"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a command is run. append: what shortens it. after: commands whose results it reads. copies: run directories that are copies of
+    runs/first. makes: files or directories that must be there afterwards. says: what it prints."""
+
+    append: str = ""
+    after: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    says: str = ""
+    slow: bool = False
+
+
+# Whole command lines first; then what all lines of a kind need, by regular expression.
+WAYS: dict[str, Way] = {
+    FIRST: Way(QUICK, makes=("runs/first/finished.json", "runs/first/report/loss.png"), says="Finished 2 steps"),
+    "python -m train -cn tiny precision=mxfp8 --cfg job": Way(says="default: mxfp8"),
+    "python -m train --help": Way(says="optimizer.decay"),
+    "torchrun --nproc-per-node 4 -m train -cn tiny parallel.tensor=2 parallel.expert=2": Way(
+        f"{QUICK} run.dir=runs/four", makes=("runs/four/finished.json",), says="4 ranks on cpu"
+    ),
+    "python -m launch.local ranks=2 -cn tiny parallel.tensor=2": Way(
+        f"{QUICK} run.dir=runs/two", makes=("runs/two/finished.json",), says="2 ranks on cpu", slow=True
+    ),
+    "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
+    SWEEP: Way(f"{QUICK} precision=fp32,nvfp4 run.seed=1", says="2 jobs, 2 finished", slow=True),
+    "python -m experiments.nvfp4_gap": Way(after=(SWEEP,), makes=("runs/nvfp4_gap-sweep/report/gap.png",), slow=True),
+    "python -m experiments.nvfp4_gap to=docs/nvfp4_gap": Way(after=(SWEEP,), makes=("docs/nvfp4_gap/gap.png",), slow=True),
+    EXPORT: Way(after=(FIRST,), makes=("exported/config.json",)),
+    "python -m train.import_hf checkpoint=exported to=runs/imported": Way(after=(FIRST, EXPORT), makes=("runs/imported",), slow=True),
+    "python -m train.report runs=[runs/a,runs/b] to=runs/report": Way(copies=("runs/a", "runs/b"), makes=("runs/report/loss.png",)),
+    "python -m data.prepare input=texts/ tokenizer=bytes to=prepared/texts": Way(
+        makes=("prepared/texts.bin", "prepared/texts.idx"), slow=True
+    ),
+    "python -m train.recipe.document to=docs/recipes.md": Way(makes=("docs/recipes.md",), slow=True),
+    ".venv/bin/python -m docs.nvfp4_pictures run=runs/tiny to=docs/nvfp4": Way(
+        copies=("runs/tiny",), makes=("docs/nvfp4/block.png",), slow=True
+    ),
+    "python -m model.precision.certify": Way(slow=True),
+    "python -m model.precision.certify backend=transformer_engine to=certificate.json": Way("backend=reference", slow=True),
+}
+KINDS: tuple[tuple[str, Way], ...] = (
+    (r"python -m train\.evaluate checkpoint=runs/first\b", Way(after=(FIRST,), says="nats per token")),
+    (r"python -m train\.count -cn \w+$", Way(says="active per token")),
+    (r"python -m train -cn tiny \S*precision\.schedule=", Way(f"{QUICK} run.dir=runs/schedule", says="Finished 2 steps", slow=True)),
+    (r"python -m train\.report\.compare", Way(f"{QUICK} to=runs/compare", makes=("runs/compare/report/gap.png",), slow=True)),
+    (r"python -m benchmarks\.quantize", Way("size=64 rounds=1", slow=True)),
+    (r"python -m benchmarks\.linear", Way("sizes=[64] rounds=1", slow=True)),
+    (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
+)
+EXPANDED = r"make [\w-]+"
+KNOWN_ELSEWHERE = r"(git|ruff|mypy|pytest|pip|cd|\.) "  # not ours
+
+
+def commands_of(path: Path) -> Iterator[str]:
+    """Command lines of the fenced blocks of a page, without their comments."""
+    for block in re.findall(r"^ *```\w*\n(.*?)^ *```", path.read_text(), flags=re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"\s+#\s.*$", "", line.strip().removeprefix("$ "))
+            if re.match(PROGRAMS, f"{line} "):
+                yield line
+
+
+def written() -> dict[str, list[str]]:
+    """Command line -> the pages it stands in."""
+    found: dict[str, list[str]] = {}
+    for path in DOCUMENTS:
+        for line in commands_of(path):
+            found.setdefault(line, []).append(path.name)
+    return found
+
+
+def way(line: str) -> Way | None:
+    if line in WAYS:
+        return WAYS[line]
+    return next((known for pattern, known in KINDS if re.match(pattern, line)), None)
+
+
+@dataclass
+class Place:
+    """A directory in which commands run as they would in the repository; each once."""
+
+    path: Path
+    done: dict[str, subprocess.CompletedProcess[str]] = field(default_factory=dict)
+
+    def prepare(self, known: Way) -> None:
+        for line in known.after:
+            self.run(line)
+        for copy in known.copies:
+            self.run(FIRST)
+            shutil.copytree(self.path / "runs/first", self.path / copy, dirs_exist_ok=True)
+
+    def run(self, line: str) -> subprocess.CompletedProcess[str]:
+        if line not in self.done:
+            known = way(line)
+            assert known is not None
+            self.prepare(known)
+            self.done[line] = self.shell(f"{line} {known.append.format(cache=self.path / 'cache')}")
+        done = self.done[line]
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        return done
+
+    def shell(self, line: str) -> subprocess.CompletedProcess[str]:
+        programs = Path(sys.executable).parent
+        environment = {
+            **os.environ,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.run(
+            ["bash", "-c", line], cwd=self.path, env=environment, capture_output=True, text=True, check=False, timeout=280
+        )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    path = tmp_path_factory.mktemp("commands")
+    (path / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    (path / "texts").mkdir()
+    (path / "texts/a.txt").write_text("Every command of the documentation runs.\n" * 50)
+    (path / "docs").mkdir()
+    return Place(path)
+
+
+def runnable() -> Sequence[object]:
+    lines = [line for line in written() if way(line) is not None]
+    return [pytest.param(line, marks=[pytest.mark.slow] if getattr(way(line), "slow", False) else [], id=line) for line in lines]
+
+
+@pytest.mark.parametrize("line", runnable())
+def test_command(line: str, place: Place) -> None:
+    known = way(line)
+    assert known is not None
+    done = place.run(line)
+    assert known.says in done.stdout, f"{line}\n{done.stdout}"
+    for made in known.makes:
+        assert (place.path / made).exists(), f"{line} made no {made}\n{done.stdout}"
+
+
+def test_every_command_is_known_here() -> None:
+    unknown = [
+        f"{line} ({', '.join(pages)})"
+        for line, pages in written().items()
+        if way(line) is None and not re.fullmatch(EXPANDED, line) and not re.match(KNOWN_ELSEWHERE, line)
+    ]
+    assert not unknown, f"say in tests/test_commands.py how these are run in a test: {unknown}"
+    assert not [line for line in WAYS if line not in written()], "these stand on no page any more"
+
+
+@pytest.mark.parametrize("line", [line for line in written() if re.fullmatch(EXPANDED, line)])
+def test_make_targets_exist(line: str) -> None:
+    done = subprocess.run([*line.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_modules_that_are_mentioned_exist() -> None:
+    """Also outside of blocks: `python -m train.report` in a sentence."""
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    for module in sorted(set(re.findall(r"-m ((?:train|data|model|launch|benchmarks|experiments|docs|parallel)[\w.]*\w)", text))):
+        spec = find_spec(module)
+        assert spec is not None, f"python -m {module} names no module"
+        assert spec.submodule_search_locations is None or find_spec(f"{module}.__main__"), f"python -m {module} cannot be run"
