@@ -1,7 +1,6 @@
 """The seams hold: a mixer, a number format, an optimizer, an evaluator and an observer, added in this folder alone through public registration,
 train on one and on two ranks, go on bit for bit after a stop, and are seen wherever the product's own are."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import yaml
 from model.config import ModelConfig
 from model.count import count, linear_modules
 from tests.extension import everything
-from tests.extension.mixer import Shift
 from train.checkpoint.reader import open_checkpoint
 from train.huggingface.export import export
 from train.observe.metrics import read_metrics
@@ -29,14 +27,14 @@ ROOT = Path(__file__).resolve().parents[2]
 MEASURED_IN_SECONDS = ("step_seconds", "tokens_per_second", "memory_peak_bytes", "mfu", "seconds/")
 ONE_RANK = (sys.executable, "-m", "tests.extension")
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.extension")
-RECIPE = ("--config-dir", "tests/extension/recipes", "-cn", "extended")
+RECIPE = ("--config-dir", str(ROOT / "tests" / "extension" / "recipes"), "-cn", "extended")
 
 
-def train(start: tuple[str, ...], *overrides: str) -> str:
+def train(start: tuple[str, ...], *overrides: str, place: Path = ROOT) -> str:
     done = subprocess.run(
         [*start, *RECIPE, *overrides],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -52,7 +50,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, str]]:
-    """By the way it was started: a run of twelve steps, the same stopped after seven and continued, and what the first printed."""
+    """By the way it was started: a run of twelve steps, the same stopped after six and continued, and what the first printed."""
     place = tmp_path_factory.mktemp("runs")
     made = {}
     for name, start, layout in (
@@ -61,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
     ):
         whole, parts = place / f"{name}-whole", place / f"{name}-parts"
         printed = train(start, f"run.dir={whole}", *layout)
-        train(start, f"run.dir={parts}", "run.stop_after=7", *layout)
+        train(start, f"run.dir={parts}", "run.stop_after=6", *layout)
         train(start, f"run.dir={parts}", *layout)
         made[name] = whole, parts, printed
     return made
@@ -103,16 +101,15 @@ def test_everything_is_seen(runs: dict[str, tuple[Path, Path, str]], tmp_path: P
         "closed",
     ]
     continued = (runs["one"][1] / "diary.txt").read_text().splitlines()
-    assert continued[-3:] == ["start after step 7, having seen 7", "end after step 12, having seen 12", "closed"]
+    assert continued[-3:] == ["start after step 6, having seen 6", "end after step 12, having seen 12", "closed"]
     # keys of all five in the stored recipe
     stored = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     assert stored["model"]["shift_size"] == 48 and stored["optimizer"]["sgd"] == {"momentum": 0.8}
     assert stored["precision"]["rules"][0]["eighths"] == {"levels": 16}
     assert stored["evaluation"]["first_windows"] == {"batches": 2} and stored["monitor"]["observers"] == ["diary"]
     # the report
-    page = write_report([run_dir, runs["two"][0]], tmp_path / "report").read_text()
-    assert "eighths" in page
-    json.dumps(metrics_of(run_dir))
+    write_report([run_dir, runs["two"][0]], tmp_path / "report")
+    assert {"precision.png", "sqnr.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
 
 
 def test_counts_know_the_mixer() -> None:
@@ -135,6 +132,6 @@ def test_what_is_wrong_with_it_is_one_sentence(runs: dict[str, tuple[Path, Path,
 
 
 def test_a_sweep_starts_its_jobs_as_the_module_that_registers(tmp_path: Path) -> None:
-    printed = train(ONE_RANK, "-m", "optimizer.sgd.momentum=0.5,0.9", "train.steps=2", f"run.dir={tmp_path}/${{optimizer.sgd.momentum}}")
-    assert "2 jobs, 2 finished" in printed and Shift.__name__
-    assert (tmp_path / "0.5" / "finished.json").exists()
+    printed = train(ONE_RANK, "-m", "optimizer.sgd.momentum=0.5,0.9", "train.steps=2", place=tmp_path)
+    assert "2 jobs, 2 finished" in printed
+    assert (tmp_path / "runs" / "extended-sweep" / "momentum-0.5" / "finished.json").exists()
