@@ -585,17 +585,17 @@ def print_transpose(seen: Seen) -> None:
 
 def print_gemms(seen: dict[str, Seen]) -> None:
     """Relative errors of the three GEMMs against fp32, by the code that trains."""
-    forms = {
+    forms: dict[str, Format] = {
         "nvfp4 recipe": nvfp4_format(),
         "without Hadamard": nvfp4_format(hadamard=False),
         "round to nearest": nvfp4_format(stochastic_rounding=False),
         "1d weights": nvfp4_format(weight_scaling="1d"),
         "4over6_mse, bound 256": nvfp4_format(clipping="4over6_mse", e4m3_bound=256),
-        "mxfp8": MXFP8,
+        "mxfp8": MXFP8(),
     }
     print("\nRelative error of y, dx, dW against fp32, %")
     for name in LAYERS:
-        exact = gemms(seen[name], FP32)
+        exact = gemms(seen[name], FP32())
         for label, form in forms.items():
             say(f"{name:<42}{label}", *(100 * relative(a, b) for a, b in zip(exact, gemms(seen[name], form), strict=True)))
 
@@ -603,8 +603,9 @@ def print_gemms(seen: dict[str, Seen]) -> None:
 def print_exactness(seen: Seen) -> None:
     """code * scale is exact in bf16; a rounded, fully dequantised operand is not the same GEMM."""
     x, w, rows = seen.x, seen.weight[0], seen.rows
-    ax, aw = BACKEND.amax(x, rows), BACKEND.amax(w, seen.weight_rows)
-    px, pw = BACKEND.quantize_rows(x, ax, rows), BACKEND.quantize_rows(w, aw, seen.weight_rows, along="tiles")
+    of_x, of_w = Encoding("rows"), Encoding("tiles")
+    ax, aw = BACKEND.amax(x, rows, of_x), BACKEND.amax(w, seen.weight_rows, of_w)
+    px, pw = BACKEND.quantize(x, ax, rows, of_x), BACKEND.quantize(w, aw, seen.weight_rows, of_w)
     assert isinstance(px, Tensor) and isinstance(pw, Tensor)
     alpha = ax * aw / 2688**2
     truth = (px.double() @ pw.double().T) * alpha.double()

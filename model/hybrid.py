@@ -16,6 +16,7 @@ from model.context import ModelContext
 from model.embedding import Embedding, summed_cross_entropy
 from model.layer import Layer
 from model.linear import Linear
+from model.moe import Experts
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 from model.router import Router
@@ -116,6 +117,20 @@ class HybridModel(Stage):
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
+
+
+@torch.no_grad()
+def change_weights(chunks: Sequence[HybridModel], step: int, progress: float) -> bool:
+    """Lets number formats change weights after optimizer step `step` (from 0), which was taken at `progress`, and says whether some may have: the
+    optimizer's masters are to be loaded from the weights again. The same answer on every rank."""
+    policy = chunks[0].context.policy
+    if not policy.changes_weights:
+        return False
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, Linear | Experts):
+            for site, weight in module.weights():
+                policy.format_for(site.name, "fprop", progress).after_step(weight, site, step)
+    return True
 
 
 @torch.no_grad()

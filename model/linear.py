@@ -17,6 +17,7 @@ from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
 from model.parameter import sharded_parameter
 from model.precision.linear import linear
+from model.precision.site import Site
 from parallel.shards import Piece, Section, Spread, split_sections
 
 Mode = Literal["column", "row", "replicated"]
@@ -51,6 +52,7 @@ class Linear(nn.Module):
         size, rank = layout.tensor_size, layout.tensor_rank
         rows, columns = out_features, in_features
         outputs: tuple[tuple[int, int], ...] = ()
+        inputs: tuple[tuple[int, int], ...] = ()
         if mode == "column":
             rows //= size
             pieces = split_sections(sections, (in_features,), rank, size)
@@ -65,11 +67,17 @@ class Linear(nn.Module):
                 if in_features % size:
                     raise ValueError(f"{name} has {in_features} input features, which parallel.tensor={size} does not divide")
                 columns //= size
+                inputs = ((rank * columns, columns),) if size > 1 else ()
                 parts = [Piece(p.name, p.shape, (p.offset[0], rank * columns), p.local) for p in parts]
             pieces = parts
         self.weight = sharded_parameter(context, (rows, columns), pieces, init.normal(std), SPREAD[mode])
-        self.site = context.site(name, outputs=outputs, own_tokens=mode == "replicated" and layout.sequence_parallel)
+        own_tokens = mode == "replicated" and layout.sequence_parallel
+        self.site = context.site(name, outputs=outputs, inputs=inputs, own_tokens=own_tokens)
         context.linears.append(LinearUse(name, 2.0 * in_features * out_features * active_share))
+
+    def weights(self) -> list[tuple[Site, Tensor]]:
+        """The weight as the numerics know it, [1, N, K]."""
+        return [(self.site, self.weight.unsqueeze(0))]
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, in] -> [sequence, batch, out]; which dimension is local depends on the mode."""

@@ -23,7 +23,7 @@ from model.parameter import sharded_parameter
 from model.precision.formats.base import Formats
 from model.precision.gemm import GEMMS
 from model.precision.linear import grouped_linear
-from model.precision.site import TokenKeys
+from model.precision.site import Site, TokenKeys
 from model.router import Router
 from parallel.shards import Piece
 
@@ -80,6 +80,10 @@ class Experts(nn.Module):
 
     def formats(self, kind: str, microbatch: Microbatch) -> Formats:
         return self.context.policy.formats(f"{self.name}.{kind}", microbatch.progress)
+
+    def weights(self) -> list[tuple[Site, Tensor]]:
+        """The stacked weights as the numerics know them, [experts, N, K]."""
+        return [(self.sites["up_proj"], self.up_proj), (self.sites["down_proj"], self.down_proj)]
 
     def draws(self, microbatch: Microbatch) -> bool:
         """Whether any GEMM of these experts needs random bits for each token now."""

@@ -1,4 +1,8 @@
-"""Where a rank stands and how ranks work together: layouts, Megatron's groups, schedule, optimizer, and Megatron without CUDA."""
+"""Where a rank stands and how ranks work together.
+
+`layout` and `groups`: which rank does what. `shards` and `stage`: what an engine must know of a model. `engine`: what an engine is, `engines`:
+which there are, `megatron/`: one of them. `cluster`: the hardware.
+"""
 
 import warnings
 

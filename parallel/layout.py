@@ -21,15 +21,25 @@ class ParallelConfig:
     """The recipe's `parallel` group."""
 
     tensor: int = 1
-    sequence: bool | None = None  # None: on whenever tensor > 1
+    """ranks that split each matrix of the dense modules among themselves"""
+    sequence: bool | None = None
+    """split sequences over the tensor ranks where matrices are not; null: whenever tensor > 1"""
     expert: int = 1
+    """ranks that share out the routed experts"""
     expert_tensor: int = 1
+    """ranks that split each expert's matrices"""
     pipeline: int = 1
+    """stages, each of some consecutive layers"""
     virtual_pipeline: int = 1
+    """parts of the layers that each stage takes turns with"""
     context: int = 1
-    distributed_optimizer: bool = False  # shard fp32 masters and Adam's moments over the data-parallel ranks
+    """ranks that split each sequence in every module"""
+    distributed_optimizer: bool = False
+    """split fp32 masters and the optimizer's state over the data-parallel ranks"""
     engine: str = "megatron"
-    timeout_minutes: float = 10.0  # a collective that takes longer ends the run
+    """what accumulates gradients and takes steps: megatron"""
+    timeout_minutes: float = 10.0
+    """a collective that takes longer ends the run"""
 
     @property
     def sequence_parallel(self) -> bool:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from data.documents import DataError
 from model.count import count, linear_modules
-from model.hybrid import end_step
+from model.hybrid import change_weights, end_step
 from parallel import groups
 from parallel.layout import Layout
 from train.build import Run, build
@@ -121,6 +121,7 @@ def _train(run: Run, directory: RunDirectory, observers: Observers, signals: Sto
                 observers.on_formats(step + 1, table.text)
             place.doing, place.step = "step", step + 1
             place.samples = tuple(index for samples in run.plan.samples(step) for index in samples)
+            observers.on_step_begin(step + 1)
             begin, clock = time.perf_counter(), Stopwatch(layout.device)
             metrics = train_step(run, step, clock)
             step += 1
@@ -204,6 +205,8 @@ def train_step(run: Run, step: int, clock: Stopwatch | None = None) -> dict[str,
         learning_rate=rate,
         mark=clock.mark,
     )
+    if result.taken and change_weights(run.chunks, step, progress):
+        run.engine.reload_masters()
     moe = end_step(run.chunks, update=result.taken)
     means = losses.means().tolist()
     metrics = {"loss/lm": means[0]}

@@ -10,8 +10,10 @@ scale, so that the block scales themselves use E4M3's range:
     code  = e2m1(clamp(x * enc, -6, 6))                      round to nearest even, or stochastically
     value = code * (sf * amax * fl32(1/2688))
 
-The order of these operations is part of the format: another order flips codes on ties. In a GEMM the products code * sf (at most six
-significant bits, exact in bf16) are multiplied and accumulated in fp32, and alpha = amaxA * amaxB / 2688^2 is applied to the result.
+The order of these operations is part of the format: another order flips codes on ties. A code has the sign of x * enc, also where it is 0: an
+input of -0, and one so small beside its block that x * enc underflows, get code +0. Codes of a block whose scale is NaN mean nothing. In a GEMM
+the products code * sf (at most six significant bits, exact in bf16) are multiplied and accumulated in fp32, and alpha = amaxA * amaxB / 2688^2
+is applied to the result.
 
 Trade-off: about 4.5 bits an element, against a relative step of up to 1/3 between neighbouring codes.
 Source: Transformer Engine 2.20.2 (its reference quantizer and kernels), arXiv 2509.25149.
@@ -82,10 +84,14 @@ def global_scale(amax: Tensor, bound: float = 448.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Blocks as an NVFP4 GEMM sees them. code: fp32 E2M1 values [..., blocks, 16]; scale: fp32 E4M3 values [..., blocks]."""
+    """Blocks as an NVFP4 GEMM sees them."""
 
     code: Tensor
+    """fp32 E2M1 values [..., blocks, 16]."""
     scale: Tensor
+    """fp32 E4M3 values [..., blocks]."""
+    negative: Tensor
+    """bool of code's shape: the sign bits, also of what rounds to zero."""
 
     def products(self) -> Tensor:
         """code * scale, exact in bf16, fp32 [..., blocks * 16]."""
@@ -115,7 +121,8 @@ def encode(
         enc = torch.div(_constant(1.0, amax), block_scale * decode).clamp_(max=FLT_MAX)
         scaled = (blocks * enc.unsqueeze(-1)).clamp_(-MAX_CODE, MAX_CODE)
         code = round_e2m1(scaled) if random_bits is None else round_e2m1_stochastic(scaled, random_bits)
-        return Encoded(code, block_scale.expand(blocks.shape[:-1]))
+        # The sign is that of x * enc, not of x: kept when the magnitude rounds to zero, but not when the product itself is -0.
+        return Encoded(code, block_scale.expand(blocks.shape[:-1]), scaled < 0)
 
     if clipping == "saturate":
         return at(round_e4m3(block_amax * mult, bound=448.0))
@@ -136,9 +143,11 @@ def encode(
     wanted = torch.div(block_amax, _constant(MAX_CODE, amax)) * scale
     to_six, to_four = at(round_e4m3(wanted)), at(round_e4m3(wanted * _constant(1.5, amax)))
     choose_four = error(to_four) < error(to_six)
+    each = choose_four.unsqueeze(-1)
     return Encoded(
-        torch.where(choose_four.unsqueeze(-1), to_four.code, to_six.code),
+        torch.where(each, to_four.code, to_six.code),
         torch.where(choose_four, to_four.scale, to_six.scale),
+        torch.where(each, to_four.negative, to_six.negative),
     )
 
 
@@ -204,6 +213,8 @@ def check(
         raise ValueError(f"NVFP4 quantises matrices with an even number of columns, not a tensor of shape {list(x.shape)}")
     if scaling == "2d" and (x.shape[0] % BLOCK or x.shape[1] % BLOCK):
         raise ValueError(f"2D scaling needs both dimensions to be multiples of 16, not {list(x.shape)}: use 1d scaling")
+    if scaling == "2d" and (hadamard or random_bits is not None):
+        raise ValueError("2D scaling is for weights only: not with the Hadamard transform or random bits")
     if clipping != "saturate" and (hadamard or random_bits is not None):
         raise ValueError(f"clipping={clipping} is for forward operands only: not with the Hadamard transform or random bits")
     if row_scaled and (hadamard or random_bits is not None or scaling == "2d"):
@@ -243,6 +254,5 @@ def quantize(
         random_bits = torch.nn.functional.pad(random_bits, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     block_amax = tile_amax(padded) if scaling == "2d" else blocks.abs().amax(-1)
     encoded = encode(blocks, block_amax, amax, random_bits=random_bits, clipping=clipping, bound=bound, tile=scaling == "2d")
-    code = encoded.code.flatten(1)[:, : x.shape[1]]
-    # The sign is that of the input: kept when the magnitude rounds to zero, but an input of -0.0 is code 0.
-    return Quantized(pack(code, x < 0), scale_bytes(encoded.scale), amax, bound)
+    code, negative = (values.flatten(1)[:, : x.shape[1]] for values in (encoded.code, encoded.negative))
+    return Quantized(pack(code, negative), scale_bytes(encoded.scale), amax, bound)

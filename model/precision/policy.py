@@ -182,6 +182,12 @@ class Policy:
         """Every format that some GEMM of these modules runs in at some time of the run, in the order in which they appear."""
         return list(dict.fromkeys(form for module in modules for time in self.times for form in self.formats(module, time)))
 
+    @property
+    def changes_weights(self) -> bool:
+        """Whether some format of this run changes weights after a step."""
+        names = {self.config.default, *(rule.format for rule in self._all())}
+        return any(format_class(name).changes_weights for name in names)
+
     def label(self, form: Format) -> str:
         """A format's name, with those of its options that a rule has changed."""
         return form.label(self.config.form(form.name).options)

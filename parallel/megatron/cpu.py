@@ -56,7 +56,7 @@ CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-class _TorchOnCpu:
+class TorchOnCpu:
     """The torch module as seen by a module of `LITERAL_CUDA`: factories asked for device="cuda" allocate on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
@@ -73,7 +73,7 @@ class _TorchOnCpu:
 
 
 for _name in ("tensor", "zeros", "ones", "empty"):
-    setattr(_TorchOnCpu, _name, staticmethod(_TorchOnCpu._factory(getattr(torch, _name))))
+    setattr(TorchOnCpu, _name, staticmethod(TorchOnCpu._factory(getattr(torch, _name))))
 
 
 def clip_by_norm(parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:
@@ -128,7 +128,7 @@ def apply() -> None:
     for name, replacement in CUDA_FUNCTIONS.items():
         getattr(torch.cuda, name)
         setattr(torch.cuda, name, replacement)
-    view = _TorchOnCpu()
+    view = TorchOnCpu()
     for path in LITERAL_CUDA:
         module = importlib.import_module(path)
         assert module.torch is torch

@@ -1,11 +1,12 @@
 """Every record of Transformer Engine's own reference quantizer and GEMM, byte for byte."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
+from model.precision.backend import Backend
 from model.precision.backends.cpu import FusedCPU
 from model.precision.certify.matrix import quantize as through
 from model.precision.certify.vectors import DIRECTORY, Vectors
@@ -56,6 +57,23 @@ def test_four_over_six_rounds_where_the_reference_does(error: str, bound: int, s
     for backend in (REFERENCE, FusedCPU()):
         ours = through(backend, x, scaling=scaling, clipping=f"4over6_{error}", e4m3_bound=bound)
         assert torch.equal(ours.scales, scales) and torch.equal(ours.codes, codes), backend.name
+
+
+@pytest.mark.parametrize(
+    "way", [{}, {"row_scaled": True}, {"clipping": "4over6_mae"}, {"scaling": "2d"}, {"hadamard": True}, {"random": 1}], ids=str
+)
+@pytest.mark.parametrize("backend", [REFERENCE, FusedCPU()], ids=lambda backend: backend.name)
+def test_a_code_of_zero_has_the_sign_of_the_product(backend: Backend, way: dict[str, Any]) -> None:
+    """The reference takes the sign from x * enc: beside an element of 1e38, -1e-9 is +0 and -1 is -0."""
+    x = torch.zeros(16, 32)
+    x[:, 0], x[:, 1], x[:, 2], x[:, 3], x[:, 16] = 1e38, -1e-9, -1.0, -0.0, -1e38
+    options = {"random_bits": torch.zeros(16, 32, dtype=torch.uint8)} if "random" in way else way
+    if "hadamard" in way:
+        x = (x.unflatten(1, (2, 16)) @ FIXED.matrix().T).flatten(1)  # rotated back, up to rounding
+    codes = through(backend, x, **options).codes
+    assert torch.equal(codes, quantize(x, **options).codes)
+    if "hadamard" not in way:
+        assert [int(codes[0, 0]) >> 4, int(codes[0, 1])] == [0, 8]
 
 
 def test_grid_and_rotation() -> None:

@@ -2,77 +2,29 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel.engine import Engine, ModelSizes
+from parallel.engine import ModelSizes
 from parallel.engines import open_engine
 from parallel.groups import initialize, shutdown
-from parallel.layout import Layout, ParallelConfig
-from parallel.shards import Piece, set_pieces
-from parallel.stage import Stage
+from parallel.layout import ParallelConfig
+from tests.parallel.toy import Toy, train
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.reader import open_checkpoint
 from train.optimizer import OptimizerConfig, open_optimizer, optimizer_options
 
-SAMPLES = 4  # of a global batch, each a microbatch
-
-
-class Toy(Stage):
-    """Sizes that make flat shards end within rows, within experts and between the tensors of a fused parameter."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.fused = nn.Parameter(torch.randn(7, 5, generator=generator).to(dtype))
-        set_pieces(self.fused, [Piece("q", (4, 5), (0, 0), (slice(0, 4),)), Piece("k", (3, 5), (0, 0), (slice(4, 7),))])
-        self.experts = nn.Parameter(torch.randn(3, 3, 7, generator=generator).to(dtype))
-        set_pieces(self.experts, [Piece(f"experts.{e}.up", (3, 7), (0, 0), (e,)) for e in range(3)])
-        self.norm = nn.Parameter(torch.ones(5, dtype=dtype))
-        set_pieces(self.norm, [Piece("norm", (5,), (0,), ())])
-
-    def forward(self, microbatch: Tensor, input: Tensor | None = None) -> Tensor:
-        x = microbatch
-        hidden = (x * self.norm.float()) @ self.fused.float().t()
-        return torch.einsum("bf,ehf->beh", hidden, self.experts.float()).tanh().square().sum() / (SAMPLES * len(x))
-
-
-def train(engine: Engine, layout: Layout, steps: range) -> list[float]:
-    """Loss of each step over the global batch."""
-    losses = []
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        samples = torch.randn(SAMPLES, 2, 5, generator=generator)
-        mine = SAMPLES // layout.data_size
-        total = torch.zeros(())
-
-        def forward_step(microbatches, model, total=total):
-            def loss(output):
-                total.add_(output.detach())
-                return output.clone(), torch.ones((), dtype=torch.int32), {}
-
-            return model(next(microbatches)), loss
-
-        engine.train_step(
-            forward_step,
-            list(samples[layout.data_rank * mine :][:mine]),
-            sequence_length=2,
-            micro_batch_size=1,
-            learning_rate=1e-2,
-        )
-        torch.distributed.all_reduce(total)
-        losses.append(total.item())
-    return losses
-
 
 def run(
-    rank: int, directory: str, sharded: bool, dtype: torch.dtype, save_at: int | None, name: str = "adamw"
+    rank: int, directory: str, sharded: bool, dtype: torch.dtype, save_at: int | None, name: str = "adamw", clip: float = 1.0
 ) -> tuple[list[float], Tensor]:
     """Trains from the newest checkpoint (or the start) to step 6, saving at `save_at`: (losses, all weights)."""
     config = ParallelConfig(distributed_optimizer=sharded)
     layout = initialize(config, seed=0)
     try:
         model = Toy(dtype)
-        optimizer = open_optimizer(OptimizerConfig(1e-2, name, options={key: kind() for key, kind in optimizer_options().items()}))
+        optimizer = open_optimizer(
+            OptimizerConfig(1e-2, name, clip=clip, options={key: kind() for key, kind in optimizer_options().items()})
+        )
         engine = open_engine("megatron", [model], layout, ModelSizes(dtype, hidden_size=8), optimizer)
         checkpointer = Checkpointer(directory, engine, [model])
         checkpoint = checkpointer.load_newest()
@@ -111,3 +63,37 @@ def test_optimizer_state_moves_between_data_parallel_layouts(ranks, tmp_path, dt
                 else:
                     assert resumed == pytest.approx(losses[3:], rel=1e-6)
                     torch.testing.assert_close(final, weights, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_a_run_saved_by_the_other_kind_is_the_uninterrupted_one(ranks, tmp_path, sharded, name):
+    """Bit for bit on 2 ranks, where no gradient is clipped: both kinds then add and multiply the same numbers in the same order."""
+    (losses, weights), *_ = ranks(2)(run, str(tmp_path / "uninterrupted"), sharded, torch.float32, None, name, 1e6)
+    ranks(2)(run, str(tmp_path / "saved"), not sharded, torch.float32, 3, name, 1e6)
+    for resumed, final in ranks(2)(run, str(tmp_path / "saved"), sharded, torch.float32, None, name, 1e6):
+        assert resumed == losses[3:] and torch.equal(final, weights)
+
+
+def save_again(rank: int, source: str, target: str, sharded: bool, name: str) -> None:
+    """Loads the newest checkpoint of one run and saves it in another."""
+    layout = initialize(ParallelConfig(distributed_optimizer=sharded), seed=0)
+    try:
+        model = Toy(torch.bfloat16)
+        optimizer = open_optimizer(OptimizerConfig(1e-2, name, options={key: kind() for key, kind in optimizer_options().items()}))
+        engine = open_engine("megatron", [model], layout, ModelSizes(torch.bfloat16, hidden_size=8), optimizer)
+        assert Checkpointer(source, engine, [model]).load_newest() is not None
+        Checkpointer(target, engine, [model]).save(3, {})
+    finally:
+        shutdown(leave_world=False)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_state_is_bit_for_bit_the_same_on_another_layout(ranks, tmp_path, name):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    ranks(2)(run, first, True, torch.bfloat16, 3, name)
+    ranks(2)(save_again, first, second, False, name)
+    old, new = open_checkpoint(first), open_checkpoint(second)
+    assert old.names() == new.names() and any(stored.startswith("master/") for stored in old.names())
+    for tensor in old.names():
+        assert torch.equal(old.read_full(tensor), new.read_full(tensor)), tensor

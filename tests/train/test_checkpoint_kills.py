@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def replaced(run_dir: Path) -> None:
     shutil.copytree(run_dir / "checkpoints" / "step-00000002", run_dir / "checkpoints" / "step-00000003.old.partial")
 
 
+def save_new(run_dir: Path) -> None:
+    checkpointer(run_dir, keep=1).save(3, {"text": "new"})
+
+
 def die_before(operation: int, action: Callable[[], Any]) -> bool:
     """Runs `action` in a child that is killed before its file-system operation number `operation`; whether there were that many."""
     child = os.fork()
@@ -90,11 +95,11 @@ def test_killed_before_each_operation_of_a_save(tmp_path: Path, scene: str) -> N
         run_dir = tmp_path / str(operation)
         if (tmp_path / "before").exists():
             shutil.copytree(tmp_path / "before", run_dir)
-        killed = die_before(operation, lambda run_dir=run_dir: checkpointer(run_dir, keep=1).save(3, {"text": "new"}))
+        killed = die_before(operation, partial(save_new, run_dir))
         for file in run_dir.glob("checkpoints/*.partial/*"):  # and the machine with it, before all was on the disk
             os.truncate(file, file.stat().st_size // 2)
         # Cleaning up is cut short as well, each time elsewhere.
-        die_before(operation % 12, lambda run_dir=run_dir: checkpointer(run_dir).load_newest())
+        die_before(operation % 12, checkpointer(run_dir).load_newest)
         checkpoint = checkpointer(run_dir).load_newest()
         outcome = None if checkpoint is None else (checkpoint.step, str(checkpoint.state["text"]))
         assert outcome in expected, f"after operation {operation}"

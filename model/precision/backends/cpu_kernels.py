@@ -432,13 +432,15 @@ def quantize_columns(
                 for lane in range(n):
                     if error4[lane] < error6[lane]:
                         sf[lane] = sf4[lane]
+                        enc[lane] = enc4[lane]
                         for j in range(16):
                             q[j, lane] = q4[j, lane]
             if packed:
                 for p in range(8):
                     pair, low, high = codes[8 * i + p, column : column + n], 2 * p, 2 * p + 1
                     for lane in range(n):
-                        even, odd = nibble(q[low, lane], t[low, lane] < f32(0)), nibble(q[high, lane], t[high, lane] < f32(0))
+                        even = nibble(q[low, lane], t[low, lane] * enc[lane] < f32(0))
+                        odd = nibble(q[high, lane], t[high, lane] * enc[lane] < f32(0))
                         pair[lane] = u8(either(even, shift_left(odd, i32(4))))
                 of_block = scales[i, column : column + n]
                 for lane in range(n):
@@ -649,12 +651,12 @@ def quantize_rows(
                 e = enc[block]
                 if noise == 0:
                     for j in range(16):
-                        value = loaded[block, j]
-                        nibbles[block, j] = u8(nibble(nearest(clamped(value * e)), value < f32(0)))
+                        scaled = clamped(loaded[block, j] * e)
+                        nibbles[block, j] = u8(nibble(nearest(scaled), scaled < f32(0)))
                 else:
                     for j in range(16):
-                        value = loaded[block, j]
-                        nibbles[block, j] = u8(nibble(stochastic(clamped(value * e), noise_row[block, j]), value < f32(0)))
+                        scaled = clamped(loaded[block, j] * e)
+                        nibbles[block, j] = u8(nibble(stochastic(scaled, noise_row[block, j]), scaled < f32(0)))
             join_nibbles(pairs, codes[row])
             for block in range(blocks):
                 scales[row, block] = e4m3_byte(sf[block])
@@ -726,8 +728,8 @@ def quantize_tiles(x, first, last, groups, amax, bound, clipping, packed, produc
                 for block in range(blocks):
                     e = enc[block]
                     for j in range(16):
-                        value = widen(x[row, block, j])
-                        nibbles[block, j] = u8(nibble(nearest(clamped(value * e)), value < f32(0)))
+                        scaled = clamped(widen(x[row, block, j]) * e)
+                        nibbles[block, j] = u8(nibble(nearest(scaled), scaled < f32(0)))
                 join_nibbles(pairs, codes[row])
             else:
                 for block in range(blocks):

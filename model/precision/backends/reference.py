@@ -52,7 +52,7 @@ class Reference(Backend):
         if not packed:
             products = encoded.products()
             return (products.T.contiguous() if columns else products[:, :features]).to(gemm_dtype(x.device))
-        codes, scales = _packed(encoded, blocks)
+        codes, scales = _packed(encoded)
         if columns:
             return Packed("columns", codes.T.contiguous(), scales.T.contiguous(), features)
         return Packed(encoding.along, codes, scales[::BLOCK].contiguous() if tiles else scales, features)
@@ -73,5 +73,5 @@ def _turned(x: Tensor, rows: Rows, encoding: Encoding) -> Tensor:
     return x if encoding.rotation is None else rht.rotate(x, encoding.rotation)
 
 
-def _packed(encoded: Encoded, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    return nvfp4.pack(encoded.code.flatten(1), (blocks < 0).flatten(1)), nvfp4.scale_bytes(encoded.scale)
+def _packed(encoded: Encoded) -> tuple[Tensor, Tensor]:
+    return nvfp4.pack(encoded.code.flatten(1), encoded.negative.flatten(1)), nvfp4.scale_bytes(encoded.scale)

@@ -201,7 +201,7 @@ def _global_scale(amax, TOP: tl.constexpr):
 
 @triton.jit
 def _encode(x, block_scale, scale, random, RANDOM: tl.constexpr):
-    """E2M1 values of x, fp32."""
+    """E2M1 values of x, fp32, and what they were before rounding, which has their signs also where they are 0."""
     enc = tl.div_rn(1.0, block_scale * tl.div_rn(1.0, scale))
     scaled = x * tl.where(enc > FLT_MAX, FLT_MAX, enc)
     scaled = tl.where(scaled > 6.0, 6.0, scaled)
@@ -217,7 +217,7 @@ def _encode(x, block_scale, scale, random, RANDOM: tl.constexpr):
         code = tl.floor(moved * per_step) * step
         code = tl.where(code > 6.0, 6.0, code)
         code = tl.where(scaled < 0.0, -code, code)
-    return code
+    return code, scaled
 
 
 @triton.jit
@@ -262,8 +262,8 @@ def _quantize(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Codes [outer, 16, inner] and scales [outer, 1, inner], fp32. amax: a scalar or of the scales' shape. TILES: the outer dimension is
-    [16 rows, blocks], and the rows share a scale."""
+    """Codes [outer, 16, inner], scales [outer, 1, inner] and what has the signs of the codes, fp32. amax: a scalar or of the scales' shape.
+    TILES: the outer dimension is [16 rows, blocks], and the rows share a scale."""
     largest = tl.max(_magnitude_bits(x), axis=1)
     if TILES:
         largest = tl.broadcast_to(tl.max(tl.reshape(largest, [16, OUTER // 16]), axis=0)[None, :], [16, OUTER // 16])
@@ -273,24 +273,25 @@ def _quantize(
     if CLIPPING != SATURATE:
         wanted = tl.div_rn(largest, 6.0) * scale
     block_scale = _round_e4m3(wanted)
-    code = _encode(x, block_scale, scale, random, RANDOM)
+    code, scaled = _encode(x, block_scale, scale, random, RANDOM)
     if CLIPPING != SATURATE:
         scale_to_four = _round_e4m3(wanted * 1.5)
-        code_to_four = _encode(x, scale_to_four, scale, random, RANDOM)
+        code_to_four, scaled_to_four = _encode(x, scale_to_four, scale, random, RANDOM)
         four = _error(x, code_to_four, scale_to_four, amax, TOP, CLIPPING, TILES, OUTER, INNER) < _error(
             x, code, block_scale, amax, TOP, CLIPPING, TILES, OUTER, INNER
         )
         code = tl.where(four, code_to_four, code)
         block_scale = tl.where(four, scale_to_four, block_scale)
-    return code, block_scale
+        scaled = tl.where(four, scaled_to_four, scaled)
+    return code, block_scale, scaled
 
 
 @triton.jit
-def _pack(code, x, OUTER: tl.constexpr, INNER: tl.constexpr):
+def _pack(code, scaled, OUTER: tl.constexpr, INNER: tl.constexpr):
     """Two codes a byte, the even one in the low nibble: [outer, 8, inner]."""
     magnitude = tl.abs(code)
     index = tl.where(magnitude <= 2.0, magnitude * 2.0, tl.where(magnitude <= 4.0, magnitude + 2.0, 7.0)).to(tl.int32)
-    index = index | ((x < 0.0).to(tl.int32) << 3)  # the sign of the input, also of what rounds to zero
+    index = index | ((scaled < 0.0).to(tl.int32) << 3)
     index = index << ((tl.arange(0, 16) & 1) * 4)[None, :, None]
     return tl.sum(tl.reshape(index, [OUTER, 8, 2, INNER]), axis=2).to(tl.uint8)
 
@@ -381,12 +382,12 @@ def rows_kernel(
     random = _random(
         bits, sample, position, expert, feature_blocks, key0, key1, step, first, count, column, features, RANDOM, EXPERT, WIDTH
     )
-    code, scale = _quantize(x_block, tl.reshape(random, [OUTER, 16, 1]), of_block, TOP, RANDOM, CLIPPING, TILES, OUTER, 1)
+    code, scale, scaled = _quantize(x_block, tl.reshape(random, [OUTER, 16, 1]), of_block, TOP, RANDOM, CLIPPING, TILES, OUTER, 1)
     if PACKED:
         blocks = tl.cdiv(features, 16)
         half = tl.program_id(1) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
         block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-        codes = tl.reshape(_pack(code, x_block, OUTER, 1), [16, WIDTH // 2])
+        codes = tl.reshape(_pack(code, scaled, OUTER, 1), [16, WIDTH // 2])
         inside = (row < count)[:, None] & (half < blocks * 8)[None, :]
         tl.store(result + (first + row)[:, None] * (blocks * 8) + half[None, :], codes, mask=inside)
         scale_bytes = tl.reshape(_scale_byte(scale), [16, BLOCKS])
@@ -442,10 +443,10 @@ def columns_kernel(
     )
     x_block = tl.reshape(values, [1, 16, WIDTH])
     largest = tl.load(amax + group)
-    code, scale = _quantize(x_block, tl.reshape(random, [1, 16, WIDTH]), largest, TOP, RANDOM, CLIPPING, False, 1, WIDTH)
+    code, scale, scaled = _quantize(x_block, tl.reshape(random, [1, 16, WIDTH]), largest, TOP, RANDOM, CLIPPING, False, 1, WIDTH)
     inside = (column < features)[None, :]
     if PACKED:
-        codes = tl.reshape(_pack(code, x_block, 1, WIDTH), [8, WIDTH])
+        codes = tl.reshape(_pack(code, scaled, 1, WIDTH), [8, WIDTH])
         tl.store(result + (block * 8 + tl.arange(0, 8))[:, None] * features + column[None, :], codes, mask=inside)
         tl.store(scales + block * features + column, tl.reshape(_scale_byte(scale), [WIDTH]), mask=column < features)
     else:

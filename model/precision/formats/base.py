@@ -126,10 +126,10 @@ class Format(ABC):
     changes_weights: ClassVar[bool] = False
     """Whether `after_step` is to be asked at all."""
 
-    def after_step(self, weight: Tensor, site: Site, step: int) -> bool:
-        """May change a weight [groups, N, K] of a module that runs fprop in this format, in place, after an optimizer step (`step` of them are
-        done). Returns whether it did; fp32 masters then take over what it holds."""
-        return False
+    def after_step(self, weight: Tensor, site: Site, step: int) -> None:
+        """Changes a weight [groups, N, K] of a module that runs fprop in this format, in place, after optimizer step `step` (from 0). The same on
+        every rank that holds this part of the weight. fp32 masters then take over what it holds: with precision.compute=bf16, rounded."""
+        return None
 
 
 Formats = tuple[Format, Format, Format]  # of fprop, dgrad, wgrad

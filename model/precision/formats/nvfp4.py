@@ -108,7 +108,7 @@ class NVFP4(Format):
         if encoding.along == "tiles":
             self._check_weight(call.site.name, *weight.shape[1:])
         w, rows = flat(weight), weight_rows(weight)
-        found = call.cached((self, encoding.along), weight, lambda: encode(w, rows, encoding, call, packed=True))
+        found = call.cached((self, encoding), weight, lambda: encode(w, rows, encoding, call, packed=True))
         # Tiles serve both sides. Measured here and not where it is quantised: that may have been before this step's health was asked for.
         call.measure("w" if encoding.along == "tiles" else operand, lambda: seen(w, found, rows, encoding, call.backend))
         return found

@@ -10,7 +10,7 @@ from model.precision.formats.fp32 import FP32
 from model.precision.formats.mxfp8 import MXFP8
 from model.precision.formats.nvfp4 import NVFP4
 
-_formats: dict[str, type[Format]] = {}
+FORMATS: dict[str, type[Format]] = {}
 
 
 def register_format(name: str, cls: type[Format]) -> None:
@@ -18,11 +18,11 @@ def register_format(name: str, cls: type[Format]) -> None:
 
     Before a recipe is read. Raises ValueError when the name is taken or is not the class's own.
     """
-    if _formats.get(name, cls) is not cls:
+    if FORMATS.get(name, cls) is not cls:
         raise ValueError(f"the number format {name!r} is registered already: choose another name")
     if cls.name != name:
         raise ValueError(f"the number format {cls.__name__} calls itself {cls.name!r}, not {name!r}: register it under its name")
-    _formats[name] = cls
+    FORMATS[name] = cls
 
 
 for _cls in (FP32, BF16, MXFP8, NVFP4):
@@ -31,14 +31,14 @@ for _cls in (FP32, BF16, MXFP8, NVFP4):
 
 def format_class(name: str) -> type[Format]:
     """Raises ValueError, as the end of a sentence, for a name that is not registered."""
-    if name not in _formats:
-        raise ValueError(f"is unknown: use one of {', '.join(_formats)}")
-    return _formats[name]
+    if name not in FORMATS:
+        raise ValueError(f"is unknown: use one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def option_kinds() -> Mapping[str, type[Any]]:
     """The dataclass of options of every format that has some, by name."""
-    return {name: cls.Options for name, cls in _formats.items() if fields(cls.Options)}
+    return {name: cls.Options for name, cls in FORMATS.items() if fields(cls.Options)}
 
 
 def usual_options() -> dict[str, FormatOptions]:
