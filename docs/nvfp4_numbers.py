@@ -21,6 +21,7 @@ from docs.nvfp4_tensors import (
     sqnr,
 )
 from model.precision import nvfp4
+from model.precision.formats.base import Format
 from model.precision.formats.fp32 import FP32
 from model.precision.formats.mxfp8 import MXFP8
 from model.precision.operand import Encoding, Rows
@@ -88,7 +89,7 @@ def print_transpose(seen: Seen) -> None:
 
 def print_gemms(seen: dict[str, Seen]) -> None:
     """Relative errors of the three GEMMs against fp32, by the code that trains."""
-    forms = {
+    forms: dict[str, Format] = {
         "nvfp4 recipe": nvfp4_format(),
         "without Hadamard": nvfp4_format(hadamard=False),
         "round to nearest": nvfp4_format(stochastic_rounding=False),
