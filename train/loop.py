@@ -121,6 +121,7 @@ def _train(run: Run, directory: RunDirectory, observers: Observers, signals: Sto
                 observers.on_formats(step + 1, table.text)
             place.doing, place.step = "step", step + 1
             place.samples = tuple(index for samples in run.plan.samples(step) for index in samples)
+            observers.on_step_begin(step + 1)
             begin, clock = time.perf_counter(), Stopwatch(layout.device)
             metrics = train_step(run, step, clock)
             step += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,10 @@ Metrics = Mapping[str, float | int]
 class QuantizationConfig:
     """When quantisation is measured, see `model.precision.health`."""
 
-    every: int = 50  # steps; 0: never
-    modules: tuple[str, ...] = ()  # globs over canonical module and layer names; empty: all
+    every: int = 50
+    """Steps between measurements; 0: never."""
+    modules: tuple[str, ...] = ()
+    """Globs over canonical module and layer names; empty: all."""
 
     def due(self, step: int) -> bool:
         """Whether step (from 1) is measured."""
@@ -23,15 +26,43 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps torch.profiler watches, see `train.observe.profiler`."""
+
+    start: int = 10
+    """The first profiled step."""
+    steps: int = 0
+    """How many steps are profiled; 0: none."""
+
+    @property
+    def last(self) -> int:
+        """The last profiled step."""
+        return self.start + self.steps - 1
+
+    def __contains__(self, step: int) -> bool:
+        return self.start <= step <= self.last
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     """The recipe's `monitor` group."""
 
-    wandb: str = "offline"  # offline: written below <run>/wandb only | online: also sent | disabled
+    wandb: str = "offline"
+    """Weights & Biases: offline (written below <run>/wandb only), online (also sent), or disabled."""
     wandb_project: str = "nibble"
-    wandb_entity: str | None = None  # None: the account's default
-    wandb_timeout_seconds: float = 60.0  # the longest W&B may keep a run waiting at its start and at its end
-    picture: bool = True  # draw <run>/report/loss.png when the run ends
+    """Project of the W&B run."""
+    wandb_entity: str | None = None
+    """User or team the W&B run belongs to; null: the account's default."""
+    wandb_timeout_seconds: float = 60.0
+    """Seconds W&B may keep a run waiting, at its start and at its end."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, below <run>/tensorboard."""
+    picture: bool = True
+    """Draw <run>/report/loss.png when the run ends."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """Health of quantisation, measured every so many steps."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """A window of steps under torch.profiler, whose trace lands below <run>/profile."""
     observers: tuple[str, ...] = ()
     """Further observers of this run, by the names under which `register_observer` knows them."""
 
@@ -47,6 +78,14 @@ class MonitorConfig:
             )
         if self.quantization.every < 0:
             raise ValueError(f"monitor.quantization.every={self.quantization.every} is negative: use 0 for never, or for instance 50")
+        if self.profile.start < 1:
+            raise ValueError(f"monitor.profile.start={self.profile.start} must be at least 1, the first step of a run")
+        if self.profile.steps < 0:
+            raise ValueError(f"monitor.profile.steps={self.profile.steps} is negative: use 0 for no profile, or for instance 3")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "monitor.tensorboard=true needs the package tensorboard, which is not installed: pip install 'nibble[tensorboard]', or leave it false"
+            )
         for index, name in enumerate(self.observers):
             key = f"monitor.observers[{index}]={name!r}"
             if name not in OBSERVERS:
@@ -89,6 +128,9 @@ class Observer:
     """
 
     def on_start(self, run: RunInfo) -> None: ...
+
+    def on_step_begin(self, step: int) -> None:
+        """Step `step` (from 1) is the next to be taken, logged or not."""
 
     def on_formats(self, step: int, precision_table: str) -> None:
         """The precision schedule changes formats with this step (from 1), the next one taken."""

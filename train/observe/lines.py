@@ -9,6 +9,7 @@ from typing import Any
 from train.observe.base import Metrics, RunInfo
 
 _WIDTH = 118  # columns of the header
+_DATA_WAIT = 0.05  # of a step: a smaller wait for data is not worth a word
 
 
 def step_line(metrics: Metrics, total_steps: int, seconds_left: float | None) -> str:
@@ -28,6 +29,8 @@ def step_line(metrics: Metrics, total_steps: int, seconds_left: float | None) ->
         parts.append(f"{count(metrics['tokens_per_second'])} tok/s")
     if "mfu" in metrics:
         parts.append(f"mfu {metrics['mfu']:.1%}")
+    if metrics.get("seconds/data", 0.0) >= _DATA_WAIT * metrics.get("step_seconds", 0.0) > 0:
+        parts.append(f"data wait {metrics['seconds/data'] / metrics['step_seconds']:.0%}")
     if seconds_left is not None:
         parts.append(f"left {duration(seconds_left)}")
     return "  ".join(parts)

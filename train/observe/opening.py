@@ -13,6 +13,8 @@ from train.observe.console import Console
 from train.observe.facts import FactsFile
 from train.observe.metrics import MetricsFile
 from train.observe.picture import LossPicture
+from train.observe.profiler import Profiler
+from train.observe.tensorboard_observer import TensorBoard
 from train.observe.wandb_observer import WandbObserver
 
 
@@ -37,6 +39,9 @@ class Observers(Observer):
 
     def on_start(self, run: RunInfo) -> None:
         self._tell("on_start", lambda observer: observer.on_start(run))
+
+    def on_step_begin(self, step: int) -> None:
+        self._tell("on_step_begin", lambda observer: observer.on_step_begin(step))
 
     def on_formats(self, step: int, precision_table: str) -> None:
         self._tell("on_formats", lambda observer: observer.on_formats(step, precision_table))
@@ -114,6 +119,10 @@ def open_observers(config: MonitorConfig) -> Observers:
     chosen: list[Observer] = [MetricsFile(), FactsFile()]
     if config.wandb != "disabled":
         chosen.append(WandbObserver(config, say=console.say))
+    if config.tensorboard:
+        chosen.append(TensorBoard())
+    if config.profile.steps:
+        chosen.append(Profiler(config.profile, say=console.say))
     chosen += [OBSERVERS[name](config) for name in config.observers]
     if picture is not None:
         picture.say = console.say

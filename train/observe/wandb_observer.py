@@ -28,6 +28,7 @@ from train.observe.redact import without_secrets
 from train.signals import STOPPED
 
 ID_FILE = "wandb_id"
+SYSTEM_SECONDS = 15.0  # between measurements of the machine: CPU, memory, disk, GPUs
 _GRACE_SECONDS = 5.0  # on top of W&B's own timeout, which a service that hangs does not keep
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 
@@ -123,8 +124,10 @@ class WandbObserver(Observer):
             disable_job_creation=True,
             save_code=False,
             x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
+            x_disable_stats=False,
+            x_stats_sampling_interval=SYSTEM_SECONDS,
+            x_stats_coreweave_metadata_base_url="http://127.0.0.1:9",  # nobody: else a server is asked where the machine stands
+            x_disable_machine_info=False,
             x_save_requirements=False,
             x_transaction_log_flush_interval=1.0,  # seconds; what a killed run may lose
         )

@@ -15,6 +15,7 @@ def validate(recipe: Recipe, world_size: int) -> None:
     recipe.evaluation.validate()
     recipe.cluster.validate()
     _validate_train(recipe, world_size)
+    _validate_profile(recipe)
     _validate_phases(recipe)
     recipe.parallel.validate(world_size)
     check_engine(recipe.parallel.engine)
@@ -78,6 +79,14 @@ def _validate_batch(global_batch_size: int, micro_batch_size: int, data_ranks: i
         raise ValueError(
             f"train.micro_batch_size={micro_batch_size} does not divide the {share} sequences of a step{ranks} (train.global_batch_size="
             f"{global_batch_size}): use {smaller}, or auto"
+        )
+
+
+def _validate_profile(recipe: Recipe) -> None:
+    profile = recipe.monitor.profile
+    if profile.steps and profile.start > recipe.total_steps:
+        raise ValueError(
+            f"monitor.profile.start={profile.start} lies behind the run of {recipe.total_steps} steps: use {recipe.total_steps} or less"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from train.report.drawing import RUN_COLOURS, STYLE, Line, draw_lines, save, short, step_axis
 from train.report.series import Series, final, gap
@@ -67,8 +67,10 @@ def _loss_line(run: Series, key: str, label: str, colour: str, longest: int = 0)
     """
     steps, values = run.of(key)
     dots = key == "eval/loss"
+    bits = run.of("eval/bits_per_byte")[1]
+    beside = f" ({bits[-1]:.3f} bits/byte)" if dots and len(bits) else ""
     where = f" at {steps[-1]:,.0f}" if run.entries[-1]["step"] < 0.98 * longest else ""
-    return Line(steps, values, f"{label} {values[-1] if dots else final(values):.3f}{where}", colour, dots=dots)
+    return Line(steps, values, f"{label} {values[-1] if dots else final(values):.3f}{beside}{where}", colour, dots=dots)
 
 
 def draw_gap(runs: Sequence[Series], path: Path) -> Path:
@@ -98,6 +100,11 @@ def draw_speed(runs: Sequence[Series], path: Path) -> Path:
     """Tokens per second."""
     title = "Throughput"
     return _draw_metric(runs, path, "tokens_per_second", title, "tokens per second", bottom=0.0, digits="{:,.0f}/s")
+
+
+def draw_mfu(runs: Sequence[Series], path: Path) -> Path:
+    """Model FLOPs utilisation, see `train.utilisation`."""
+    return _draw_metric(runs, path, "mfu", "Model FLOPs utilisation", "of the hardware's peak", bottom=0.0, digits="{:.1%}")
 
 
 def draw_gradient_norms(runs: Sequence[Series], path: Path) -> Path:
@@ -145,5 +152,7 @@ def _draw_metric(
         axes.set_ylabel(unit)
         if key == "tokens_per_second":
             axes.yaxis.set_major_formatter(FuncFormatter(short))
+        if key == "mfu":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         step_axis(axes, runs)
         return save(figure, path)

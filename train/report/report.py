@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.report.curves import draw_gap, draw_gradient_norms, draw_learning_rate, draw_losses, draw_speed
+from train.report.curves import draw_gap, draw_gradient_norms, draw_learning_rate, draw_losses, draw_mfu, draw_speed
 from train.report.drawing import RUN_COLOURS
 from train.report.health import (
     draw_bias,
@@ -29,6 +29,7 @@ from train.report.page import page, picture, table
 from train.report.series import Series, load_run
 from train.report.shares import draw_precision_shares
 from train.report.tables import differences, facts, keys, stored_recipe
+from train.report.timing import draw_phases
 
 MOST_RUNS = len(RUN_COLOURS)
 
@@ -64,6 +65,8 @@ PICTURES = (
     Picture("grad_norm", "Gradient norm", "Before clipping.", draw_gradient_norms),
     Picture("learning_rate", "Learning rate", "As the optimizer used it.", draw_learning_rate),
     Picture("speed", "Speed", "Tokens of the global batch per second of wall time.", draw_speed),
+    Picture("mfu", "Utilisation", "The time the step's matrix products would take at the hardware's peak, as a share of the step.", draw_mfu),
+    Picture("phases", "Time of a step", "Data: the step stood still until its batch was there.", draw_phases),
 )  # fmt: skip
 
 
@@ -123,7 +126,8 @@ def _page(
 ) -> str:
     names = ", ".join(run.name for run in runs)
     parts = [
-        "<p>Losses are nats per token. Final training losses are means over the last tenth of the logged steps.</p>",
+        "<p>Losses are nats per token; bits per byte are those of the same validation loss. "
+        "Final training losses are means over the last tenth of the logged steps.</p>",
         table(*facts(runs)),
     ]
     differing = differences(recipes)

@@ -19,7 +19,8 @@ class Series:
 
     name: str
     entries: Sequence[dict[str, Any]]
-    baseline: float | None = None  # nats per token of the trigram count model
+    baseline: float | None = None
+    """Nats per token of a trigram count model on the validation text."""
     facts: dict[str, Any] = field(default_factory=dict)
 
     def of(self, key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ def keys(runs: Sequence[Series]) -> list[str]:
 
 
 def facts(runs: Sequence[Series]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of runs."""
     depths = sorted({key for run in runs for key in run.keys("loss/mtp_")})
     columns: list[tuple[str, Callable[[Series], str]]] = [
         ("parameters", lambda run: _whole(run.facts.get("parameters"))),
@@ -31,12 +32,16 @@ def facts(runs: Sequence[Series]) -> tuple[list[str], list[list[str]]]:
         ("LM loss", lambda run: _loss(run, "loss/lm")),
         *((f"MTP {key.rpartition('_')[2]}", _loss_of(key)) for key in depths),
         ("validation", lambda run: _last(run, "eval/loss")),
-        ("tokens/s", lambda run: _median(run, "tokens_per_second")),
+        ("tokens/s", lambda run: _median(run, "tokens_per_second", ",.0f")),
     ]
+    if any(run.keys("eval/bits_per_byte") for run in runs):
+        columns.insert(-1, ("bits per byte", lambda run: _last(run, "eval/bits_per_byte")))
+    if any(run.keys("mfu") for run in runs):
+        columns.append(("MFU", lambda run: _median(run, "mfu", ".1%")))
     if len(runs) > 1:
         columns.insert(5, ("gap", lambda run: _gap(run, runs[0])))
     if any(run.baseline is not None for run in runs):
-        columns.append(("trigram model", lambda run: "" if run.baseline is None else f"{run.baseline:.4f}"))
+        columns.append(("trigram model", _baseline))
     rows = [[key, *(value(run) for _, value in columns)] for key, run in zip(keys(runs), runs, strict=True)]
     return ["run", *(name for name, _ in columns)], rows
 
@@ -55,9 +60,18 @@ def _last(run: Series, key: str) -> str:
     return f"{values[-1]:.4f}" if len(values) else ""
 
 
-def _median(run: Series, key: str) -> str:
+def _median(run: Series, key: str, form: str) -> str:
     values = run.of(key)[1]
-    return f"{np.median(values):,.0f}" if len(values) else ""
+    return f"{np.median(values):{form}}" if len(values) else ""
+
+
+def _baseline(run: Series) -> str:
+    """Nats per token and, as the last evaluation says how many bits per byte a nat is, bits per byte."""
+    if run.baseline is None:
+        return ""
+    loss, bits = run.of("eval/loss")[1], run.of("eval/bits_per_byte")[1]
+    beside = f" ({run.baseline * bits[-1] / loss[-1]:.4f} bits)" if len(loss) and len(bits) else ""
+    return f"{run.baseline:.4f}{beside}"
 
 
 def _gap(run: Series, reference: Series) -> str:

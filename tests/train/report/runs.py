@@ -25,11 +25,16 @@ def make_run(directory: Path, steps: int = 60, factor: float = 1.0, recipe: dict
             "grad_norm": 1.0 / step,
             "learning_rate": 4e-3 * min(1.0, step / 10),
             "tokens_per_second": 9000.0 + step,
+            "mfu": 0.17,
+            "seconds/data": 0.02,
+            "seconds/forward_backward": 0.15,
+            "seconds/optimizer": 0.04,
+            "seconds/other": 0.01,
             "precision/share/nvfp4": 0.6,
             "precision/share/bf16": 0.4,
         }
         if step % 20 == 0:
-            entry["eval/loss"] = loss + 0.05
+            entry |= {"eval/loss": loss + 0.05, "eval/bits_per_byte": (loss + 0.05) / math.log(2), "seconds/evaluation": 0.6}
         lines.append(json.dumps({**entry, **changes}))
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     if recipe is not None:

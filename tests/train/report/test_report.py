@@ -41,11 +41,17 @@ def test_report_of_three_runs_is_one_self_contained_page(tmp_path: Path) -> None
     page = write_report(runs, tmp_path / "out")
     text = page.read_text()
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert names == {"loss.png", "gap.png", "precision.png", "grad_norm.png", "learning_rate.png", "speed.png"}
-    assert text.count("data:image/png;base64,") == 6
+    assert names == {"loss.png", "gap.png", "precision.png", "grad_norm.png", "learning_rate.png", "speed.png", "mfu.png", "phases.png"}
+    assert text.count("data:image/png;base64,") == 8
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|https?://|<script|@import""", text)
     rest = re.sub(r'base64,[^"]+', "", text)
-    assert "+1.00%" in rest and "reference" in rest and "1,234,567" in rest and "1.9102" in rest
+    assert (
+        "+1.00%" in rest
+        and "reference" in rest
+        and "1,234,567" in rest
+        and f"1.9102 ({1.9102 / math.log(2):.4f} bits)" in rest
+        and "17.0%" in rest
+    )
     assert "&lt;short&gt;" in rest and "<short>" not in rest
     assert "precision.default" in rest and "run.seed" not in rest  # only what differs
     assert "abc" not in rest

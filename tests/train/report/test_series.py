@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.train.report.runs import make_run
 from train.report.series import Series, final, gap, load_run, smooth
+from train.report.timing import phases
 
 
 def test_smooth_keeps_a_constant_and_a_slope_inside() -> None:
@@ -40,3 +41,11 @@ def test_load_run_reads_the_baseline(tmp_path: Path) -> None:
     (run / "report").mkdir()
     (run / "report" / "facts.json").write_text('{"baseline/trigram": 1.5}')
     assert load_run(run).baseline == 1.5
+
+
+def test_phases_are_medians_and_rare_work_is_spread_over_all_steps() -> None:
+    entries = [{"step": s, "seconds/data": value, "seconds/optimizer": 1.0} for s, value in ((1, 9.0), (5, 0.5), (10, 0.5))]
+    entries[1]["seconds/evaluation"] = 4.0
+    entries[2] |= {"seconds/evaluation": 6.0, "seconds/checkpoint": 5.0}
+    assert phases(Series("a", entries)) == {"data": 0.5, "optimizer": 1.0, "evaluation": 1.0, "checkpoint": 0.5}
+    assert phases(Series("b", [{"step": 1, "loss/lm": 2.0}])) == {}
