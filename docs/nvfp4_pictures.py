@@ -585,7 +585,7 @@ def print_transpose(seen: Seen) -> None:
 
 def print_gemms(seen: dict[str, Seen]) -> None:
     """Relative errors of the three GEMMs against fp32, by the code that trains."""
-    forms = {
+    forms: dict[str, Format] = {
         "nvfp4 recipe": nvfp4_format(),
         "without Hadamard": nvfp4_format(hadamard=False),
         "round to nearest": nvfp4_format(stochastic_rounding=False),

@@ -30,6 +30,7 @@ from train.precision_table import precision_tables, table_at
 from train.recipe.reading import RecipeError, plain
 from train.recipe.resume import lines
 from train.recipe.tree import Recipe
+from train.report.picture import draw_losses_of
 from train.run_directory import RunDirectory, check_source, opened
 from train.signals import STOPPED, StopSignals, name_of
 from train.step import LossStep, sum_over_ranks, to_microbatch
@@ -74,7 +75,7 @@ def _run(recipe: Recipe, layout: Layout, signals: StopSignals, failures: Failure
             return 0
         check_source(recipe)
         run = build(recipe, layout)
-        observers = open_observers(recipe.monitor) if layout.rank == 0 else Observers(())
+        observers = open_observers(recipe.monitor, draw_losses_of) if layout.rank == 0 else Observers(())
         place = Place()
         try:
             return _train(run, directory, observers, signals, place)

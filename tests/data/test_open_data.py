@@ -11,7 +11,7 @@ import torch
 import zstandard
 
 from data.config import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig
-from data.documents import DataError
+from data.documents import CORPUS, SHIPPED, DataError
 from data.text_data import TextData, open_data
 
 AUSTEN = (PhaseConfig((SourceConfig("corpus:austen"),)),)
@@ -96,8 +96,6 @@ def test_the_tail_of_every_novel_is_predicted_once_and_never_trained_on(tmp_path
     data = data_of(tmp_path, *AUSTEN, length=128)
     predicted = [int(token) for batch in data.validation_batches(16) for token in batch.labels[batch.loss_mask]]
     tails, train = [], bytes(np.asarray(data.sources[0].train.tokens[:]).clip(max=255).astype(np.uint8))
-    from data.documents import CORPUS, SHIPPED
-
     for name in SHIPPED["corpus:austen"]:
         text = gzip.decompress((CORPUS / f"{name}.txt.gz").read_bytes())
         tail = text[len(text) - int(len(text) * 0.05) :]

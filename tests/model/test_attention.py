@@ -1,5 +1,7 @@
 """Grouped-query attention against transformers' NemotronH and against its own documents run alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import NemotronHConfig
@@ -15,13 +17,13 @@ def test_equals_nemotron_h_with_gradients(length: int) -> None:
     with open_context() as context:
         ours = Attention(context, "m")
         disturb(ours)
+        heads: dict[str, Any] = {
+            "num_attention_heads": CONFIG.attention_heads,
+            "num_key_value_heads": CONFIG.key_value_heads,
+            "head_dim": CONFIG.head_dim,
+        }
         config = NemotronHConfig(
-            vocab_size=CONFIG.vocab_size,
-            hidden_size=CONFIG.hidden_size,
-            layers_block_type=["full_attention"],
-            num_attention_heads=CONFIG.attention_heads,
-            num_key_value_heads=CONFIG.key_value_heads,
-            head_dim=CONFIG.head_dim,
+            vocab_size=CONFIG.vocab_size, hidden_size=CONFIG.hidden_size, layers_block_type=["full_attention"], **heads
         )
         config._attn_implementation = "eager"
         theirs = NemotronHAttention(config, layer_idx=0)

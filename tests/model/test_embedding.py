@@ -1,5 +1,7 @@
 """Embedding and loss against PyTorch's; several ranks in test_tensor_parallel."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,14 +27,15 @@ def test_gradients_are_summed_in_fp32_into_main_grad() -> None:
     """4096 equal tokens of gradient 1 after one of 2^12: in bf16 each would be lost."""
     with open_context() as context:
         embedding = Embedding(context)
-        embedding.weight = nn.Parameter(embedding.weight.detach().bfloat16())
-        embedding.weight.main_grad = torch.zeros(embedding.weight.shape)  # type: ignore[attr-defined]
+        weight: Any = nn.Parameter(embedding.weight.detach().bfloat16())
+        embedding.weight = weight
+        weight.main_grad = torch.zeros(weight.shape)
         dy = torch.ones(4097, 1, CONFIG.hidden_size)
         dy[0] = 4096
         embedding(torch.full((1, 4097), 3)).backward(dy.bfloat16())
-        assert (embedding.weight.main_grad[3] == 8192).all()
-        assert embedding.weight.main_grad.sum() == 8192 * CONFIG.hidden_size
-        assert embedding.weight.grad_added_to_main_grad
+        assert (weight.main_grad[3] == 8192).all()
+        assert weight.main_grad.sum() == 8192 * CONFIG.hidden_size
+        assert weight.grad_added_to_main_grad
 
 
 def test_loss_counts_only_valid_targets() -> None:

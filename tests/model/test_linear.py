@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from model.batch import Microbatch
+from model.context import ModelContext
 from model.linear import Linear
 from model.mamba import MambaMixer
-from model.precision.policy import PrecisionConfig, Rule
+from model.precision.policy import Policy, PrecisionConfig, Rule
 from parallel.layout import Layout, ParallelConfig
 from parallel.shards import Section, pieces_of
 from tests.model.build import CONFIG, microbatch, open_context
@@ -56,9 +57,9 @@ def test_random_bits_follow_sample_and_position_not_the_microbatch() -> None:
         one = microbatch(16, 1, sample=both.sample[1:])
         _, alone, _ = run(layer, one, x[:, 1:], dy[:, 1:])
         assert torch.equal(dx[:, 1:], alone)
-        for field, value in (("step", both.step + 1), ("sample", both.sample + 1)):
-            _, moved, _ = run(layer, dataclasses.replace(both, **{field: value}), x, dy)
-            assert not torch.equal(moved, dx), field
+        for other in (dataclasses.replace(both, step=both.step + 1), dataclasses.replace(both, sample=both.sample + 1)):
+            _, moved, _ = run(layer, other, x, dy)
+            assert not torch.equal(moved, dx), other
 
 
 def test_fused_sections_are_separate_pieces() -> None:
@@ -68,9 +69,6 @@ def test_fused_sections_are_separate_pieces() -> None:
 
 
 def test_layers_are_counted_without_being_allocated() -> None:
-    from model.context import ModelContext
-    from model.precision.policy import Policy
-
     policy = Policy(PrecisionConfig(), 3)
     context = ModelContext(CONFIG, Layout.alone(), policy, 0, torch.bfloat16, torch.device("meta"))
     mixer = MambaMixer(context, "layers.0.mixer")
@@ -85,9 +83,6 @@ def test_layers_are_counted_without_being_allocated() -> None:
 
 @pytest.mark.parametrize(("mode", "features"), [("row", (33, 32)), ("column", (32, 33))])
 def test_a_size_the_tensor_group_does_not_divide_is_refused(mode: str, features: tuple[int, int]) -> None:
-    from model.context import ModelContext
-    from model.precision.policy import Policy
-
     layout = dataclasses.replace(Layout.alone(ParallelConfig(tensor=2)), tensor_size=2)
     context = ModelContext(CONFIG, layout, Policy(PrecisionConfig(), 3), 0, torch.float32, torch.device("meta"))
     with pytest.raises(ValueError, match=r"up_proj.* 33 .*parallel.tensor=2 does not divide"):

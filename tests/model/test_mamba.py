@@ -1,5 +1,7 @@
 """The Mamba-2 mixer against transformers' NemotronH and against its own documents run alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,18 +15,21 @@ from tests.model.build import CONFIG, disturb, microbatch, open_context, packed
 
 
 def oracle_config(time_step_min: float) -> NemotronHConfig:
+    sizes: dict[str, Any] = {
+        "mamba_num_heads": CONFIG.mamba_heads,
+        "mamba_head_dim": CONFIG.mamba_head_dim,
+        "ssm_state_size": CONFIG.mamba_state_size,
+        "n_groups": CONFIG.mamba_groups,
+    }
     return NemotronHConfig(
         vocab_size=CONFIG.vocab_size,
         hidden_size=CONFIG.hidden_size,
         layers_block_type=["linear_attention"],
-        mamba_num_heads=CONFIG.mamba_heads,
-        mamba_head_dim=CONFIG.mamba_head_dim,
-        ssm_state_size=CONFIG.mamba_state_size,
-        n_groups=CONFIG.mamba_groups,
         conv_kernel=CONFIG.mamba_conv_width,
         chunk_size=32,
         layer_norm_epsilon=CONFIG.norm_eps,
         time_step_min=time_step_min,
+        **sizes,
     )
 
 
@@ -45,7 +50,7 @@ def test_equals_nemotron_h_with_gradients(length: int) -> None:
         ours = MambaMixer(context, "m")
         disturb(ours)
         with torch.no_grad():
-            ours.dt_bias -= torch.linspace(0, 8, len(ours.dt_bias))  # steps down to 1e-6, far below the usual clamp
+            ours.dt_bias.sub_(torch.linspace(0, 8, len(ours.dt_bias)))  # steps down to 1e-6, far below the usual clamp
         theirs = NemotronHMamba2Mixer(oracle_config(1e-30), layer_idx=0)
         theirs.load_state_dict(state_of(ours), strict=True)
         torch.manual_seed(length)
@@ -106,7 +111,8 @@ def test_convolution_and_its_gradients_equal_the_definition_in_fp64(width: int, 
     documents = (torch.rand(2, length, generator=generator) < 0.2).cumsum(1).int() if reset else None
     fast = [t.clone().requires_grad_() for t in arguments]
     exact = [t.double().requires_grad_() for t in arguments]
-    y, expected = causal_convolution(*fast, documents), reference_convolution(*exact, documents)
+    y = causal_convolution(fast[0], fast[1], fast[2], documents)
+    expected = reference_convolution(exact[0], exact[1], exact[2], documents)
     dy = normal(length, 2, 6)
     y.backward(dy)
     expected.backward(dy.double())

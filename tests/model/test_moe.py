@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -66,15 +67,15 @@ def test_every_token_gets_its_experts_weighted_and_the_shared_one(layer: MoE) ->
 
 def test_the_router_of_transformers_chooses_the_same(layer: MoE) -> None:
     router = layer.router
+    experts: dict[str, Any] = {"n_routed_experts": CONFIG.experts, "num_experts_per_tok": CONFIG.top_k}
     theirs = NemotronHTopkRouter(
         NemotronHConfig(
             hidden_size=CONFIG.hidden_size,
-            n_routed_experts=CONFIG.experts,
-            num_experts_per_tok=CONFIG.top_k,
             routed_scaling_factor=CONFIG.routed_scaling_factor,
             n_group=1,
             topk_group=1,
             norm_topk_prob=True,
+            **experts,
         )
     )
     with torch.no_grad():

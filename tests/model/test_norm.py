@@ -25,7 +25,7 @@ def test_gated_norm_and_its_gradients_equal_nemotron_h_in_fp64() -> None:
     x, gate, dy = (torch.randn(7, 2, 48, generator=generator) for _ in range(3))
     weight = torch.randn(48, generator=generator)
     fast = [t.clone().requires_grad_() for t in (x, gate, weight)]
-    y = gated_group_norm(*fast, group_size=16, eps=1e-5)
+    y = gated_group_norm(fast[0], fast[1], fast[2], group_size=16, eps=1e-5)
     theirs = NemotronHRMSNormGated(48, group_size=16, eps=1e-5)
     with torch.no_grad():
         theirs.weight.copy_(weight)

@@ -1,6 +1,7 @@
 """The chunked recurrence against the sequential one in fp64."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from model.ssd import chunked, recurrence, ssd
 
 BOUND = 5e-6
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # Steps and decays from barely moving to forgetting within a token; each makes dt from a normal variable, and A.
 REGIMES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -20,7 +22,7 @@ REGIMES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 }
 
 
-def arguments(length: int, regime: str = "initial", *, heads: int = 4, groups: int = 2, width: int = 8, state: int = 16) -> list[Tensor]:
+def arguments(length: int, regime: str = "initial", *, heads: int = 4, groups: int = 2, width: int = 8, state: int = 16) -> Inputs:
     """x, dt, A, B, C, D in fp64, representable in fp32."""
     generator = torch.Generator().manual_seed(length)
 
@@ -30,7 +32,12 @@ def arguments(length: int, regime: str = "initial", *, heads: int = 4, groups: i
     step, decay = REGIMES[regime]
     dt, a = step(normal(2, length, heads)), decay(normal(heads))
     b, c = normal(2, length, groups, state), normal(2, length, groups, state)
-    return [t.float().double() for t in (normal(2, length, heads, width), dt, a, b, c, normal(heads))]
+    return each((normal(2, length, heads, width), dt, a, b, c, normal(heads)), lambda t: t.float().double())
+
+
+def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    x, dt, a, b, c, d = map(change, inputs)
+    return x, dt, a, b, c, d
 
 
 def documents_of(length: int) -> Tensor:
@@ -41,10 +48,10 @@ def documents_of(length: int) -> Tensor:
     return boundaries.cumsum(1).int()
 
 
-def check(function: Callable[..., Tensor], inputs: list[Tensor], documents: Tensor | None, device: str = "cpu") -> None:
+def check(function: Callable[..., Tensor], inputs: Inputs, documents: Tensor | None, device: str = "cpu") -> None:
     """Forward and every gradient, by norm and by largest element."""
-    exact = [t.clone().requires_grad_() for t in inputs]
-    fast = [t.float().to(device).requires_grad_() for t in inputs]
+    exact = each(inputs, lambda t: t.clone().requires_grad_())
+    fast = each(inputs, lambda t: t.float().to(device).requires_grad_())
     expected = recurrence(*exact, documents)
     dy = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     expected.backward(dy.double())
@@ -64,13 +71,13 @@ def check(function: Callable[..., Tensor], inputs: list[Tensor], documents: Tens
 def test_forward_and_every_gradient_equal_the_fp64_recurrence(regime: str, packed: bool) -> None:
     for length, chunk in ((128, 16), (150, 64), (200, 128)):
         documents = documents_of(length) if packed else None
-        check(lambda *args, chunk=chunk: chunked(*args, chunk), arguments(length, regime), documents)
+        check(partial(chunked, chunk=chunk), arguments(length, regime), documents)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65])
 def test_any_length(length: int) -> None:
     if length > 1:  # A has no effect on a single token
-        check(lambda *args: chunked(*args, 16), arguments(length), None)
+        check(partial(chunked, chunk=16), arguments(length), None)
     else:
         args = arguments(length)
         torch.testing.assert_close(chunked(*args, None, 16), recurrence(*args))
@@ -82,6 +89,10 @@ def test_heads_and_groups_through_the_device_choice(heads: int, groups: int, wid
     check(lambda *args: ssd(*args[:6], documents=args[6], chunk_size=128), inputs, documents_of(130))
 
 
+def tokens(t: Tensor, row: int, where: Tensor) -> Tensor:
+    return t[row : row + 1, where] if t.dim() > 1 else t
+
+
 def test_packed_documents_equal_each_document_alone() -> None:
     args = arguments(120)
     documents = documents_of(120)
@@ -89,7 +100,7 @@ def test_packed_documents_equal_each_document_alone() -> None:
     for row in range(2):
         for ordinal in documents[row].unique():
             where = documents[row] == ordinal
-            alone = [t[row : row + 1, where] if t.dim() > 1 else t for t in args]
+            alone = each(args, partial(tokens, row=row, where=where))
             torch.testing.assert_close(chunked(*alone, None, 32)[0], together[row, where])
 
 

@@ -1,5 +1,6 @@
 """Layouts: who shares what, and which are impossible."""
 
+import time
 from typing import Any
 
 import pytest
@@ -69,8 +70,6 @@ def answer(rank: int) -> int:
 
 def hang(rank: int) -> int:
     if rank == 1:
-        import time
-
         time.sleep(30)
     return rank
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -243,7 +243,8 @@ def kernel(x: torch.Tensor, q: Any, amax: torch.Tensor | None) -> SimpleNamespac
         row_scaled=q.row_scaled_nvfp4,
         amax=None if amax is None else amax[0],
     )
-    stored = {"rowwise_data": None, "columnwise_data": None, "rowwise_scale_inv": None, "columnwise_scale_inv": None}
+    empty = ("rowwise_data", "columnwise_data", "rowwise_scale_inv", "columnwise_scale_inv")
+    stored: dict[str, torch.Tensor | None] = dict.fromkeys(empty)
     stored |= {f"{along}_data": result.codes, f"{along}_scale_inv": padded_scales(result.scales), f"amax_{along}": result.amax.reshape(-1)}
     return SimpleNamespace(**{f"_{name}": value for name, value in stored.items()})
 
@@ -290,7 +291,7 @@ class WholeLinear(torch.nn.Module):
         (entered,) = ENTERED
         if "weight" not in self._fp8_workspaces:
             WholeLinear.quantised_weights += 1
-            scaling = "1d" if entered.disable_2d_quantization else "2d"
+            scaling: Literal["1d", "2d"] = "1d" if entered.disable_2d_quantization else "2d"
             self._fp8_workspaces["weight"] = nvfp4.quantize(self.weight.detach(), scaling=scaling).dequantize()
         return WholeGemms.apply(x, self.weight, self._fp8_workspaces["weight"], entered, self.fuse_wgrad_accumulation)
 

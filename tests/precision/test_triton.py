@@ -87,23 +87,22 @@ def check_wide(device: str) -> None:
 
 def check_quantize(device: str, dtype: torch.dtype) -> None:
     backend = triton_backend.Triton()
-    for seed, (shape, how) in enumerate(
-        (
-            ((5, 38), {}),
-            ((1, 2), {}),
-            ((7, 34), {"row_scaled": True}),
-            ((9, 46), {"random": True}),
-            ((32, 48), {"scaling": "2d"}),
-            ((32, 48), {"scaling": "2d", "clipping": "4over6_mse", "e4m3_bound": 256}),
-            ((5, 22), {"clipping": "4over6_mae", "e4m3_bound": 256}),
-            ((5, 22), {"clipping": "4over6_mse", "row_scaled": True}),
-            ((5, 48), {"hadamard": True}),
-            ((6, 32), {"hadamard": True, "hadamard_signs": False, "random": True}),
-            ((4, 32), {"amax": torch.tensor(9.0)}),
-            ((4, 32), {"hadamard": True, "amax": torch.tensor(9.0)}),
-        )
-    ):
-        given: dict[str, Any] = dict(how)
+    cases: tuple[tuple[tuple[int, int], dict[str, Any]], ...] = (
+        ((5, 38), {}),
+        ((1, 2), {}),
+        ((7, 34), {"row_scaled": True}),
+        ((9, 46), {"random": True}),
+        ((32, 48), {"scaling": "2d"}),
+        ((32, 48), {"scaling": "2d", "clipping": "4over6_mse", "e4m3_bound": 256}),
+        ((5, 22), {"clipping": "4over6_mae", "e4m3_bound": 256}),
+        ((5, 22), {"clipping": "4over6_mse", "row_scaled": True}),
+        ((5, 48), {"hadamard": True}),
+        ((6, 32), {"hadamard": True, "hadamard_signs": False, "random": True}),
+        ((4, 32), {"amax": torch.tensor(9.0)}),
+        ((4, 32), {"hadamard": True, "amax": torch.tensor(9.0)}),
+    )
+    for seed, (shape, how) in enumerate(cases):
+        given = dict(how)
         x = tensor("heavy", shape, 1.0, dtype, seed)
         if given.pop("random", False):
             given["random_bits"] = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
@@ -148,7 +147,8 @@ def check_nothing_finite_hides(device: str) -> None:
     x = tensor("normal", (32, 64), 1.0, torch.float32, 0).to(device)
     amax = backend.amax(x, rows, Encoding("rows"))
     x[17, 5] = torch.nan
-    for products in (backend.quantize(x, amax, rows, Encoding(along)) for along in ("rows", "columns")):  # type: ignore[arg-type]
+    for encoding in (Encoding("rows"), Encoding("columns")):
+        products = backend.quantize(x, amax, rows, encoding)
         assert isinstance(products, torch.Tensor) and products[17, 5].isnan() and products[:16].isfinite().all()
 
 

@@ -23,6 +23,7 @@ class Model(nn.Module):
         set_pieces(self.fused, [Piece("q", (4, 4), (0, 0), (slice(0, 4),)), Piece("k", (2, 4), (0, 0), (slice(4, 6),))])
         self.norm = nn.Parameter(torch.ones(4))
         set_pieces(self.norm, [Piece("norm.weight", (4,), (0,), ())])
+        self.bias: Tensor
         self.register_buffer("bias", torch.zeros(3))
         set_pieces(self.bias, [Piece("gate.e_score_correction_bias", (3,), (0,), ())])
         self.register_buffer("scratch", torch.zeros(5), persistent=False)
@@ -62,7 +63,7 @@ class Engine:
         states = []
         for param, master in zip(self.params, self.masters, strict=True):
             adam = dict(self.adam.state.get(master, {}))
-            numbers = {"step": int(adam.pop("step"))} if adam else {}
+            numbers: dict[str, float] = {"step": int(adam.pop("step"))} if adam else {}
             held = {"master": master.detach(), **adam}
             cuts = [0, param.numel() // 3, param.numel()]
             for start, stop in itertools.pairwise(cuts) if self.flat else [(0, 0)]:

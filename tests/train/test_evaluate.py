@@ -23,9 +23,8 @@ def evaluated(rank: int, *overrides: str) -> tuple[float, int]:
     """What the evaluators say of a new model, and the number of validation batches."""
     made = loop.build(recipe(*GIVEN, *overrides, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     try:
-        return measure(made, made.recipe.evaluation.chosen(), 0)["eval/loss"], len(
-            made.data.validation_batches(made.recipe.train.micro_batch_size)
-        )
+        loss = measure(made, made.recipe.evaluation.chosen(), 0)["eval/loss"]
+        return loss, len(made.data.validation_batches(made.recipe.micro_batch_size))
     finally:
         groups.shutdown(leave_world=False)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.batch import Microbatch
@@ -101,8 +101,6 @@ def test_steps_below_the_clamp_of_transformers(tmp_path: Path) -> None:
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith("dt_bias"))
     tensors[name] -= 10  # softplus of about -14 is 1e-6
-    from safetensors.torch import save_file
-
     save_file(tensors, path, metadata={"format": "pt"})
     import_hf(tmp_path / "hf", tmp_path / "again")
     tokens = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def test_a_step_runs_on_the_gpu_in_bf16(precision: str) -> None:
         assert losses[0] == pytest.approx(5.6, abs=0.2) and losses[-1] < losses[0] - 0.5
         states = list(made.engine.parameter_states())
         assert all(s.master is not None and s.master.dtype == torch.float32 for s in states)
-        assert all(p.main_grad.dtype == torch.float32 for p in made.chunks[0].parameters())
+        gradients: list[Any] = list(made.chunks[0].parameters())
+        assert all(p.main_grad.dtype == torch.float32 for p in gradients)
     finally:
         groups.shutdown()
 

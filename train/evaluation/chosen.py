@@ -17,7 +17,9 @@ class EvaluationConfig:
 
     evaluators: tuple[str, ...] = ("validation",)
     """What is measured, in this order, every train.eval_every steps and at the end, by the names `register_evaluator` knows."""
-    known: dict[str, Evaluator] = field(default_factory=dict, metadata={"kinds": _registered})
+    known: dict[str, Evaluator] = field(
+        default_factory=lambda: {name: evaluator() for name, evaluator in EVALUATORS.items()}, metadata={"kinds": _registered}
+    )
     """Every registered evaluator with its keys."""
 
     def validate(self) -> None:
@@ -31,7 +33,7 @@ class EvaluationConfig:
 
     def chosen(self) -> dict[str, Evaluator]:
         """The evaluators of this run by name, in the order in which they measure."""
-        return {name: self.known[name] if name in self.known else EVALUATORS[name]() for name in self.evaluators}
+        return {name: self.known[name] for name in self.evaluators}
 
 
 def measure(run: Measured, evaluators: Mapping[str, Evaluator], step: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 from data.config import PhaseConfig
 from model.count import linear_modules
 from train.duration import Duration
+from train.evaluation.base import EVALUATORS
 from train.observe.redact import without_secrets
 from train.optimizer import learning_rate
 from train.recipe.reading import RecipeError, flatten, plain, read
@@ -48,8 +49,10 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int) -> dict[s
 
     A key that the stored recipe does not know has had its default. Raises RecipeError, in one sentence, for what may not change.
     """
+    # What measured the run is not needed to go on with it, so it need not be registered any more.
+    measured = {key: value for key, value in (stored.get("evaluation") or {}).items() if key in ("evaluators", *EVALUATORS)}
     try:
-        old = read(Recipe, stored)
+        old = read(Recipe, {**stored, "evaluation": measured})
     except RecipeError as error:
         raise RecipeError(f"the recipe stored in {recipe.run_dir} cannot be read ({error}): choose another run.dir") from None
     before, after = (dict(flatten(without_secrets(plain(which)))) for which in (old, recipe))  # secrets were not stored

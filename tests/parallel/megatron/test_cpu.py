@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_the_replaced_function_has_the_same_arguments(module: str, name: str) ->
     original = getattr(
         importlib.import_module({"clip_grad_by_total_norm_fp32": "megatron.core.optimizer.clip_grads"}.get(name, module)), name
     )
-    ours = {"clip_grad_by_total_norm_fp32": cpu.clip_by_norm, "maybe_move_tensor_to_cpu": cpu.on_host}[name]
+    ours: Any = {"clip_grad_by_total_norm_fp32": cpu.clip_by_norm, "maybe_move_tensor_to_cpu": cpu.on_host}[name]
     if original is ours:
         original = getattr(importlib.import_module("megatron.core.transformer.moe.moe_utils"), name)
     assert list(inspect.signature(original).parameters) == list(inspect.signature(ours).parameters)
@@ -53,4 +54,4 @@ def test_clipping() -> None:
     torch.testing.assert_close(torch.cat([p.grad for p in params if p.grad is not None]).norm(), torch.tensor(1.0))
     before = [p.grad.clone() for p in params if p.grad is not None]
     cpu.clip_by_norm(params, 10.0, 1.0)
-    assert all(torch.equal(a, p.grad) for a, p in zip(before, params, strict=True))
+    assert all(p.grad is not None and torch.equal(a, p.grad) for a, p in zip(before, params, strict=True))

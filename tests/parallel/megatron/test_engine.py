@@ -78,7 +78,7 @@ def test_steps_are_those_of_plain_pytorch(ranks: Any, name: str, clip: float) ->
     for sharded in (False, True):
         for weights in ranks(2)(weights_of, sharded, name, clip):
             for parameter, value in expected.items():
-                torch.testing.assert_close(weights[parameter], value, rtol=0, atol=2e-6, msg=lambda m, p=parameter: f"{p}: {m}")
+                torch.testing.assert_close(weights[parameter], value, rtol=0, atol=2e-6, msg=(parameter + ": {}").format)
 
 
 def doubled(rank: int, sharded: bool, dtype: torch.dtype) -> bool:
