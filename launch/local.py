@@ -6,8 +6,7 @@ is `torchrun --standalone --nproc-per-node 2 -m train -cn tiny parallel.tensor=2
 otherwise, but the recipe is validated for that many ranks before any of them starts, and a rank that ends badly is one sentence instead of the
 launcher's traceback. ranks: default one per GPU, or 1. Everything else is passed on to `python -m train`.
 
-The exit status is that of the rank that failed first, 128 + the signal where a signal ended it, 2 where the recipe is wrong, or 75 where a signal
-stopped the run in good order (see `train.signals`).
+The exit status is that of the rank that failed first, 128 + the signal where a signal ended it; otherwise as `train.signals` says.
 """
 
 import logging
@@ -24,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from train.recipe.cli import main as with_recipe
 from train.recipe.tree import Recipe
 from train.refusal import REFUSED, refuse
-from train.signals import STOPPED
+from train.signals import INTERRUPTED, STOPPED
 
 PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # to the ranks; torchrun's own list lacks the last
 
@@ -74,7 +73,7 @@ def _start(line: Sequence[str]) -> int:
         torchrun.run(torchrun.parse_args(line))
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        if failure.exitcode not in (REFUSED, STOPPED):  # then a sentence has been said
+        if failure.exitcode not in (REFUSED, STOPPED, INTERRUPTED):  # of those a sentence has been said
             how = (
                 f"was ended by {signal.Signals(-failure.exitcode).name}"
                 if failure.exitcode < 0
@@ -82,7 +81,7 @@ def _start(line: Sequence[str]) -> int:
             )
             print(f"error: rank {rank} {how}, and with it the others: what it said stands above", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException:  # it has been passed on to the ranks, and they have ended
+    except SignalException:  # torchrun has passed it on and waited for its ranks
         return STOPPED
     return 0
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from data.documents import DataError
 from model.count import count, linear_modules
-from model.hybrid import change_weights, end_step
+from model.hybrid import end_step, weight_changes
 from parallel import groups
 from parallel.layout import Layout
 from train.build import Run, build
@@ -30,6 +30,7 @@ from train.precision_table import precision_tables, table_at
 from train.recipe.reading import RecipeError, plain
 from train.recipe.resume import lines
 from train.recipe.tree import Recipe
+from train.report.picture import draw_losses_of
 from train.run_directory import RunDirectory, check_source, opened
 from train.signals import STOPPED, StopSignals, name_of
 from train.step import LossStep, sum_over_ranks, to_microbatch
@@ -74,7 +75,7 @@ def _run(recipe: Recipe, layout: Layout, signals: StopSignals, failures: Failure
             return 0
         check_source(recipe)
         run = build(recipe, layout)
-        observers = open_observers(recipe.monitor) if layout.rank == 0 else Observers(())
+        observers = open_observers(recipe.monitor, draw_losses_of) if layout.rank == 0 else Observers(())
         place = Place()
         try:
             return _train(run, directory, observers, signals, place)
@@ -205,8 +206,8 @@ def train_step(run: Run, step: int, clock: Stopwatch | None = None) -> dict[str,
         learning_rate=rate,
         mark=clock.mark,
     )
-    if result.taken and change_weights(run.chunks, step, progress):
-        run.engine.reload_masters()
+    if result.taken:
+        run.engine.update_masters(weight_changes(run.chunks, step, progress))
     moe = end_step(run.chunks, update=result.taken)
     means = losses.means().tolist()
     metrics = {"loss/lm": means[0]}

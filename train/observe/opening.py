@@ -108,13 +108,13 @@ class Observers(Observer):
                 _to_stderr(line)
 
 
-def open_observers(config: MonitorConfig) -> Observers:
-    """The observers of one run; call on rank 0 only (other ranks use `Observers(())`).
+def open_observers(config: MonitorConfig, draw: Callable[[Path], Path]) -> Observers:
+    """The observers of one run; call on rank 0 only (other ranks use `Observers(())`). draw: see `LossPicture`.
 
     The order is that of the last moment: the metrics file is complete before the picture is drawn from it, and the
     console speaks last.
     """
-    picture = LossPicture() if config.picture else None
+    picture = LossPicture(draw) if config.picture else None
     console = Console(picture)
     chosen: list[Observer] = [MetricsFile(), FactsFile()]
     if config.wandb != "disabled":

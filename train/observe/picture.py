@@ -10,9 +10,13 @@ from train.observe.base import Observer, RunInfo
 
 
 class LossPicture(Observer):
-    """Draws <run>/report/loss.png when the run ends; `path` is then where it lies (None when it could not be drawn)."""
+    """Has the loss curves drawn when the run ends; `path` is then where they lie (None when they could not be drawn).
 
-    def __init__(self, say: Callable[[str], None] = print) -> None:
+    draw: the run's directory -> the picture; raises ValueError or OSError where that is not possible.
+    """
+
+    def __init__(self, draw: Callable[[Path], Path], say: Callable[[str], None] = print) -> None:
+        self._draw = draw
         self.path: Path | None = None
         self.say = say
         self._run_dir: Path | None = None
@@ -23,9 +27,7 @@ class LossPicture(Observer):
     def on_end(self, summary: Mapping[str, Any]) -> None:
         if self._run_dir is None:
             return
-        from train.report.report import draw_loss_curve  # here: matplotlib takes a second that only the end should pay
-
         try:
-            self.path = draw_loss_curve(self._run_dir)
+            self.path = self._draw(self._run_dir)
         except (ValueError, OSError) as error:  # a run that ended before its first logged step; a full disk
             self.say(f"The loss curves were not drawn: {error}")

@@ -51,11 +51,13 @@ def main(
     arguments: Sequence[str] | None = None,
     *,
     ranks: int | Literal["started", "fewest"] = "started",
+    trains: bool = False,
 ) -> int:
     """Composes the recipe, validates it and calls `run`; returns the exit status (2: the recipe or the command line is wrong).
 
     module: the command's name for the processes of a sweep, as in `python -m MODULE`. ranks: on which the recipe is to run: those that were
-    started, or a number of them, or the fewest it fits, for a recipe that is only looked at.
+    started, or a number of them, or the fewest it fits, for a recipe that is only looked at. trains: `run` trains, so that a sweep skips
+    what is finished.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     store_base()
@@ -63,7 +65,7 @@ def main(
     # argparse takes positional arguments from one place only, and people write options after overrides too.
     overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
     options = [a for a in arguments if a not in overrides]
-    sweep = Sweep(module, overrides)
+    sweep = Sweep(module, overrides, _config_directory(options), trains=trains)
 
     def task(config: DictConfig) -> None:
         nonlocal status
@@ -97,3 +99,11 @@ def main(
     finally:
         sys.argv = saved
     return sweep.finish() if sweep.jobs else status
+
+
+def _config_directory(options: Sequence[str]) -> list[str]:
+    """Hydra's option that adds a directory of recipes, as it was given."""
+    for place, option in enumerate(options):
+        if option.startswith(("--config-dir", "-cd")):
+            return list(options[place : place + (1 if "=" in option else 2)])
+    return []

@@ -27,10 +27,11 @@ from train.signals import StopRequested
 
 
 class Sweep:
-    """The jobs of one command line. module: as in `python -m MODULE`. overrides: of the whole sweep; those that vary name the run directories."""
+    """The jobs of one command line. module: as in `python -m MODULE`. overrides: of the whole sweep; those that vary name the run directories.
+    options: for every job. trains: its jobs are runs, which may be finished already."""
 
-    def __init__(self, module: str, overrides: Sequence[str]):
-        self.module = module
+    def __init__(self, module: str, overrides: Sequence[str], options: Sequence[str] = (), *, trains: bool = False):
+        self.module, self.options, self.trains = module, tuple(options), trains
         self.overrides = tuple(overrides)
         self.jobs = 0
         self.failed: list[str] = []
@@ -69,14 +70,14 @@ class Sweep:
     def _train(self, recipe: str, overrides: Sequence[str], run_dir: Path, config: DictConfig) -> bool:
         """True when the job finished, now or in an earlier sweep."""
         try:
-            if self.module == "train" and _is_finished(config, run_dir):
+            if self.trains and _is_finished(config, run_dir):
                 print(f"sweep: {run_dir} is finished, skipped")
                 return True
         except RecipeError as error:
             refuse(str(error))
             return False
         print(f"sweep: {run_dir}", flush=True)
-        with subprocess.Popen([sys.executable, "-m", self.module, "-cn", recipe, *overrides]) as job:
+        with subprocess.Popen([sys.executable, "-m", self.module, *self.options, "-cn", recipe, *overrides]) as job:
             try:
                 return job.wait() == 0
             except StopRequested:  # the sweep ends with its job, which may finish its step and write a checkpoint

@@ -10,6 +10,7 @@ import pytest
 
 from tests.train.observe.examples import metrics_of, run_info
 from train.observe import MonitorConfig, Observer, Observers, base, open_observers, opening, register_observer
+from train.report.picture import draw_losses_of
 
 
 def test_observers_pass_every_moment_in_order_and_keep_states() -> None:
@@ -43,7 +44,7 @@ def test_observers_pass_every_moment_in_order_and_keep_states() -> None:
 
 
 def test_a_whole_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    observers = open_observers(MonitorConfig(wandb="disabled"))
+    observers = open_observers(MonitorConfig(wandb="disabled"), draw_losses_of)
     observers.on_start(run_info(tmp_path))
     for step in range(1, 11):
         observers.on_step(metrics_of(step))
@@ -56,7 +57,7 @@ def test_a_whole_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_run_without_a_logged_step_ends_without_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    observers = open_observers(MonitorConfig(wandb="disabled"))
+    observers = open_observers(MonitorConfig(wandb="disabled"), draw_losses_of)
     observers.on_start(run_info(tmp_path))
     observers.on_end({"step": 0})
     output = capsys.readouterr().out

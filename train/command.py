@@ -1,0 +1,34 @@
+"""The command that trains, for `python -m train` and for modules of users that register something of their own first.
+
+import my_mixer                                  # registers
+from train.command import main
+
+if __name__ == "__main__":
+    raise SystemExit(main("mine"))               # python -m mine -cn tiny model.pattern=MS*E
+"""
+
+import sys
+
+from train.launcher import end_with_launcher
+from train.signals import STOPPED, StopRequested, StopSignals, ignore_from_now_on
+
+
+def main(module: str = "train") -> int:
+    """Reads the command line, trains, and returns the exit status (see `train.signals`).
+
+    module: under which name a sweep starts its jobs, as in `python -m MODULE`. Signals and the launcher's end are looked after before the
+    imports, which take seconds.
+    """
+    end_with_launcher()
+    with StopSignals():
+        try:
+            from train.loop import run  # here: torch, Megatron and Hydra take seconds, in which a signal may arrive
+            from train.recipe.cli import main as command_line
+
+            status = command_line(run, module, trains=True)
+        except StopRequested as error:
+            print(f"Stopped by {error} before the first step: start the same command again to begin.", file=sys.stderr)
+            status = STOPPED
+        if status == STOPPED:
+            ignore_from_now_on()
+    return status
