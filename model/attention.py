@@ -1,12 +1,31 @@
 """Grouped-query attention, without positional embedding: order comes from the Mamba layers."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from model.batch import Microbatch
 from model.context import ModelContext
 from model.linear import Linear
-from model.mlp import output_std
+from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
+from model.parameter import output_std
 from parallel.shards import Section
+
+
+@dataclass(frozen=True)
+class AttentionSizes(Sizes):
+    attention_heads: Needed = NOT_GIVEN
+    """Query heads."""
+    key_value_heads: Needed = NOT_GIVEN
+    """Heads of keys and values, each shared by attention_heads / key_value_heads query heads."""
+    head_dim: Needed = NOT_GIVEN
+    """Features of a head of attention."""
+
+    def validate(self) -> None:
+        if self.attention_heads % self.key_value_heads:
+            raise ValueError(
+                f"model.attention_heads={self.attention_heads} must be a multiple of model.key_value_heads={self.key_value_heads}"
+            )
 
 
 class Attention(nn.Module):
@@ -17,11 +36,11 @@ class Attention(nn.Module):
 
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
-        config, size = context.config, context.layout.tensor_size
-        assert config.attention_heads and config.key_value_heads and config.head_dim
-        self.head_dim = config.head_dim
-        self.heads, self.kv_heads = config.attention_heads // size, config.key_value_heads // size
-        query, key_value = config.attention_heads * config.head_dim, config.key_value_heads * config.head_dim
+        config, tensor = context.config, context.layout.tensor_size
+        sizes = config.sizes(AttentionSizes)
+        self.head_dim = sizes.head_dim
+        self.heads, self.kv_heads = sizes.attention_heads // tensor, sizes.key_value_heads // tensor
+        query, key_value = sizes.attention_heads * sizes.head_dim, sizes.key_value_heads * sizes.head_dim
         sections = [
             Section(f"{name}.q_proj.weight", query),
             Section(f"{name}.k_proj.weight", key_value),
@@ -48,6 +67,25 @@ class Attention(nn.Module):
         return self.o_proj(out.permute(2, 0, 1, 3).flatten(2), microbatch)
 
 
-def attention_flops(sequence_length: int, heads: int, head_dim: int) -> float:
-    """Forward FLOPs per token of the score and value products, causal: half of the full square."""
-    return 2 * 2 * heads * head_dim * sequence_length / 2
+def products(sizes: AttentionSizes, sequence_length: int) -> tuple[Products, ...]:
+    """The score and value products, causal: half of the full square."""
+    return (Products("attention", 2 * 2 * sizes.attention_heads * sizes.head_dim * sequence_length / 2),)
+
+
+register_mixer(
+    Mixer(
+        letter="*",
+        name="attention",
+        build=Attention,
+        sizes=AttentionSizes,
+        tensor_divides=("attention_heads", "key_value_heads"),
+        products=products,
+        engine=lambda sizes: {"attention_heads": sizes.attention_heads},
+        hugging_face=HuggingFace(
+            "full_attention",
+            aliases=("attention",),
+            keys={"num_attention_heads": "attention_heads", "num_key_value_heads": "key_value_heads", "head_dim": "head_dim"},
+            constants={"attention_bias": False},
+        ),
+    )
+)

@@ -1,44 +1,68 @@
 """The model's hyper-parameters: the recipe's `model` group."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any, Self, TypeVar
 
+from model.mixer import MIXERS, Mixer, Sizes, mixer_sizes
 from model.pattern import Pattern, parse
+
+S = TypeVar("S", bound=Sizes)
+
+
+def _open_sizes() -> dict[str, type[Sizes]]:
+    """What is registered, for the reader of recipes. Raises ValueError when a mixer has one of the keys below."""
+    kinds = mixer_sizes()
+    own = {f.name for f in fields(ModelConfig)}
+    for name, kind in kinds.items():
+        if twice := sorted(own & {f.name for f in fields(kind)}):
+            raise ValueError(f"{name} has the key {twice[0]}, which every model has: choose another name")
+    return kinds
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes may stay None when the pattern has no layer that needs them."""
+    """What every model has, and the sizes of the mixers, which each of them declares (see `model.mixer`): in a recipe their keys stand directly
+    in the `model` group, and may stay null when the pattern has no layer that needs them."""
 
     pattern: str
+    """Layers, one letter each: M Mamba-2, * attention, E (Latent)MoE, - MLP, and what else is registered; `/` opens an MTP depth."""
     vocab_size: int
+    """Token ids the embedding and the head have rows for."""
     hidden_size: int
-    # attention (*)
-    attention_heads: int | None = None
-    key_value_heads: int | None = None
-    head_dim: int | None = None
-    # Mamba-2 (M)
-    mamba_heads: int | None = None
-    mamba_head_dim: int | None = None
-    mamba_state_size: int | None = None
-    mamba_groups: int | None = None
-    mamba_conv_width: int = 4
-    mamba_chunk_size: int = 128
-    # dense MLP (-)
-    ffn_hidden_size: int | None = None
-    # mixture of experts (E)
-    experts: int | None = None
-    top_k: int | None = None
-    latent_size: int | None = None  # None: experts work at full width
-    expert_ffn_size: int | None = None
-    shared_expert_ffn_size: int | None = None
-    routed_scaling_factor: float = 1.0
-    router_bias_update_rate: float = 1e-3
-    router_aux_loss: float = 1e-4
+    """Width of the residual stream."""
+    mixers: Mapping[str, Sizes] = field(default_factory=dict, metadata={"kinds": _open_sizes, "flat": True})
+    """Sizes of the mixers, by the name of their class."""
     norm_eps: float = 1e-5
+    """Added to the mean square inside every RMSNorm."""
     init_std: float = 0.02
-    mtp_shared: bool = True  # all MTP depths are one block, applied again
+    """Standard deviation of initial weights; projections back to the residual stream start smaller by sqrt(2 layers)."""
+    mtp_shared: bool = True
+    """All MTP depths are one block, applied again."""
     mtp_loss_scale: float = 0.3
+    """Weight of the mean loss of the MTP depths beside the LM loss; 0: they are not trained."""
+
+    @classmethod
+    def of(cls, **keys: Any) -> Self:
+        """From flat keys, as a recipe's `model` group has them. Raises TypeError for keys that no model and no mixer has."""
+        mixers: dict[str, Sizes] = {}
+        for name, kind in _open_sizes().items():
+            mixers[name] = kind(**{f.name: keys.pop(f.name) for f in fields(kind) if f.name in keys})
+        return cls(**keys, mixers=mixers)
+
+    def changed(self, **keys: Any) -> Self:
+        """A copy in which these keys, its own or a mixer's, have other values."""
+        flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "mixers"}
+        for sizes in self.mixers.values():
+            flat |= {f.name: getattr(sizes, f.name) for f in fields(sizes)}
+        return self.of(**(flat | keys))
+
+    def sizes(self, kind: type[S]) -> S:
+        """A mixer's sizes, by their class."""
+        found = self.mixers.get(kind.__name__, kind())
+        assert isinstance(found, kind)
+        return found
 
     @cached_property
     def parsed(self) -> Pattern:
@@ -50,6 +74,17 @@ class ModelConfig:
         return self.parsed.main
 
     @property
+    def used(self) -> tuple[Mixer[Any], ...]:
+        """The mixers of the pattern, each once."""
+        letters = set("".join((self.parsed.main, *self.parsed.mtp)))
+        return tuple(MIXERS[letter] for letter in sorted(letters))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some layer can be spread over an expert group."""
+        return any(mixer.expert_divides for mixer in self.used)
+
+    @property
     def mtp_depths(self) -> int:
         return len(self.parsed.mtp)
 
@@ -58,56 +93,31 @@ class ModelConfig:
         """Blocks in memory: one when shared."""
         return min(self.mtp_depths, 1) if self.mtp_shared else self.mtp_depths
 
-    @property
-    def mamba_inner(self) -> int:
-        assert self.mamba_heads and self.mamba_head_dim
-        return self.mamba_heads * self.mamba_head_dim
-
     def validate(self) -> None:
         """Raises ValueError, in one sentence naming the key, for sizes no model can have."""
         pattern = self.parsed
-        letters = set("".join((pattern.main, *pattern.mtp)))
-        needed = {
-            "*": ("attention_heads", "key_value_heads", "head_dim"),
-            "M": ("mamba_heads", "mamba_head_dim", "mamba_state_size", "mamba_groups"),
-            "-": ("ffn_hidden_size",),
-            "E": ("experts", "top_k", "expert_ffn_size", "shared_expert_ffn_size"),
-        }
-        sizes = [("vocab_size", self.vocab_size), ("hidden_size", self.hidden_size)]
-        for letter in sorted(letters):
-            for key in needed[letter]:
-                value = getattr(self, key)
+        for key in ("vocab_size", "hidden_size"):
+            _at_least_one(key, getattr(self, key))
+        for mixer in self.used:
+            sizes = self.sizes(mixer.sizes)
+            for key in sizes.needed():
+                value = getattr(sizes, key)
                 if value is None:
-                    raise ValueError(f"model.{key} is missing: model.pattern={self.pattern!r} has a {letter!r} layer, which needs it")
-                sizes.append((key, value))
-        sizes += [("mamba_conv_width", self.mamba_conv_width), ("mamba_chunk_size", self.mamba_chunk_size)]
-        if self.latent_size is not None:
-            sizes.append(("latent_size", self.latent_size))
-        for key, value in sizes:
-            if value < 1:
-                raise ValueError(f"model.{key}={value} must be at least 1")
-        if "*" in letters:
-            assert self.attention_heads and self.key_value_heads
-            if self.attention_heads % self.key_value_heads:
-                raise ValueError(
-                    f"model.attention_heads={self.attention_heads} must be a multiple of model.key_value_heads={self.key_value_heads}"
-                )
-        if "M" in letters:
-            assert self.mamba_heads and self.mamba_groups
-            if self.mamba_heads % self.mamba_groups:
-                raise ValueError(f"model.mamba_heads={self.mamba_heads} must be a multiple of model.mamba_groups={self.mamba_groups}")
-        if "E" in letters:
-            assert self.experts and self.top_k
-            if self.top_k > self.experts:
-                raise ValueError(f"model.top_k={self.top_k} exceeds model.experts={self.experts}: choose at most that many per token")
+                    raise ValueError(f"model.{key} is missing: model.pattern={self.pattern!r} has a {mixer.letter!r} layer, which needs it")
+                _at_least_one(key, value)
+            sizes.validate()
         if self.mtp_shared and len(set(pattern.mtp)) > 1:
             raise ValueError(
                 f"model.pattern={self.pattern!r} has MTP depths that differ ({', '.join(pattern.mtp)}), but model.mtp_shared=true makes "
                 "them one block: repeat the same depth, or set model.mtp_shared=false"
             )
-        for key in ("router_aux_loss", "router_bias_update_rate", "mtp_loss_scale"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"model.{key}={getattr(self, key)} must not be negative: use 0 to switch it off")
-        for key in ("norm_eps", "init_std", "routed_scaling_factor"):
+        if self.mtp_loss_scale < 0:
+            raise ValueError(f"model.mtp_loss_scale={self.mtp_loss_scale} must not be negative: use 0 to switch it off")
+        for key in ("norm_eps", "init_std"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be positive")
+
+
+def _at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"model.{key}={value} must be at least 1")

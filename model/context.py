@@ -16,13 +16,18 @@ from model.precision.site import Site, WeightCache
 from parallel.engine import ModelSizes
 from parallel.layout import Layout
 from parallel.megatron.config import transformer_config
+from parallel.shards import Spread
 
 
 @dataclass(frozen=True)
 class LinearUse:
-    """A linear layer for the accounts: forward GEMM FLOPs per token of the whole model (experts: active share)."""
+    """A linear layer for the accounts. rows, columns: of its whole weight (of one expert); spread: of that; flops: of its forward GEMM per
+    token, of the whole model (experts: of those a token visits)."""
 
     module: str
+    rows: int
+    columns: int
+    spread: Spread
     flops: float
 
 
@@ -52,14 +57,10 @@ class ModelContext:
     def __post_init__(self) -> None:
         config = self.config
         self.backend = choose(self.policy.config.backend, self.device) if self.device.type != "meta" else Reference()
-        self.sizes = ModelSizes(
-            self.params_dtype,
-            config.hidden_size,
-            layers=len(config.layers),
-            attention_heads=config.attention_heads or 1,
-            experts=config.experts if "E" in config.pattern else None,
-            top_k=config.top_k or 1,
-        )
+        declared = {"attention_heads": self.layout.config.tensor}  # without attention: Megatron wants a number its tensor group divides
+        for mixer in config.used:
+            declared |= mixer.engine(config.sizes(mixer.sizes))
+        self.sizes = ModelSizes(self.params_dtype, config.hidden_size, layers=len(config.layers), **declared)
         self.megatron = transformer_config(self.layout.config, self.sizes)
 
     @property

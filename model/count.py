@@ -1,17 +1,16 @@
-"""Parameters, active parameters and GEMM FLOPs, counted on the real modules: built on the meta device, nothing is allocated."""
+"""Parameters, active parameters and GEMM FLOPs, counted on the real modules and by what their mixers declare: built on the meta device, nothing
+is allocated."""
 
 from dataclasses import dataclass
 
 import torch
 
-from model.attention import attention_flops
 from model.config import ModelConfig
 from model.context import ModelContext
 from model.hybrid import HybridModel
-from model.linear import Linear
-from model.moe import Experts
+from model.layer import Layer
+from model.mixer import MIXERS
 from model.precision.policy import Policy, PrecisionConfig
-from model.ssd import ssd_flops
 from parallel.layout import Layout
 
 
@@ -26,6 +25,16 @@ class LinearModule:
     flops: float
     sequence_split: bool
     routed: bool
+
+
+@dataclass(frozen=True)
+class OtherProducts:
+    """Matrix products of a module that are no linear layer. flops: forward, per token; fp32: whatever precision.compute is."""
+
+    what: str
+    module: str
+    flops: float
+    fp32: bool
 
 
 @dataclass(frozen=True)
@@ -44,72 +53,52 @@ def on_meta(config: ModelConfig) -> HybridModel:
 
 
 def count(config: ModelConfig) -> Count:
-    """A token activates everything but the routed experts it does not visit."""
+    """A token activates everything but, for instance, the routed experts it does not visit."""
     model = on_meta(config)
+    shares: dict[int, float] = {}
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            sizes = config.sizes(layer.kind.sizes)
+            shares |= {id(param): layer.kind.active_share(sizes, name) for name, param in layer.mixer.named_parameters()}
     main = mtp = active = 0
     for name, param in model.named_parameters():
         if name.startswith("mtp."):
             mtp += param.numel()
             continue
         main += param.numel()
-        share = 1.0
-        if ".experts." in name:
-            assert config.experts and config.top_k
-            share = config.top_k / config.experts
-        active += round(param.numel() * share)
+        active += round(param.numel() * shares.get(id(param), 1.0))
     return Count(main, active, mtp)
 
 
 def linear_modules(config: ModelConfig, tensor: int = 1) -> list[LinearModule]:
-    """Every linear layer in the order of the model; shared MTP blocks once, with the FLOPs of all their depths."""
-    model = on_meta(config)
-    flops = {use.module: use.flops for use in model.context.linears}
-    repeats = config.mtp_depths if config.mtp_shared else 1
-    result = []
-    for module in model.modules():
-        if isinstance(module, Linear):
-            rows, columns = module.weight.shape
-            if module.mode == "column":
-                rows //= tensor
-            elif module.mode == "row":
-                columns //= tensor
-            result.append((module.name, rows, columns, module.mode == "replicated", False))
-        elif isinstance(module, Experts):
-            for kind in ("up_proj", "down_proj"):
-                _, rows, columns = getattr(module, kind).shape
-                result.append((f"{module.name}.{kind}", rows, columns, False, True))
+    """Every linear layer in the order of the model; shared MTP blocks once, with the FLOPs of all their depths. tensor: ranks of its group."""
     return [
-        LinearModule(name, rows, columns, _flops(name, flops[name], config, repeats), split, routed)
-        for name, rows, columns, split, routed in result
+        LinearModule(
+            use.module,
+            use.rows // tensor if use.spread == "rows" else use.rows,
+            use.columns // tensor if use.spread == "columns" else use.columns,
+            use.flops * _uses(use.module, config),
+            use.spread == "everywhere",
+            use.spread == "experts",
+        )
+        for use in on_meta(config).context.linears
     ]
 
 
-def _flops(name: str, flops: float, config: ModelConfig, repeats: int) -> float:
-    if name == "lm_head":  # used by the LM loss and by every MTP depth
-        return flops * (1 + config.mtp_depths)
-    return flops * repeats if name.startswith("mtp.") else flops
+def _uses(module: str, config: ModelConfig) -> int:
+    """How often a forward pass of the whole model, MTP included, comes through a module."""
+    if module == "lm_head":
+        return 1 + config.mtp_depths
+    return config.mtp_depths if config.mtp_shared and module.startswith("mtp.") else 1
 
 
-def other_flops(config: ModelConfig, sequence_length: int) -> list[tuple[str, str, float]]:
-    """(kind, module, forward FLOPs per token) of attention and SSD, which are no linear layers."""
-    blocks = [(f"layers.{i}", letter, 1) for i, letter in enumerate(config.layers)]
+def other_products(config: ModelConfig, sequence_length: int) -> list[OtherProducts]:
+    """The matrix products outside linear layers, those of attention and SSD for instance, by module."""
+    blocks = [(f"layers.{i}.mixer", letter) for i, letter in enumerate(config.layers)]
     for block in range(config.mtp_blocks):
-        repeats = config.mtp_depths if config.mtp_shared else 1
-        blocks += [(f"mtp.layers.{block}.layers.{j}", letter, repeats) for j, letter in enumerate(config.parsed.mtp[block])]
-    result = []
-    for name, letter, repeats in blocks:
-        if letter == "*":
-            assert config.attention_heads and config.head_dim
-            flops = attention_flops(sequence_length, config.attention_heads, config.head_dim)
-            result.append(("attention", f"{name}.mixer", repeats * flops))
-        elif letter == "M":
-            assert config.mamba_heads and config.mamba_head_dim and config.mamba_state_size and config.mamba_groups
-            flops = ssd_flops(
-                config.mamba_heads,
-                config.mamba_head_dim,
-                config.mamba_state_size,
-                config.mamba_groups,
-                min(config.mamba_chunk_size, sequence_length),
-            )
-            result.append(("SSD", f"{name}.mixer", repeats * flops))
-    return result
+        blocks += [(f"mtp.layers.{block}.layers.{j}.mixer", letter) for j, letter in enumerate(config.parsed.mtp[block])]
+    return [
+        OtherProducts(products.what, module, products.flops * _uses(module, config), products.fp32)
+        for module, letter in blocks
+        for products in MIXERS[letter].products(config.sizes(MIXERS[letter].sizes), sequence_length)
+    ]

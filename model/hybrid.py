@@ -150,7 +150,7 @@ def end_step(chunks: Sequence[HybridModel], *, update: bool = True) -> dict[str,
     """
     context = chunks[0].context
     context.weights.clear()
-    if "E" not in context.config.pattern:
+    if not context.config.has_experts:
         return {}
     layout, routers = context.layout, [router for chunk in chunks for router in chunk.routers()]
     violation = torch.zeros((), device=context.device)
@@ -158,7 +158,7 @@ def end_step(chunks: Sequence[HybridModel], *, update: bool = True) -> dict[str,
     if routers:
         load = torch.stack([router.load for router in routers])
         # sums `load` over the tensor and data-parallel ranks on the way
-        biases = get_updated_expert_bias(load, torch.stack([router.bias for router in routers]), context.config.router_bias_update_rate)
+        biases = get_updated_expert_bias(load, torch.stack([router.bias for router in routers]), routers[0].bias_update_rate)
         aux = torch.stack([router.loss for router in routers]).sum()
         dist.all_reduce(aux, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
         mean = load.mean(1)

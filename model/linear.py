@@ -29,7 +29,6 @@ class Linear(nn.Module):
 
     name: canonical module name, which the policy and the random bits know. std: of the initial weights. sections: rows
     of W by the tensors they are stored as (one section `<name>.weight` unless fused). out_dtype: of y, unless x's.
-    active_share: part of the tokens that pass here, for the accounts.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class Linear(nn.Module):
         std: float,
         sections: Sequence[Section] | None = None,
         out_dtype: torch.dtype | None = None,
-        active_share: float = 1.0,
     ):
         super().__init__()
         layout = context.layout
@@ -73,7 +71,7 @@ class Linear(nn.Module):
         self.weight = sharded_parameter(context, (rows, columns), pieces, init.normal(std), SPREAD[mode])
         own_tokens = mode == "replicated" and layout.sequence_parallel
         self.site = context.site(name, outputs=outputs, inputs=inputs, own_tokens=own_tokens)
-        context.linears.append(LinearUse(name, 2.0 * in_features * out_features * active_share))
+        context.linears.append(LinearUse(name, out_features, in_features, SPREAD[mode], 2.0 * in_features * out_features))
 
     def weights(self) -> list[tuple[Site, nn.Parameter]]:
         """The weight, [N, K], and what the numerics know of it."""

@@ -1,5 +1,7 @@
 """Mamba-2 mixer: input projection, short causal convolution, state-space recurrence, gated norm, output projection."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -8,11 +10,34 @@ from model.batch import Microbatch
 from model.context import ModelContext
 from model.convolution import causal_convolution
 from model.linear import Linear
-from model.mlp import output_std
+from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
 from model.norm import gated_group_norm
-from model.parameter import sharded_parameter
-from model.ssd import ssd
+from model.parameter import output_std, sharded_parameter
+from model.ssd import ssd, ssd_flops
 from parallel.shards import Section, split_sections
+
+
+@dataclass(frozen=True)
+class MambaSizes(Sizes):
+    mamba_heads: Needed = NOT_GIVEN
+    """Heads of the state-space recurrence."""
+    mamba_head_dim: Needed = NOT_GIVEN
+    """Features of a head of Mamba-2."""
+    mamba_state_size: Needed = NOT_GIVEN
+    """Numbers of state each feature of a head keeps."""
+    mamba_groups: Needed = NOT_GIVEN
+    """Groups of heads that share B and C, and whose features are normed together."""
+    mamba_conv_width: int = 4
+    """Tokens the causal convolution sees, the current one included."""
+    mamba_chunk_size: int = 128
+    """Tokens of a chunk of the recurrence: speed and memory, not values; a CPU takes less where that is faster."""
+
+    def validate(self) -> None:
+        for key in ("mamba_conv_width", "mamba_chunk_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+        if self.mamba_heads % self.mamba_groups:
+            raise ValueError(f"model.mamba_heads={self.mamba_heads} must be a multiple of model.mamba_groups={self.mamba_groups}")
 
 
 class MambaMixer(nn.Module):
@@ -24,19 +49,18 @@ class MambaMixer(nn.Module):
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
         config, layout = context.config, context.layout
-        assert config.mamba_heads and config.mamba_head_dim and config.mamba_state_size and config.mamba_groups
+        sizes = config.sizes(MambaSizes)
         size, rank = layout.tensor_size, layout.tensor_rank
-        self.eps, self.chunk_size = config.norm_eps, config.mamba_chunk_size
-        self.head_dim, self.state_size = config.mamba_head_dim, config.mamba_state_size
-        self.heads, self.groups = config.mamba_heads // size, config.mamba_groups // size
-        inner, shared = config.mamba_inner, config.mamba_groups * config.mamba_state_size
+        self.eps, self.chunk_size = config.norm_eps, sizes.mamba_chunk_size
+        self.heads, self.groups = sizes.mamba_heads // size, sizes.mamba_groups // size
+        inner, shared = sizes.mamba_heads * sizes.mamba_head_dim, sizes.mamba_groups * sizes.mamba_state_size
         self.inner, self.shared = inner // size, shared // size
 
-        def sections(tensor: str, sizes: tuple[int, ...]) -> list[Section]:
-            starts = [sum(sizes[:i]) for i in range(len(sizes))]
-            return [Section(f"{name}.{tensor}", rows, start) for rows, start in zip(sizes, starts, strict=True)]
+        def sections(tensor: str, runs: tuple[int, ...]) -> list[Section]:
+            starts = [sum(runs[:i]) for i in range(len(runs))]
+            return [Section(f"{name}.{tensor}", rows, start) for rows, start in zip(runs, starts, strict=True)]
 
-        projected = (inner, inner, shared, shared, config.mamba_heads)  # z, x, B, C, dt
+        projected = (inner, inner, shared, shared, sizes.mamba_heads)  # z, x, B, C, dt
         self.in_proj = Linear(
             context,
             f"{name}.in_proj",
@@ -47,15 +71,15 @@ class MambaMixer(nn.Module):
             sections=sections("in_proj.weight", projected),
         )
         convolved = (inner, shared, shared)  # x, B, C
-        width = config.mamba_conv_width
+        width = sizes.mamba_conv_width
 
-        def parameter(tensor: str, sizes: tuple[int, ...], trailing: tuple[int, ...], draw: init.Draw) -> nn.Parameter:
-            pieces = split_sections(sections(tensor, sizes), trailing, rank, size)
-            return sharded_parameter(context, (sum(sizes) // size, *trailing), pieces, draw, "rows")
+        def parameter(tensor: str, runs: tuple[int, ...], trailing: tuple[int, ...], draw: init.Draw) -> nn.Parameter:
+            pieces = split_sections(sections(tensor, runs), trailing, rank, size)
+            return sharded_parameter(context, (sum(runs) // size, *trailing), pieces, draw, "rows")
 
         self.conv_weight = parameter("conv1d.weight", convolved, (1, width), init.uniform(width**-0.5))
         self.conv_bias = parameter("conv1d.bias", convolved, (), init.uniform(width**-0.5))
-        heads = (config.mamba_heads,)
+        heads = (sizes.mamba_heads,)
         self.A_log = parameter("A_log", heads, (), init.log_of_uniform(1.0, 16.0))
         self.D = parameter("D", heads, (), init.constant(1.0))
         self.dt_bias = parameter("dt_bias", heads, (), init.step_size_bias())
@@ -89,3 +113,35 @@ class MambaMixer(nn.Module):
         y = y.transpose(0, 1).flatten(2).to(projected.dtype)
         normed = gated_group_norm(y, gate, self.norm_weight, self.inner // self.groups, self.eps)
         return self.out_proj(normed, microbatch)
+
+
+def products(sizes: MambaSizes, sequence_length: int) -> tuple[Products, ...]:
+    """The products of the chunked recurrence, which is computed in fp32."""
+    chunk = min(sizes.mamba_chunk_size, sequence_length)
+    flops = ssd_flops(sizes.mamba_heads, sizes.mamba_head_dim, sizes.mamba_state_size, sizes.mamba_groups, chunk)
+    return (Products("SSD", flops, fp32=True),)
+
+
+register_mixer(
+    Mixer(
+        letter="M",
+        name="Mamba-2",
+        build=MambaMixer,
+        sizes=MambaSizes,
+        tensor_divides=("mamba_heads", "mamba_groups"),
+        products=products,
+        hugging_face=HuggingFace(
+            "linear_attention",
+            aliases=("mamba",),
+            keys={
+                "mamba_num_heads": "mamba_heads",
+                "mamba_head_dim": "mamba_head_dim",
+                "ssm_state_size": "mamba_state_size",
+                "n_groups": "mamba_groups",
+                "conv_kernel": "mamba_conv_width",
+                "chunk_size": "mamba_chunk_size",
+            },
+            constants={"mamba_hidden_act": "silu", "use_bias": False, "mamba_proj_bias": False, "use_conv_bias": True},
+        ),
+    )
+)

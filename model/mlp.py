@@ -1,6 +1,6 @@
 """Dense feed-forward layer: squared ReLU, no gate, no bias. Also the shared expert of a MoE layer."""
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,15 +8,18 @@ from torch import Tensor, nn
 from model.batch import Microbatch
 from model.context import ModelContext
 from model.linear import Linear
+from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Sizes, register_mixer
+from model.parameter import output_std
 
 
 def squared_relu(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
-def output_std(context: ModelContext) -> float:
-    """Standard deviation of projections back to the residual stream, smaller the more layers add to it."""
-    return context.config.init_std / math.sqrt(2 * len(context.config.layers))
+@dataclass(frozen=True)
+class MLPSizes(Sizes):
+    ffn_hidden_size: Needed = NOT_GIVEN
+    """Hidden features of a dense MLP layer."""
 
 
 class MLP(nn.Module):
@@ -31,3 +34,21 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
         return self.down_proj(squared_relu(self.up_proj(x, microbatch)), microbatch)
+
+
+def build(context: ModelContext, name: str) -> MLP:
+    return MLP(context, name, context.config.sizes(MLPSizes).ffn_hidden_size)
+
+
+register_mixer(
+    Mixer(
+        letter="-",
+        name="MLP",
+        build=build,
+        sizes=MLPSizes,
+        tensor_divides=("ffn_hidden_size",),
+        hugging_face=HuggingFace(
+            "mlp", keys={"intermediate_size": "ffn_hidden_size"}, constants={"mlp_bias": False, "mlp_hidden_act": "relu2"}
+        ),
+    )
+)

@@ -8,7 +8,7 @@ The down-projection lies before the dispatch and the up-projection after the com
 times less traffic. Without a latent size both projections vanish and this is the usual mixture of experts.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -18,16 +18,57 @@ from model import init
 from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
 from model.linear import Linear
-from model.mlp import MLP, output_std, squared_relu
-from model.parameter import sharded_parameter
+from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Sizes, register_mixer
+from model.mlp import MLP, squared_relu
+from model.parameter import output_std, sharded_parameter
 from model.precision.formats.base import Formats
 from model.precision.gemm import GEMMS
 from model.precision.linear import grouped_linear
 from model.precision.site import Site, TokenKeys
 from model.router import Router
+from parallel.layout import ParallelConfig
 from parallel.shards import Piece
 
 SAMPLE_BITS, POSITION_BITS = 32, 32
+
+
+@dataclass(frozen=True)
+class MoESizes(Sizes):
+    experts: Needed = NOT_GIVEN
+    """Routed experts of a MoE layer."""
+    top_k: Needed = NOT_GIVEN
+    """Routed experts each token visits."""
+    latent_size: int | None = None
+    """Width of the space the routed experts work in; null: the model's full width."""
+    expert_ffn_size: Needed = NOT_GIVEN
+    """Hidden features of a routed expert."""
+    shared_expert_ffn_size: Needed = NOT_GIVEN
+    """Hidden features of the shared expert, which every token visits."""
+    routed_scaling_factor: float = 1.0
+    """What the weights of a token's routed experts sum up to."""
+    router_bias_update_rate: float = 1e-3
+    """How far an expert's bias moves per optimizer step towards an even load; 0: never."""
+    router_aux_loss: float = 1e-4
+    """Coefficient of the auxiliary loss that balances every sequence; 0: none."""
+
+    def validate(self) -> None:
+        if self.latent_size is not None and self.latent_size < 1:
+            raise ValueError(f"model.latent_size={self.latent_size} must be at least 1")
+        if self.top_k > self.experts:
+            raise ValueError(f"model.top_k={self.top_k} exceeds model.experts={self.experts}: choose at most that many per token")
+        for key in ("router_aux_loss", "router_bias_update_rate"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"model.{key}={getattr(self, key)} must not be negative: use 0 to switch it off")
+        if not self.routed_scaling_factor > 0:
+            raise ValueError(f"model.routed_scaling_factor={self.routed_scaling_factor} must be positive")
+
+
+def check_layout(sizes: MoESizes, parallel: ParallelConfig) -> None:
+    """Without sequence parallelism the ranks of a tensor group would dispatch the same tokens, each of them all."""
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            "parallel.sequence=false with parallel.tensor > 1 cannot run MoE layers (E in model.pattern): set parallel.sequence=true"
+        )
 
 
 def stamp(keys: TokenKeys, dtype: torch.dtype) -> Tensor:
@@ -60,16 +101,16 @@ class Experts(nn.Module):
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
         config, layout = context.config, context.layout
-        assert config.experts and config.top_k and config.expert_ffn_size
+        sizes = config.sizes(MoESizes)
         self.context, self.name = context, name
-        self.local = config.experts // layout.expert_size
+        self.local = sizes.experts // layout.expert_size
         self.first = layout.expert_rank * self.local
-        width, ffn = config.latent_size or config.hidden_size, config.expert_ffn_size
+        width, ffn = sizes.latent_size or config.hidden_size, sizes.expert_ffn_size
         self.up_proj = self._stack("up_proj", ffn, width, config.init_std)
         self.down_proj = self._stack("down_proj", width, ffn, output_std(context))
         self.sites = {kind: context.site(f"{name}.{kind}", first_expert=self.first) for kind in ("up_proj", "down_proj")}
-        for kind in ("up_proj", "down_proj"):
-            context.linears.append(LinearUse(f"{name}.{kind}", 2.0 * width * ffn * config.top_k))
+        for kind, rows, columns in (("up_proj", ffn, width), ("down_proj", width, ffn)):
+            context.linears.append(LinearUse(f"{name}.{kind}", rows, columns, "experts", 2.0 * width * ffn * sizes.top_k))
 
     def _stack(self, kind: str, rows: int, columns: int, std: float) -> nn.Parameter:
         everything = (slice(None), slice(None))
@@ -110,21 +151,26 @@ class MoE(nn.Module):
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
         config, layout = context.config, context.layout
-        assert config.experts and config.shared_expert_ffn_size
-        if layout.tensor_size > 1 and not layout.sequence_parallel:
-            raise ValueError(
-                "parallel.sequence=false with parallel.tensor > 1 cannot run MoE layers (E in model.pattern): set parallel.sequence=true"
-            )
+        sizes = config.sizes(MoESizes)
+        check_layout(sizes, layout.config)
         self.context = context
-        self.router = Router(context, f"{name}.gate")
+        self.router = Router(
+            context,
+            f"{name}.gate",
+            experts=sizes.experts,
+            top_k=sizes.top_k,
+            scaling_factor=sizes.routed_scaling_factor,
+            aux_loss=sizes.router_aux_loss,
+            bias_update_rate=sizes.router_bias_update_rate,
+        )
         self.down: Linear | None = None
         self.up: Linear | None = None
-        if config.latent_size is not None:
-            hidden, latent = config.hidden_size, config.latent_size
+        if sizes.latent_size is not None:
+            hidden, latent = config.hidden_size, sizes.latent_size
             self.down = Linear(context, f"{name}.fc1_latent_proj", hidden, latent, "replicated", std=config.init_std)
             self.up = Linear(context, f"{name}.fc2_latent_proj", latent, hidden, "replicated", std=output_std(context))
         self.experts = Experts(context, f"{name}.experts")
-        self.shared_experts = MLP(context, f"{name}.shared_experts", config.shared_expert_ffn_size)
+        self.shared_experts = MLP(context, f"{name}.shared_experts", sizes.shared_expert_ffn_size)
         if context.device.type != "meta":
             indices = list(range(self.experts.first, self.experts.first + self.experts.local))
             self.dispatcher = MoEAlltoAllTokenDispatcher(len(indices), indices, context.megatron, layout.groups)
@@ -155,3 +201,41 @@ class MoE(nn.Module):
         if self.up is not None:
             out = self.up(out, microbatch)
         return out + self.shared_experts(x, microbatch)
+
+
+def active_share(sizes: MoESizes, parameter: str) -> float:
+    return sizes.top_k / sizes.experts if parameter.startswith("experts.") else 1.0
+
+
+register_mixer(
+    Mixer(
+        letter="E",
+        name="MoE",
+        build=MoE,
+        sizes=MoESizes,
+        tensor_divides=("shared_expert_ffn_size",),
+        expert_divides=("experts",),
+        check_layout=check_layout,
+        active_share=active_share,
+        engine=lambda sizes: {"experts": sizes.experts, "top_k": sizes.top_k},
+        hugging_face=HuggingFace(
+            "moe",
+            keys={
+                "n_routed_experts": "experts",
+                "num_experts_per_tok": "top_k",
+                "moe_latent_size": "latent_size",
+                "moe_intermediate_size": "expert_ffn_size",
+                "moe_shared_expert_intermediate_size": "shared_expert_ffn_size",
+                "routed_scaling_factor": "routed_scaling_factor",
+            },
+            constants={
+                "n_group": 1,
+                "topk_group": 1,
+                "norm_topk_prob": True,
+                "n_shared_experts": 1,
+                "mlp_bias": False,
+                "mlp_hidden_act": "relu2",
+            },
+        ),
+    )
+)

@@ -1,5 +1,6 @@
 """How a parameter of the model comes to be: allocated, told where it lies in the stored tensors and over which ranks, and filled."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,3 +24,8 @@ def sharded_parameter(
     set_spread(param, spread)
     init.initialize(param, context.seed, draw)
     return param
+
+
+def output_std(context: ModelContext) -> float:
+    """Standard deviation of projections back to the residual stream, smaller the more layers add to it."""
+    return context.config.init_std / math.sqrt(2 * len(context.config.layers))

@@ -1,13 +1,13 @@
 """Megatron's layer pattern: one letter a layer, `/` opens a multi-token-prediction depth.
 
-    M  Mamba-2        *  attention        E  (Latent)MoE        -  dense MLP
+    M  Mamba-2        *  attention        E  (Latent)MoE        -  dense MLP        and whatever else is registered (see `model.mixer`)
 
 `MEM*EME/*E/*E`: seven layers, and two MTP depths of one attention and one MoE layer each.
 """
 
 from dataclasses import dataclass
 
-LETTERS = "M*E-"
+from model.mixer import MIXERS, letters_for_people
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,9 @@ class Pattern:
 def parse(pattern: str) -> Pattern:
     """Raises ValueError, naming the key and the place, for a pattern that means nothing."""
     for place, letter in enumerate(pattern):
-        if letter not in LETTERS + "/":
+        if letter != "/" and letter not in MIXERS:
             raise ValueError(
-                f"model.pattern={pattern!r} has {letter!r} at position {place + 1}: "
-                "use M (Mamba-2), * (attention), E (MoE), - (MLP) and / (an MTP depth)"
+                f"model.pattern={pattern!r} has {letter!r} at position {place + 1}: use {letters_for_people()} and / (an MTP depth)"
             )
     main, *mtp = pattern.split("/")
     if not main:

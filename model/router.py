@@ -26,16 +26,21 @@ from parallel.shards import set_pieces, whole
 
 
 class Router(nn.Module):
-    """Router of one MoE layer; every rank holds it whole and routes its own tokens."""
+    """Router of one MoE layer; every rank holds it whole and routes its own tokens.
 
-    def __init__(self, context: ModelContext, name: str):
+    scaling_factor, aux_loss, bias_update_rate: routed_scaling_factor, the coefficient and the rate above.
+    """
+
+    def __init__(
+        self, context: ModelContext, name: str, *, experts: int, top_k: int, scaling_factor: float, aux_loss: float, bias_update_rate: float
+    ):
         super().__init__()
         config = context.config
-        assert config.experts and config.top_k
-        self.context, self.experts, self.top_k = context, config.experts, config.top_k
-        self.gate = Linear(context, name, config.hidden_size, config.experts, "replicated", std=config.init_std, out_dtype=torch.float32)
-        bias = torch.zeros(config.experts, dtype=torch.float32, device=context.device)
-        set_pieces(bias, [whole(f"{name}.e_score_correction_bias", (config.experts,))])
+        self.context, self.experts, self.top_k = context, experts, top_k
+        self.scaling_factor, self.aux_loss, self.bias_update_rate = scaling_factor, aux_loss, bias_update_rate
+        self.gate = Linear(context, name, config.hidden_size, experts, "replicated", std=config.init_std, out_dtype=torch.float32)
+        bias = torch.zeros(experts, dtype=torch.float32, device=context.device)
+        set_pieces(bias, [whole(f"{name}.e_score_correction_bias", (experts,))])
         self.register_buffer("bias", bias)
         # Of the current optimizer step, on this rank: choices per expert, and the sum of the auxiliary loss.
         self.register_buffer("load", torch.zeros_like(bias), persistent=False)
@@ -50,16 +55,15 @@ class Router(nn.Module):
         weights, chosen = topk_routing_with_score_function(
             logits.flatten(0, 1),
             self.top_k,
-            scaling_factor=self.context.config.routed_scaling_factor,
+            scaling_factor=self.scaling_factor,
             score_function="sigmoid",
             expert_bias=self.bias,
         )
         if torch.is_grad_enabled() and self.training:
             with torch.no_grad():
                 self.load += chosen.sum(0)
-            coefficient = self.context.config.router_aux_loss
-            if coefficient > 0:
-                loss = coefficient * self.balance_loss(logits, microbatch.sequence_length)
+            if self.aux_loss > 0:
+                loss = self.aux_loss * self.balance_loss(logits, microbatch.sequence_length)
                 self.loss += loss.detach()
                 weights = MoEAuxLossAutoScaler.apply(weights, loss)
         return weights, chosen

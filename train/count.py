@@ -3,7 +3,7 @@
 python -m train.count -cn nemotron3_super
 """
 
-from model.count import count, linear_modules, other_flops
+from model.count import count, linear_modules, other_products
 from train.recipe.cli import main
 from train.recipe.tree import Recipe
 
@@ -12,7 +12,7 @@ def run(recipe: Recipe) -> int:
     """Prints parameters, active parameters and forward FLOPs per token."""
     counted = count(recipe.model)
     linear = sum(module.flops for module in linear_modules(recipe.model))
-    other = sum(flops for _, _, flops in other_flops(recipe.model, recipe.train.sequence_length))
+    other = sum(products.flops for products in other_products(recipe.model, recipe.train.sequence_length))
     rows = [
         ("parameters", _billions(counted.parameters)),
         ("active per token", _billions(counted.active)),

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from model.count import linear_modules, other_flops
+from model.count import linear_modules, other_products
 from model.precision.gemm import GEMMS
 from train.recipe.tree import Recipe
 
@@ -86,8 +86,8 @@ def precision_tables(recipe: Recipe) -> dict[float, PrecisionTable]:
     formats = {time: [policy.formats(module.name, time) for module in modules] for time in policy.times}
     known = {form.name for rows in formats.values() for row in rows for form in row}
     other = [
-        OtherRow(what, module, flops, "fp32" if what == "SSD" else recipe.precision.compute)
-        for what, module, flops in other_flops(recipe.model, recipe.train.sequence_length)
+        OtherRow(one.what, one.module, one.flops, "fp32" if one.fp32 else recipe.precision.compute)
+        for one in other_products(recipe.model, recipe.train.sequence_length)
     ]
     tables = {}
     for time, rows in formats.items():

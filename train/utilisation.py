@@ -23,7 +23,7 @@ from collections.abc import Mapping
 
 import torch
 
-from model.count import linear_modules, other_flops
+from model.count import linear_modules, other_products
 from parallel.cluster import ClusterConfig, PeakFlops
 from train.recipe.clusters import profile
 from train.recipe.tree import Recipe
@@ -44,7 +44,7 @@ class Utilisation:
         self.cluster = cluster
         tokens = recipe.tokens_per_step
         self._linear = (1 + BACKWARD) * tokens * sum(module.flops for module in linear_modules(recipe.model))
-        self._other = (1 + BACKWARD) * tokens * sum(flops for *_, flops in other_flops(recipe.model, recipe.train.sequence_length))
+        self._other = (1 + BACKWARD) * tokens * sum(one.flops for one in other_products(recipe.model, recipe.train.sequence_length))
         self._compute = recipe.precision.compute
         self.line = self._describe(device)
 

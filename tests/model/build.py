@@ -14,7 +14,7 @@ from model.precision.policy import Policy, PrecisionConfig
 from parallel import groups
 from parallel.layout import ParallelConfig
 
-CONFIG = ModelConfig(
+CONFIG = ModelConfig.of(
     pattern="M*-",
     vocab_size=64,
     hidden_size=32,

@@ -1,13 +1,11 @@
 """Grouped-query attention against transformers' NemotronH and against its own documents run alone."""
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttention
 
-from model.attention import Attention
+from model.attention import Attention, AttentionSizes
 from parallel.shards import pieces_of
 from tests.model.build import CONFIG, disturb, microbatch, open_context, packed
 
@@ -17,13 +15,14 @@ def test_equals_nemotron_h_with_gradients(length: int) -> None:
     with open_context() as context:
         ours = Attention(context, "m")
         disturb(ours)
-        heads: dict[str, Any] = {
-            "num_attention_heads": CONFIG.attention_heads,
-            "num_key_value_heads": CONFIG.key_value_heads,
-            "head_dim": CONFIG.head_dim,
-        }
+        sizes = CONFIG.sizes(AttentionSizes)
         config = NemotronHConfig(
-            vocab_size=CONFIG.vocab_size, hidden_size=CONFIG.hidden_size, layers_block_type=["full_attention"], **heads
+            vocab_size=CONFIG.vocab_size,
+            hidden_size=CONFIG.hidden_size,
+            layers_block_type=["full_attention"],
+            num_attention_heads=sizes.attention_heads,
+            num_key_value_heads=sizes.key_value_heads,
+            head_dim=sizes.head_dim,
         )
         config._attn_implementation = "eager"
         theirs = NemotronHAttention(config, layer_idx=0)

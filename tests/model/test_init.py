@@ -11,7 +11,7 @@ from model.attention import Attention
 from model.context import ModelContext
 from model.embedding import Embedding
 from model.linear import Linear
-from model.mamba import MambaMixer
+from model.mamba import MambaMixer, MambaSizes
 from model.mlp import MLP
 from model.norm import RMSNorm
 from model.precision.policy import Policy, PrecisionConfig
@@ -57,7 +57,8 @@ def test_the_same_on_any_layout(size: int) -> None:
 def test_names_and_distributions() -> None:
     tensors = stored()
     mixer = "layers.0.mixer."
-    inner = CONFIG.mamba_inner
+    sizes = CONFIG.sizes(MambaSizes)
+    inner = sizes.mamba_heads * sizes.mamba_head_dim
     expected = {
         "embeddings.weight": 0.1,
         f"{mixer}in_proj.weight": 0.1,

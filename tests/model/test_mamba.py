@@ -1,7 +1,5 @@
 """The Mamba-2 mixer against transformers' NemotronH and against its own documents run alone."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -9,27 +7,25 @@ from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from model.convolution import causal_convolution
-from model.mamba import MambaMixer
+from model.mamba import MambaMixer, MambaSizes
 from parallel.shards import pieces_of
 from tests.model.build import CONFIG, disturb, microbatch, open_context, packed
 
 
 def oracle_config(time_step_min: float) -> NemotronHConfig:
-    sizes: dict[str, Any] = {
-        "mamba_num_heads": CONFIG.mamba_heads,
-        "mamba_head_dim": CONFIG.mamba_head_dim,
-        "ssm_state_size": CONFIG.mamba_state_size,
-        "n_groups": CONFIG.mamba_groups,
-    }
+    sizes = CONFIG.sizes(MambaSizes)
     return NemotronHConfig(
         vocab_size=CONFIG.vocab_size,
         hidden_size=CONFIG.hidden_size,
         layers_block_type=["linear_attention"],
-        conv_kernel=CONFIG.mamba_conv_width,
+        mamba_num_heads=sizes.mamba_heads,
+        mamba_head_dim=sizes.mamba_head_dim,
+        ssm_state_size=sizes.mamba_state_size,
+        n_groups=sizes.mamba_groups,
+        conv_kernel=sizes.mamba_conv_width,
         chunk_size=32,
         layer_norm_epsilon=CONFIG.norm_eps,
         time_step_min=time_step_min,
-        **sizes,
     )
 
 

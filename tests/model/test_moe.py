@@ -1,8 +1,6 @@
 """The mixture of experts against a dense loop over tokens and experts; the router against transformers' and the published formulas."""
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,14 +10,13 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRout
 
 from model.config import ModelConfig
 from model.hybrid import HybridModel, end_step
-from model.moe import MoE, read_stamp, stamp
+from model.moe import MoE, MoESizes, read_stamp, stamp
 from model.precision.site import TokenKeys
 from model.router import Router
 from tests.model.build import CONFIG as DENSE
 from tests.model.build import disturb, microbatch, open_context
 
-CONFIG = dataclasses.replace(
-    DENSE,
+CONFIG = DENSE.changed(
     pattern="E",
     experts=6,
     top_k=2,
@@ -29,12 +26,13 @@ CONFIG = dataclasses.replace(
     routed_scaling_factor=2.5,
     router_aux_loss=0.01,
 )
+SIZES = CONFIG.sizes(MoESizes)
 LENGTH, BATCH = 24, 2
 
 
 @pytest.fixture(params=[16, None], ids=["latent", "full width"])
 def layer(request: pytest.FixtureRequest) -> Iterator[MoE]:
-    with open_context(config=dataclasses.replace(CONFIG, latent_size=request.param)) as context:
+    with open_context(config=CONFIG.changed(latent_size=request.param)) as context:
         made = MoE(context, "layers.0.mixer")
         disturb(made)
         made.router.bias.copy_(torch.linspace(-0.3, 0.3, 6))
@@ -55,8 +53,8 @@ def test_every_token_gets_its_experts_weighted_and_the_shared_one(layer: MoE) ->
     for place in torch.cartesian_prod(torch.arange(LENGTH), torch.arange(BATCH)):
         token = x[tuple(place)].double()
         score = torch.sigmoid(layer.router.gate.weight.double() @ token)
-        chosen = (score + layer.router.bias.double()).topk(CONFIG.top_k or 0).indices
-        weight = score[chosen] / score[chosen].sum() * CONFIG.routed_scaling_factor
+        chosen = (score + layer.router.bias.double()).topk(SIZES.top_k).indices
+        weight = score[chosen] / score[chosen].sum() * SIZES.routed_scaling_factor
         narrow = token if layer.down is None else layer.down.weight.double() @ token
         routed = sum(w * (down[e] @ (up[e] @ narrow).relu().square()) for w, e in zip(weight, chosen, strict=True))
         assert isinstance(routed, torch.Tensor)
@@ -67,15 +65,15 @@ def test_every_token_gets_its_experts_weighted_and_the_shared_one(layer: MoE) ->
 
 def test_the_router_of_transformers_chooses_the_same(layer: MoE) -> None:
     router = layer.router
-    experts: dict[str, Any] = {"n_routed_experts": CONFIG.experts, "num_experts_per_tok": CONFIG.top_k}
     theirs = NemotronHTopkRouter(
         NemotronHConfig(
             hidden_size=CONFIG.hidden_size,
-            routed_scaling_factor=CONFIG.routed_scaling_factor,
+            n_routed_experts=SIZES.experts,
+            num_experts_per_tok=SIZES.top_k,
+            routed_scaling_factor=SIZES.routed_scaling_factor,
             n_group=1,
             topk_group=1,
             norm_topk_prob=True,
-            **experts,
         )
     )
     with torch.no_grad():
@@ -103,7 +101,7 @@ def test_the_auxiliary_loss_is_the_formula_and_reaches_the_gate(layer: MoE) -> N
         for row in score:  # without the bias: it is the balance of the scores themselves that is asked for
             share[row.topk(top_k).indices] += experts / (top_k * LENGTH)
         mean = (score / score.sum(1, keepdim=True)).mean(0)
-        expected = expected + CONFIG.router_aux_loss * (share * mean).sum() / BATCH
+        expected = expected + SIZES.router_aux_loss * (share * mean).sum() / BATCH
     assert router.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     # The scaler hands the loss its gradient of one (Megatron's schedules say so before each backward pass), whatever the weights get.
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
@@ -114,7 +112,7 @@ def test_the_auxiliary_loss_is_the_formula_and_reaches_the_gate(layer: MoE) -> N
 
 
 def test_the_bias_rises_for_idle_experts_and_falls_for_busy_ones() -> None:
-    config: ModelConfig = dataclasses.replace(CONFIG, router_bias_update_rate=0.01)
+    config: ModelConfig = CONFIG.changed(router_bias_update_rate=0.01)
     with open_context(config=config) as context:
         model = HybridModel(context)
         router = next(module for module in model.modules() if isinstance(module, Router))

@@ -1,6 +1,5 @@
 """Multi-token prediction: causality, shared and separate blocks, documents kept apart."""
 
-import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +10,7 @@ from model.hybrid import HybridModel
 from parallel.shards import pieces_of
 from tests.model.build import disturb, microbatch, open_context, packed
 
-CONFIG = ModelConfig(
+CONFIG = ModelConfig.of(
     pattern="ME*-/*E/*E",
     vocab_size=64,
     hidden_size=32,
@@ -34,7 +33,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(params=[True, False], ids=["shared", "separate"])
 def model(request: pytest.FixtureRequest) -> Iterator[HybridModel]:
-    config = dataclasses.replace(CONFIG, mtp_shared=request.param)
+    config = CONFIG.changed(mtp_shared=request.param)
     with open_context(config=config) as context:
         made = HybridModel(context)
         disturb(made)

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import pytest
 import torch
 
 from model.context import ModelContext
@@ -11,7 +10,7 @@ from model.init import constant, normal
 from model.parameter import sharded_parameter
 from model.precision.policy import Policy, PrecisionConfig
 from parallel.layout import Layout, ParallelConfig
-from parallel.shards import Section, Spread, pieces_of, split_sections, whole
+from parallel.shards import Section, pieces_of, split_sections, spread_of, whole
 from tests.model.build import CONFIG
 
 
@@ -30,30 +29,6 @@ def test_a_rank_holds_its_part_of_what_one_rank_would_hold() -> None:
     assert torch.equal(torch.cat((first[:2], second[:2], first[2:], second[2:])), alone)
 
 
-@pytest.mark.parametrize(
-    ("spread", "experts", "marks"),
-    [
-        ("rows", 1, {"tensor_model_parallel": True, "partition_dim": 0}),
-        ("columns", 1, {"tensor_model_parallel": True, "partition_dim": 1}),
-        ("everywhere", 1, {"sequence_parallel": True}),
-        ("experts", 2, {"tensor_model_parallel": True, "allreduce": False}),
-        # The experts of one expert rank are whole on both tensor ranks, which hold parts of everything else.
-        ("experts", 1, {"tensor_model_parallel": True, "allreduce": False}),
-    ],
-)
-def test_megatron_is_told_over_which_ranks(spread: Spread, experts: int, marks: dict[str, object]) -> None:
-    made = context(tensor_size=2, expert_size=experts)
-    param = sharded_parameter(made, (4,), [whole("a", (4,))], constant(1.0), spread)
-    names = ("tensor_model_parallel", "partition_dim", "sequence_parallel", "allreduce")
-    found = {name: getattr(param, name) for name in names if name in vars(param)}
-    assert found.items() >= marks.items() and ("sequence_parallel" in found) == (spread == "everywhere")
-
-
-def test_experts_on_one_rank_are_reduced_like_everything_else() -> None:
-    param = sharded_parameter(context(), (4,), [whole("a", (4,))], constant(1.0), "experts")
-    assert vars(param)["allreduce"] and "tensor_model_parallel" not in vars(param)
-
-
 def test_nothing_is_allocated_on_the_meta_device() -> None:
     param = sharded_parameter(context("meta"), (4,), [whole("a", (4,))], constant(1.0), "everywhere")
-    assert param.is_meta and pieces_of(param)[0].name == "a"
+    assert param.is_meta and pieces_of(param)[0].name == "a" and spread_of(param) == "everywhere"

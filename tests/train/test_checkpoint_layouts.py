@@ -18,7 +18,7 @@ from train.checkpoint.reader import latest, open_checkpoint
 from train.checkpoint.state import model_parts, optimizer_parts
 from train.optimizer import OptimizerConfig, open_optimizer
 
-CONFIG = ModelConfig(
+CONFIG = ModelConfig.of(
     pattern="ME*-E/*E/*E",
     vocab_size=24,
     hidden_size=16,

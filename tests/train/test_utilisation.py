@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.count import linear_modules, other_flops
+from model.count import linear_modules, other_products
 from parallel.cluster import ClusterConfig, PeakFlops
 from tests.train.recipes import recipe
 from train import loop
@@ -19,7 +19,7 @@ TOKENS = 8 * 64  # of a step of the small recipe
 def forward() -> tuple[float, float]:
     """FLOPs per token of linear layers, and of attention and SSD."""
     model = recipe().model
-    return sum(module.flops for module in linear_modules(model)), sum(flops for *_, flops in other_flops(model, 64))
+    return sum(module.flops for module in linear_modules(model)), sum(one.flops for one in other_products(model, 64))
 
 
 def test_one_format_is_the_usual_definition() -> None:

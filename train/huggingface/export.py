@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from model.config import ModelConfig
 from train.checkpoint.reader import Checkpoint
-from train.huggingface.config import hugging_face_config, to_hugging_face
+from train.huggingface.config import check_exportable, hugging_face_config, to_hugging_face
 from train.recipe.reading import read
 from train.run_directory import run_dir_of, stored_recipe
 
@@ -29,6 +29,7 @@ def export(checkpoint: Checkpoint, to: Path, *, shard_bytes: int = SHARD_BYTES) 
         raise ValueError(f"to={str(to)!r} is not empty: choose a new directory")
     values = stored_recipe(checkpoint)
     model = read(ModelConfig, values["model"], "model")
+    check_exportable(model)
     to.mkdir(parents=True, exist_ok=True)
     names = sorted(name for name in checkpoint.manifest.tensors if name.startswith(MODEL))
     shards = _shards(checkpoint, names, shard_bytes)

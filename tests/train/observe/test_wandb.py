@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.train.observe.examples import RECIPE, metrics_of, run_info
-from train.observe import MonitorConfig
+from train.observe import MonitorConfig, wandb_observer
 from train.observe.redact import REMOVED
 from train.observe.wandb_observer import WandbObserver
 
@@ -111,6 +112,34 @@ def test_wandb_offline_is_complete_continuous_and_holds_no_secret(tmp_path: Path
             assert os.environ["WANDB_API_KEY"].encode() not in content, path
             assert path.name not in ("wandb-metadata.json", "requirements.txt", "output.log")
     assert all(wandb_run(directory).host == "not-recorded" for directory in directories)
+
+
+def test_wandb_measures_the_machine_and_never_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_observer, "SYSTEM_SECONDS", 0.2)
+    monkeypatch.setenv("NIBBLE_TEST_VARIABLE", "a-value-of-the-environment")
+    monkeypatch.setattr(sys, "argv", ["train", "an.argument=of-the-command-line"])
+    observer = WandbObserver(MonitorConfig(wandb_timeout_seconds=120))
+    observer.on_start(run_info(tmp_path))
+    observer.on_step(metrics_of(1))
+    (directory,) = (tmp_path / "wandb").glob("offline-run-*")
+    (file,) = directory.glob("*.wandb")
+    deadline = time.monotonic() + 30
+    measured: set[str] = set()
+    while not {"cpu", "memory_percent"} <= measured and time.monotonic() < deadline:
+        time.sleep(0.2)
+        measured = {item.key for record in wandb_records(file) if record.WhichOneof("record_type") == "stats" for item in record.stats.item}
+    observer.on_error(RuntimeError("expert 7 is on fire"))
+    observer.close()
+    assert {"cpu", "memory_percent", "proc.memory.rssMB"} <= measured
+    deadline = time.monotonic() + 30
+    while not (exits := [r.exit for r in wandb_records(file) if r.WhichOneof("record_type") == "exit"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [record.exit_code for record in exits] == [1]  # failed, not finished
+    kinds = {record.WhichOneof("record_type") for record in wandb_records(file)}
+    assert kinds <= {"header", "run", "telemetry", "history", "summary", "stats", "exit", "footer"}
+    names = [socket.gethostname(), "a-value-of-the-environment", "of-the-command-line", sys.executable, str(Path(__file__).parents[3])]
+    for name in (name.encode() for name in names if len(name) > 3):
+        assert name not in file.read_bytes(), name
 
 
 def test_wandb_id_survives_a_kill_before_the_first_checkpoint(tmp_path: Path) -> None:
