@@ -124,6 +124,7 @@ def _train(run: Run, directory: RunDirectory, observers: Observers, signals: Sto
             place.samples = tuple(index for samples in run.plan.samples(step) for index in samples)
             observers.on_step_begin(step + 1)
             begin, clock = time.perf_counter(), Stopwatch(layout.device)
+            checkpointer.maybe_wait()
             metrics = train_step(run, step, clock)
             step += 1
             seconds = time.perf_counter() - begin
