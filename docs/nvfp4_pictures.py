@@ -7,45 +7,35 @@ leaves x, W and dy here, as they are before quantisation. What follows is arithm
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-import model.linear
-import model.moe
+from docs.nvfp4_numbers import print_numbers
+from docs.nvfp4_tensors import (
+    LAYERS,
+    SHOWN,
+    Seen,
+    along_columns,
+    along_rows,
+    block_of,
+    capture,
+    say,
+    sqnr,
+)
 from model.precision import hadamard as rht
 from model.precision import mxfp8, nvfp4, philox
-from model.precision.backends.reference import Reference
-from model.precision.formats.base import Format
-from model.precision.formats.fp32 import FP32
-from model.precision.formats.mxfp8 import MXFP8
-from model.precision.formats.nvfp4 import NVFP4, NVFP4Options
-from model.precision.linear import grouped_linear, linear
-from model.precision.operand import Encoding, Rows, pad_rows, per_row
-from model.precision.site import Site, TokenKeys
 from parallel import groups
-from parallel.layout import world_size
 from train.arguments import key_values
-from train.build import build
-from train.checkpoint.checkpointer import load_weights
-from train.checkpoint.reader import open_checkpoint
-from train.recipe.load import read_recipe
 from train.report import drawing as pictures
-from train.run_directory import stored_recipe
-from train.step import LossStep, to_microbatch
 
-BACKEND = Reference()
 BLUE, RED, GREEN, PINK, ORANGE, SKY = pictures.RUN_COLOURS
 GREY = "#555555"
-SHOWN = "layers.0.mixer.in_proj"  # whose blocks are drawn
 LOOKS = {
     "features": (BLUE, "o"),
     "features, nearest": (BLUE, "o"),
@@ -58,162 +48,6 @@ LOOKS = {
     "tokens, rotated, stochastic": (RED, "^"),
     "MXFP8": (GREY, "D"),
 }
-LAYERS = (
-    "layers.0.mixer.in_proj",
-    "layers.0.mixer.out_proj",
-    "layers.1.mixer.experts.up_proj",
-    "layers.1.mixer.experts.down_proj",
-    "layers.1.mixer.shared_experts.up_proj",
-    "layers.1.mixer.shared_experts.down_proj",
-    "layers.3.mixer.qkv_proj",
-    "layers.3.mixer.o_proj",
-    "lm_head",
-)
-
-
-# -- what a layer saw ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Seen:
-    """The operands of one linear layer: x fp32 [tokens, K], weight fp32 [groups, N, K], dy fp32 [tokens, N]; tokens belong to groups."""
-
-    site: Site
-    x: Tensor
-    weight: Tensor
-    rows: Rows
-    keys: TokenKeys
-    step: int
-    dy: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def stream(self, operand: str, step: int | None = None) -> philox.Stream:
-        """The random bytes this run draws for "dy" or "dy_t", at its own or another step."""
-        expert = None
-        if self.site.first_expert is not None:
-            sizes = torch.tensor(self.rows.sizes)
-            expert = (torch.arange(len(sizes)) + self.site.first_expert).repeat_interleave(sizes)
-        key = philox.stream_key(self.site.seed, self.site.name, operand)
-        return philox.Stream(key, self.keys.sample, self.keys.position, self.step if step is None else step, expert=expert)
-
-    @property
-    def weight_rows(self) -> Rows:
-        return Rows((self.weight.shape[1],) * self.weight.shape[0])
-
-
-@contextmanager
-def recording() -> Iterator[dict[str, Seen]]:
-    """Inside, the first call of every linear layer leaves its operands in the dictionary."""
-    seen: dict[str, Seen] = {}
-
-    def note(site: Site, x: Tensor, weight: Tensor, sizes: Sequence[int] | None, keys: TokenKeys, step: int, y: Tensor) -> Tensor:
-        if site.name not in seen:  # the head also serves MTP
-            flat = x.detach().reshape(-1, x.shape[-1]).float().clone()
-            stacked = weight.detach().reshape(-1, *weight.shape[-2:]).float().clone()
-            one = seen[site.name] = Seen(site, flat, stacked, Rows(tuple(sizes or (len(flat),))), keys, step)
-
-            def keep(dy: Tensor) -> None:
-                one.dy = dy.reshape(-1, dy.shape[-1]).float().clone()
-
-            y.register_hook(keep)
-        return y
-
-    def plain(x: Tensor, weight: Tensor, formats: Any, site: Site, keys: TokenKeys, step: int, *rest: Any) -> Tensor:
-        return note(site, x, weight, None, keys, step, linear(x, weight, formats, site, keys, step, *rest))
-
-    def grouped(x: Tensor, weight: Tensor, sizes: Sequence[int], formats: Any, site: Site, keys: TokenKeys, step: int) -> Tensor:
-        return note(site, x, weight, sizes, keys, step, grouped_linear(x, weight, sizes, formats, site, keys, step))
-
-    with patch.object(model.linear, "linear", plain), patch.object(model.moe, "grouped_linear", grouped):
-        yield seen
-
-
-def capture(path: str) -> dict[str, Seen]:
-    """What the linear layers of a checkpoint see in one training microbatch; weights are not changed."""
-    checkpoint = open_checkpoint(path)
-    run = build(read_recipe(stored_recipe(checkpoint), world_size()))
-    load_weights(checkpoint, run.chunks)
-    recipe = run.recipe
-    step = min(checkpoint.step, recipe.total_steps - 1)
-    batch = run.data.batch(run.plan.samples(step)[0], step)
-    microbatch = to_microbatch(batch, run.layout.device, step / recipe.total_steps, recipe.model.mtp_depths)
-    losses = LossStep(run.layout, microbatch.loss_counts(), recipe.model.mtp_loss_scale)
-    with recording() as seen:
-        run.engine.train_step(
-            losses,
-            [microbatch],
-            sequence_length=recipe.train.sequence_length,
-            micro_batch_size=recipe.micro_batch_size,
-            learning_rate=0.0,
-        )
-    say(
-        f"checkpoint of step {checkpoint.step}, microbatch of step {step}: {microbatch.documents.numel()} tokens, LM loss",
-        losses.means()[0],
-    )
-    return seen
-
-
-# -- quantised and back ----------------------------------------------------------------------------------------------------------------
-
-
-def along_rows(x: Tensor, rows: Rows, **options: Any) -> Tensor:
-    """x [rows, features] in NVFP4 with blocks along features, or in tiles, back in fp32. options: of `Encoding`."""
-    encoding = Encoding(**options)
-    amax = BACKEND.amax(x, rows, encoding)
-    products = BACKEND.quantize(x, amax, rows, encoding)
-    assert isinstance(products, Tensor)
-    return products * (amax if encoding.row_scaled else per_row(amax, rows)) / (nvfp4.MAX_CODE * encoding.bound)
-
-
-def along_columns(x: Tensor, rows: Rows, *, hadamard: bool, stream: philox.Stream | None = None) -> tuple[Tensor, Tensor]:
-    """(x with its rows padded, and rotated with `hadamard`; the same from NVFP4 with blocks along rows), fp32 [padded rows, features]."""
-    exact = pad_rows(x, rows)
-    if hadamard:
-        exact = rht.rotate(exact.T).T
-    encoding = Encoding("columns", stream, rht.FIXED if hadamard else None)
-    amax = BACKEND.amax(x, rows, encoding)
-    products = BACKEND.quantize(x, amax, rows, encoding)
-    assert isinstance(products, Tensor)
-    return exact, products * per_row(amax, encoding.stored(rows)) / 2688
-
-
-def sqnr(exact: Tensor, quantised: Tensor) -> float:
-    """Signal to quantisation noise, dB: 20 dB is a relative error of 10%."""
-    return float(10 * torch.log10(exact.double().square().sum() / (quantised.double() - exact).square().sum()))
-
-
-def relative(exact: Tensor, value: Tensor) -> float:
-    return float((value.double() - exact).norm() / exact.double().norm())
-
-
-def nvfp4_format(**options: Any) -> Format:
-    return NVFP4(NVFP4Options(**options))
-
-
-def gemms(seen: Seen, form: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """y, dx and dW of the layer, all three GEMMs in one format, by the code that trains."""
-    site = replace(seen.site, weights=type(seen.site.weights)())
-    x, weight = seen.x.clone().requires_grad_(), seen.weight.clone().requires_grad_()
-    if seen.site.first_expert is None:
-        y = linear(x, weight[0], (form,) * 3, site, seen.keys, seen.step)
-    else:
-        y = grouped_linear(x, weight, seen.rows.sizes, (form,) * 3, site, seen.keys, seen.step)
-    y.backward(seen.dy)
-    assert x.grad is not None and weight.grad is not None
-    return y.detach(), x.grad, weight.grad
-
-
-def block_of(x: Tensor, amax: Tensor, random_bits: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-    """(x * enc before rounding [16], codes [16], block scale) of one block x [16]."""
-    encoded = nvfp4.encode(x[None], x.abs().amax()[None], amax, random_bits=None if random_bits is None else random_bits[None])
-    decode = torch.div(torch.tensor(1.0), nvfp4.global_scale(amax))
-    return x * torch.div(torch.tensor(1.0), encoded.scale * decode), encoded.code[0], float(encoded.scale)
-
-
-def say(what: str, *values: float | Tensor) -> None:
-    print(f"  {what:<86}" + "".join(f"{float(value):>11.5g}" for value in values))
-
-
-# -- pictures --------------------------------------------------------------------------------------------------------------------------
 
 
 def draw_block(seen: Seen, path: Path, *, token: int, block: int) -> None:
@@ -346,38 +180,6 @@ def draw_hadamard(seen: Seen, path: Path) -> None:
     grid[2].set_ylabel("groups")
     grid[2].grid(False, axis="x")
     pictures.save(figure, path)
-
-
-def mean_over_bytes(round_with: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The exact expectation of stochastic rounding: the mean over all 256 random bytes."""
-    total = torch.zeros_like(like, dtype=torch.float64)
-    for byte in range(256):
-        total += round_with(torch.full(like.shape, byte, dtype=torch.uint8))
-    return (total / 256).float()
-
-
-def bias_of(x: Tensor) -> dict[str, float]:
-    """Bias of NVFP4 on x [rows, features] with blocks along features, one amax."""
-    blocks, amax = x.unflatten(1, (-1, nvfp4.BLOCK)), x.abs().amax()
-    block_amax = blocks.abs().amax(-1)
-    nearest = nvfp4.encode(blocks, block_amax, amax)
-    worth = (nearest.scale * amax / 2688).unsqueeze(-1)
-    mean = mean_over_bytes(lambda bits: nvfp4.encode(blocks, block_amax, amax, random_bits=bits).code, blocks)
-    clipped = blocks.abs() > nvfp4.MAX_CODE * worth * (1 + 1e-6)
-    whole = blocks.abs().sum()
-
-    def net(code: Tensor, where: Tensor | None = None) -> float:
-        error = (code * worth - blocks) * blocks.sign()
-        return 100 * float(error.sum() / whole if where is None else error[where].sum() / blocks.abs()[where].sum())
-
-    return {
-        "clipped": 100 * float(clipped.float().mean()),
-        "of_clipped": net(mean, clipped),
-        "stochastic": net(mean),
-        "nearest": net(nearest.code),
-        "mean_nearest": 100 * float((nearest.code * worth - blocks).abs().sum() / whole),
-        "mean_stochastic": 100 * float((mean * worth - blocks).abs().sum() / whole),
-    }
 
 
 def draw_stochastic(seen: Seen, path: Path, *, token: int, draws: int = 4096) -> None:
@@ -520,150 +322,6 @@ def draw_errors(seen: dict[str, Seen], path: Path) -> None:
     pictures.save(figure, path)
 
 
-# -- numbers ---------------------------------------------------------------------------------------------------------------------------
-
-
-def print_levels(seen: Seen) -> None:
-    """What the fp32 level is for."""
-    print("\nTwo levels: " + SHOWN)
-    for kind, x in (("x", seen.x), ("dy", seen.dy)):
-        blocks = x.unflatten(1, (-1, nvfp4.BLOCK))
-        block_amax, amax = blocks.abs().amax(-1), x.abs().amax()
-        with_level = nvfp4.round_e4m3(block_amax * (nvfp4.global_scale(amax) / 6))
-        without = nvfp4.round_e4m3(block_amax / 6)
-        say(f"{kind}: amax, smallest block amax", amax, block_amax.min())
-        say(f"{kind}: largest block amax / smallest non-zero one", amax / block_amax[block_amax > 0].min())
-        say(
-            f"{kind}: blocks with scale 0, %, with S, without S",
-            100 * (with_level == 0).float().mean(),
-            100 * (without == 0).float().mean(),
-        )
-        say(f"{kind}: smallest and largest block scale with S", with_level.min(), with_level.max())
-
-
-def print_bias(seen: Seen) -> None:
-    print("\nBias, in % of the sum of magnitudes: elements clipped | of the clipped | net, stochastic | net, nearest")
-    normal = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
-    for name, x in (("N(0, 1)", normal), (f"dy of {SHOWN}, every 8th token", seen.dy[::8].contiguous())):
-        bias = bias_of(x)
-        say(name, bias["clipped"], bias["of_clipped"], bias["stochastic"], bias["nearest"])
-        say("  mean |expected value - true|: nearest, stochastic", bias["mean_nearest"], bias["mean_stochastic"])
-
-
-def print_averaging(seen: Seen, draws: int = 64) -> None:
-    """What unbiasedness is worth: the error of dgrad when draws are averaged (W exact)."""
-    w, exact = seen.weight[0], seen.dy @ seen.weight[0]
-    nearest = along_rows(seen.dy, seen.rows) @ w
-    blocks, amax = seen.dy.unflatten(1, (-1, nvfp4.BLOCK)), seen.dy.abs().amax()
-    block_amax = blocks.abs().amax(-1)
-    mean = mean_over_bytes(lambda bits: nvfp4.encode(blocks, block_amax, amax, random_bits=bits).products().view_as(blocks), blocks)
-    expected = mean.flatten(1) * amax / 2688 @ w
-    total = torch.zeros_like(exact)
-    for draw in range(draws):
-        one = along_rows(seen.dy, seen.rows, stream=seen.stream("dy", step=draw)) @ w
-        total += one
-        if draw == 0:
-            first = relative(exact, one)
-    print("\nRelative error of dx, % (dy in NVFP4, W exact): nearest | one stochastic draw | mean of draws | expectation")
-    say(
-        f"{SHOWN}, {draws} draws",
-        100 * relative(exact, nearest),
-        100 * first,
-        100 * relative(exact, total / draws),
-        100 * relative(exact, expected),
-    )
-
-
-def print_transpose(seen: Seen) -> None:
-    """Whether W and its transpose quantise to the same values."""
-    w = seen.weight[0]
-    print("\nW against its transpose: elements whose value differs, %")
-    for scaling in ("1d", "2d"):
-        one, other = (nvfp4.quantize(t, scaling=scaling).dequantize() for t in (w, w.T.contiguous()))
-        say(scaling, 100 * (one != other.T).float().mean())
-
-
-def print_gemms(seen: dict[str, Seen]) -> None:
-    """Relative errors of the three GEMMs against fp32, by the code that trains."""
-    forms: dict[str, Format] = {
-        "nvfp4 recipe": nvfp4_format(),
-        "without Hadamard": nvfp4_format(hadamard=False),
-        "round to nearest": nvfp4_format(stochastic_rounding=False),
-        "1d weights": nvfp4_format(weight_scaling="1d"),
-        "4over6_mse, bound 256": nvfp4_format(clipping="4over6_mse", e4m3_bound=256),
-        "mxfp8": MXFP8(),
-    }
-    print("\nRelative error of y, dx, dW against fp32, %")
-    for name in LAYERS:
-        exact = gemms(seen[name], FP32())
-        for label, form in forms.items():
-            say(f"{name:<42}{label}", *(100 * relative(a, b) for a, b in zip(exact, gemms(seen[name], form), strict=True)))
-
-
-def print_exactness(seen: Seen) -> None:
-    """code * scale is exact in bf16; a rounded, fully dequantised operand is not the same GEMM."""
-    x, w, rows = seen.x, seen.weight[0], seen.rows
-    of_x, of_w = Encoding("rows"), Encoding("tiles")
-    ax, aw = BACKEND.amax(x, rows, of_x), BACKEND.amax(w, seen.weight_rows, of_w)
-    px, pw = BACKEND.quantize(x, ax, rows, of_x), BACKEND.quantize(w, aw, seen.weight_rows, of_w)
-    assert isinstance(px, Tensor) and isinstance(pw, Tensor)
-    alpha = ax * aw / 2688**2
-    truth = (px.double() @ pw.double().T) * alpha.double()
-    late = (px.to(torch.bfloat16).float() @ pw.to(torch.bfloat16).float().T) * alpha
-    dequantised = [(p * a / 2688).to(torch.bfloat16).float() for p, a in ((px, ax), (pw, aw))]
-    print("\nGEMM on code * scale: " + SHOWN)
-    say("products that bf16 changes", (px.to(torch.bfloat16).float() != px).sum() + (pw.to(torch.bfloat16).float() != pw).sum())
-    say("largest |y - exact| / max |y|: bf16 products, alpha after", (late - truth).abs().max() / truth.abs().max())
-    say(
-        "                               operands dequantised, rounded to bf16",
-        (dequantised[0] @ dequantised[1].T - truth).abs().max() / truth.abs().max(),
-    )
-
-
-def print_options(seen: dict[str, Seen]) -> None:
-    print("\nOptions of forward operands, SQNR in dB: default | 4over6_mae 256 | 4over6_mse 256 | 4over6_mse 448 | row-scaled")
-    ways: tuple[dict[str, Any], ...] = (
-        {},
-        {"clipping": "4over6_mae", "bound": 256.0},
-        {"clipping": "4over6_mse", "bound": 256.0},
-        {"clipping": "4over6_mse"},
-    )
-    for name in LAYERS:
-        one, w = seen[name], seen[name].weight.flatten(0, 1)
-        say(f"x of {name}", *(sqnr(one.x, along_rows(one.x, one.rows, **way)) for way in (*ways, {"row_scaled": True})))
-        say(f"W of {name}", *(sqnr(w, along_rows(w, one.weight_rows, along="tiles", **way)) for way in ways))
-
-
-def print_layouts(seen: dict[str, Seen]) -> None:
-    """How much a layout moves the values."""
-    print("\nLayouts: elements whose quantised value differs, %")
-    one = seen[SHOWN]
-    w = one.weight[0]
-    whole = along_rows(w, one.weight_rows, along="tiles")
-    half = w.shape[0] // 32 * 16
-    shards = [along_rows(part.contiguous(), Rows((len(part),)), along="tiles") for part in (w[:half], w[half:])]
-    say("W cut in two by output features, each with its own amax", 100 * (torch.cat(shards) != whole).float().mean())
-    say("  SQNR in dB: whole, cut", sqnr(w, whole), sqnr(w, torch.cat(shards)))
-    expert = seen["layers.1.mixer.experts.up_proj"]
-    index = max(range(len(expert.rows.sizes)), key=lambda i: expert.rows.sizes[i])
-    start, stop = expert.rows.bounds[index]
-    x = expert.x[start:stop]
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    rows = Rows((len(x),))
-    by_features = along_rows(x[order], rows) != along_rows(x, rows)[order]
-    say(f"x of one expert ({len(x)} tokens) in another token order: fprop", 100 * by_features.float().mean())
-    for hadamard in (False, True):
-        exact, value = along_columns(x, rows, hadamard=hadamard)
-        exact_moved, moved = along_columns(x[order], rows, hadamard=hadamard)
-        if not hadamard:
-            say("  wgrad without Hadamard", 100 * (moved[: len(x)] != value[order]).float().mean())
-        say(
-            f"  wgrad {'with' if hadamard else 'without'} Hadamard, SQNR in dB: one order, the other",
-            sqnr(exact, value),
-            sqnr(exact_moved, moved),
-        )
-
-
 def main(arguments: Sequence[str]) -> int:
     """The command; exit status 2 for wrong arguments."""
     try:
@@ -685,14 +343,7 @@ def main(arguments: Sequence[str]) -> int:
         draw_hadamard(one, to / "hadamard.png")
         draw_stochastic(one, to / "stochastic.png", token=64)
         draw_errors(seen, to / "errors.png")
-    print_levels(one)
-    print_transpose(one)
-    print_bias(one)
-    print_averaging(one)
-    print_exactness(one)
-    print_gemms(seen)
-    print_options(seen)
-    print_layouts(seen)
+    print_numbers(seen)
     return 0
 
 

@@ -98,6 +98,8 @@ def gaps(runs: Mapping[str, Mapping[int, Run]], to: str = REFERENCE) -> dict[str
             ours, theirs = by_seed[seed], reference[seed]
             if not np.array_equal(ours.steps, theirs.steps):
                 raise ValueError(f"{arm} and {to} of seed {seed} logged different steps: run both from the same recipe")
+            if ours.steps[-1] <= WINDOW // 2:
+                raise ValueError(f"{arm} of seed {seed} ends after {ours.steps[-1]} steps: a running mean of {WINDOW} needs longer runs")
             curves.append(100 * (smooth(ours.losses, WINDOW) / smooth(theirs.losses, WINDOW) - 1))
             final.append(100 * (ours.validation / theirs.validation - 1))
         found[arm] = Gap(seeds, reference[seeds[0]].steps, np.array(curves), np.array(final))

@@ -6,7 +6,7 @@ is `torchrun --standalone --nproc-per-node 2 -m train -cn tiny parallel.tensor=2
 otherwise, but the recipe is validated for that many ranks before any of them starts, and a rank that ends badly is one sentence instead of the
 launcher's traceback. ranks: default one per GPU, or 1. Everything else is passed on to `python -m train`.
 
-The exit status is that of the rank that failed first, 128 + the signal where a signal ended it, or 2 where the recipe is wrong.
+The exit status is that of the rank that failed first, 128 + the signal where a signal ended it; otherwise as `train.signals` says.
 """
 
 import logging
@@ -23,6 +23,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from train.recipe.cli import main as with_recipe
 from train.recipe.tree import Recipe
 from train.refusal import REFUSED, refuse
+from train.signals import INTERRUPTED, STOPPED
+
+PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # to the ranks; torchrun's own list lacks the last
 
 
 def split(arguments: Sequence[str]) -> tuple[int, list[str]]:
@@ -41,7 +44,7 @@ def split(arguments: Sequence[str]) -> tuple[int, list[str]]:
 
 def command(ranks: int, arguments: Sequence[str]) -> list[str]:
     """Of torchrun."""
-    return ["--standalone", "--nproc-per-node", str(ranks), "-m", "train", *arguments]
+    return ["--standalone", "--nproc-per-node", str(ranks), f"--signals-to-handle={PASSED_ON}", "-m", "train", *arguments]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,12 +65,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def _start(line: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault(
+        "TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    )  # passed on; its own list lacks SIGUSR1
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say of a failed rank follows below, shorter
     try:
         torchrun.run(torchrun.parse_args(line))
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        if failure.exitcode != REFUSED:  # then a sentence has been said
+        if failure.exitcode not in (REFUSED, STOPPED, INTERRUPTED):  # of those a sentence has been said
             how = (
                 f"was ended by {signal.Signals(-failure.exitcode).name}"
                 if failure.exitcode < 0
@@ -75,8 +81,8 @@ def _start(line: Sequence[str]) -> int:
             )
             print(f"error: rank {rank} {how}, and with it the others: what it said stands above", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
+    except SignalException:  # torchrun has passed it on and waited for its ranks
+        return STOPPED
     return 0
 
 

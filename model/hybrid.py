@@ -1,7 +1,8 @@
 """The hybrid model: embedding, a stack of layers by pattern, head, and multi-token prediction; one pipeline stage of it per rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,8 @@ from model.linear import Linear
 from model.moe import Experts
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
+from model.precision.formats.base import Format
+from model.precision.linear import Site
 from model.router import Router
 from parallel.stage import Stage
 
@@ -119,18 +122,23 @@ class HybridModel(Stage):
         return [module for module in self.modules() if isinstance(module, Router)]
 
 
-@torch.no_grad()
-def change_weights(chunks: Sequence[HybridModel], step: int, progress: float) -> bool:
-    """Lets number formats change weights after optimizer step `step` (from 0), which was taken at `progress`, and says whether some may have: the
-    optimizer's masters are to be loaded from the weights again. The same answer on every rank."""
+def weight_changes(chunks: Sequence[HybridModel], step: int, progress: float) -> dict[nn.Parameter, Callable[[Tensor], None]]:
+    """What number formats do to weights after optimizer step `step` (from 0), which was taken at `progress`: for `Engine.update_masters`."""
     policy = chunks[0].context.policy
     if not policy.changes_weights:
-        return False
+        return {}
+    changes: dict[nn.Parameter, Callable[[Tensor], None]] = {}
     for module in (module for chunk in chunks for module in chunk.modules()):
         if isinstance(module, Linear | Experts):
             for site, weight in module.weights():
-                policy.format_for(site.name, "fprop", progress).after_step(weight, site, step)
-    return True
+                form = policy.format_for(site.name, "fprop", progress)
+                if form.changes_weights:
+                    changes[weight] = partial(_after_step, form, site, step)
+    return changes
+
+
+def _after_step(form: Format, site: Site, step: int, master: Tensor) -> None:
+    form.after_step(master if master.dim() == 3 else master.unsqueeze(0), site, step)
 
 
 @torch.no_grad()

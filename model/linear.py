@@ -73,9 +73,9 @@ class Linear(nn.Module):
         self.site = context.site(name, outputs=outputs, inputs=inputs, own_tokens=own_tokens)
         context.linears.append(LinearUse(name, out_features, in_features, SPREAD[mode], 2.0 * in_features * out_features))
 
-    def weights(self) -> list[tuple[Site, Tensor]]:
-        """The weight as the numerics know it, [1, N, K]."""
-        return [(self.site, self.weight.unsqueeze(0))]
+    def weights(self) -> list[tuple[Site, nn.Parameter]]:
+        """The weight, [N, K], and what the numerics know of it."""
+        return [(self.site, self.weight)]
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, in] -> [sequence, batch, out]; which dimension is local depends on the mode."""

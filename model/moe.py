@@ -122,8 +122,8 @@ class Experts(nn.Module):
     def formats(self, kind: str, microbatch: Microbatch) -> Formats:
         return self.context.policy.formats(f"{self.name}.{kind}", microbatch.progress)
 
-    def weights(self) -> list[tuple[Site, Tensor]]:
-        """The stacked weights as the numerics know them, [experts, N, K]."""
+    def weights(self) -> list[tuple[Site, nn.Parameter]]:
+        """The stacked weights, [experts, N, K], and what the numerics know of them."""
         return [(self.sites["up_proj"], self.up_proj), (self.sites["down_proj"], self.down_proj)]
 
     def draws(self, microbatch: Microbatch) -> bool:

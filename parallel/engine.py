@@ -8,7 +8,7 @@ Gradients are accumulated and reduced in fp32 and only ever added: the loss is n
 A step whose gradients are not finite on some rank is taken by no rank.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -125,9 +125,9 @@ class Engine(Stateful, Protocol):
         """Makes the fp32 masters equal the model's weights, after weights alone were loaded."""
         ...
 
-    def update_masters(self, change: Callable[[nn.Parameter, Tensor, tuple[int, int] | None], None]) -> None:
-        """Calls `change(parameter, master, flat_range)` for every fp32 master on this rank, which it may alter in place, and makes the
-        weights follow on every rank. Collective; between two steps."""
+    def update_masters(self, changes: Mapping[nn.Parameter, Callable[[Tensor], None]]) -> None:
+        """Between two steps: hands each function the whole fp32 master of its parameter, of that parameter's shape, to change in place, and makes
+        the weights follow. Collective: data-parallel ranks pass the same parameters in the same order, and change them alike."""
         ...
 
     def close(self) -> None:

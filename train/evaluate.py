@@ -15,6 +15,7 @@ from train.checkpoint.reader import open_checkpoint
 from train.evaluation import measure
 from train.observe.lines import evaluation_text
 from train.recipe.load import read_recipe
+from train.refusal import refuse
 from train.run_directory import stored_recipe
 
 
@@ -29,8 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         load_weights(checkpoint, run.chunks)
         metrics = measure(run, run.recipe.evaluation.chosen(), checkpoint.step)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
     finally:
         groups.shutdown()
     if run.layout.rank == 0:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from data.documents import DataError
 from model.count import count, linear_modules
-from model.hybrid import change_weights, end_step
+from model.hybrid import end_step, weight_changes
 from parallel import groups
 from parallel.layout import Layout
 from train.build import Run, build
@@ -124,6 +124,7 @@ def _train(run: Run, directory: RunDirectory, observers: Observers, signals: Sto
             place.samples = tuple(index for samples in run.plan.samples(step) for index in samples)
             observers.on_step_begin(step + 1)
             begin, clock = time.perf_counter(), Stopwatch(layout.device)
+            checkpointer.maybe_wait()
             metrics = train_step(run, step, clock)
             step += 1
             seconds = time.perf_counter() - begin
@@ -206,8 +207,8 @@ def train_step(run: Run, step: int, clock: Stopwatch | None = None) -> dict[str,
         learning_rate=rate,
         mark=clock.mark,
     )
-    if result.taken and change_weights(run.chunks, step, progress):
-        run.engine.reload_masters()
+    if result.taken:
+        run.engine.update_masters(weight_changes(run.chunks, step, progress))
     moe = end_step(run.chunks, update=result.taken)
     means = losses.means().tolist()
     metrics = {"loss/lm": means[0]}

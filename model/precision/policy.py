@@ -26,7 +26,7 @@ class Rule:
     """`format` for the modules a glob matches, in some GEMMs, during a part of the run."""
 
     format: str
-    """Name of a number format."""
+    """Number format: fp32, bf16, mxfp8, nvfp4, or what is registered."""
     modules: tuple[str, ...] = ()
     """Globs over canonical module names (`layers.*.mixer.out_proj`, `mtp.*`); empty: every module."""
     gemms: tuple[Gemm, ...] = GEMMS
@@ -66,7 +66,7 @@ class PrecisionConfig:
     compute: str = "auto"
     """Dtype of activations and of the weights in memory: fp32 or bf16; auto: bf16 on a GPU, fp32 on a CPU, decided when the recipe is read."""
     default: str = "nvfp4"
-    """The format of what no rule matches."""
+    """Number format of what no rule matches: fp32, bf16, mxfp8, nvfp4, or what is registered."""
     rules: tuple[Rule, ...] = ()
     """Exceptions; the last one that matches decides."""
     schedule: tuple[Rule, ...] = ()

@@ -5,7 +5,7 @@ norm and their all-gather; only torch's optimizer inside each is replaced by the
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -187,14 +187,33 @@ class MegatronEngine:
         self._chained.reload_model_params()
 
     @torch.no_grad()
-    def update_masters(self, change: Callable[[nn.Parameter, Tensor, FlatRange], None]) -> None:
-        for _, param, master, flat_range in self._masters():
-            change(param, master.detach(), flat_range)
-            weight = param.detach()
-            (weight if flat_range is None else weight.view(-1)[slice(*flat_range)]).copy_(master)
-        if self.layout.config.distributed_optimizer:
-            for chunk in self.chunks:
-                chunk.start_param_sync()
+    def update_masters(self, changes: Mapping[nn.Parameter, Callable[[Tensor], None]]) -> None:
+        if not changes:
+            return
+        held = {param: (master.detach(), flat_range) for _, param, master, flat_range in self._masters()}
+        groups = {
+            param: part.data_parallel_group
+            for part in self._parts
+            if isinstance(part, DistributedOptimizer)
+            for buffer in part.buffers
+            for param in buffer.params
+        }
+        for param, change in changes.items():
+            if param not in groups:
+                master, _ = held[param]
+                change(master)
+                param.copy_(master)
+                continue
+            # Each rank holds a part of the flattened master, or none of it.
+            whole = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            master, flat_range = held.get(param, (whole.new_empty(0), (0, 0)))
+            assert flat_range is not None
+            mine = whole.view(-1)[slice(*flat_range)]
+            mine.copy_(master)
+            torch.distributed.all_reduce(whole, group=groups[param])
+            change(whole)
+            param.copy_(whole)
+            master.copy_(mine)
 
     def close(self) -> None:
         """Nothing of Megatron's outlives its objects."""

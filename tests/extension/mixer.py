@@ -6,12 +6,12 @@ y = W_out (relu(W_in x)_t * relu(W_in x)_{t-1})        0 before the sequence, an
 from dataclasses import dataclass
 
 import torch
-from model.mixer import NOT_GIVEN, Mixer, Needed, Sizes, register_mixer
 from torch import Tensor, nn
 
 from model.batch import Microbatch
 from model.context import ModelContext
 from model.linear import Linear
+from model.mixer import NOT_GIVEN, Mixer, Needed, Sizes, register_mixer
 from model.parameter import output_std
 
 

@@ -1,8 +1,10 @@
 """The torchrun starter."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,15 @@ import pytest
 from launch.local import command, main, split
 from tests.train.recipes import SMALL
 from train.observe.metrics import read_metrics
+from train.signals import STOPPED
 
 
 def test_command() -> None:
     ranks, rest = split(["ranks=3", "-cn", "tiny", "a=b"])
     assert (ranks, rest) == (3, ["-cn", "tiny", "a=b"])
-    assert command(ranks, rest) == ["--standalone", "--nproc-per-node", "3", "-m", "train", "-cn", "tiny", "a=b"]
+    line = command(ranks, rest)
+    assert line[:3] == ["--standalone", "--nproc-per-node", "3"] and line[4:] == ["-m", "train", "-cn", "tiny", "a=b"]
+    assert line[3].startswith("--signals-to-handle=") and "SIGUSR1" in line[3]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,7 @@ def test_a_wrong_recipe_starts_no_rank(
     assert len(errors) == 1 and named in errors[0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_refused_is_one_sentence(tmp_path: Path) -> None:
     """What only shows when files are opened, on every rank: said once, without the launcher's traceback."""
     missing = "data.phases=[{blend:[{path:/does/not/exist}]}]"
@@ -79,6 +85,32 @@ def test_two_ranks_train_and_finish(tmp_path: Path) -> None:
     assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1, 2, 3]
     assert "2 ranks on cpu: tensor 2 + sequence" in printed
     assert printed.count("Finished 3 steps") == 1  # one rank speaks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_signal_to_the_launcher_stops_its_ranks_in_order(tmp_path: Path) -> None:
+    run_dir, root = tmp_path / "run", Path(__file__).resolve().parents[2]
+    line = [
+        sys.executable,
+        "-m",
+        "launch.local",
+        "ranks=2",
+        "-cn",
+        "tiny",
+        *SMALL,
+        "train.steps=100000",
+        f"run.dir={run_dir}",
+        "precision=fp32",
+    ]
+    launcher = subprocess.Popen(line, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while launcher.poll() is None and not (run_dir / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == STOPPED, errors
+    assert "Traceback" not in errors
+    assert list(run_dir.glob("checkpoints/step-*/manifest.json"))
 
 
 @pytest.mark.slow

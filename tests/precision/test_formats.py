@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.hybrid import change_weights
+from model.hybrid import weight_changes
 from model.precision import nvfp4
 from model.precision.backends.cpu import FusedCPU
 from model.precision.formats import registry
@@ -223,7 +223,7 @@ def test_without_such_a_format_nothing_is_asked() -> None:
     policy = Policy(PrecisionConfig(), 4)
     assert not policy.changes_weights
     chunk: Any = type("Chunk", (), {"context": type("Context", (), {"policy": policy}), "modules": None})
-    assert not change_weights([chunk], 0, 0.0)
+    assert weight_changes([chunk], 0, 0.0) == {}
 
 
 @pytest.mark.usefixtures("registered")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from train.precision_table import LinearRow, OtherRow, precision_table
+from tests.train.recipes import recipe
+from train.precision_table import LinearRow, OtherRow, precision_table, precision_tables, table_at
 
 NVFP4 = ("nvfp4", "nvfp4", "nvfp4")
 BF16 = ("bf16", "bf16", "bf16")
@@ -38,6 +39,18 @@ def test_rows_of_the_same_kind_and_formats_are_merged() -> None:
     assert cells[2] == ["mtp.layers.0.layers.1.mixer.out_proj", "1", *BF16, "1M", "14.2%"]
     assert cells[3] == ["layers.{1,3,5,...,39}.mixer.gate", "20", *BF16, "20k", "0.3%"]
     assert len({len(line) for line in lines[:6]}) == 1  # the columns are aligned
+
+
+def test_variants_of_a_format_are_told_apart_and_share_its_name() -> None:
+    rule = '{format: nvfp4, modules: ["layers.2.*"], gemms: [fprop], nvfp4: {clipping: 4over6_mae, e4m3_bound: 256}}'
+    router = '{format: bf16, modules: ["*.gate"]}'
+    late = "{format: bf16, start: decay}"
+    tables = precision_tables(recipe(f"precision.rules=[{rule},{router}]", f"precision.schedule=[{late}]"))
+    early, decay = table_at(tables, 0.3), table_at(tables, 0.9)
+    assert early is tables[0.0] and early is not decay
+    assert early.shares.keys() == {"nvfp4", "bf16"} and decay.shares == {"bf16": 1.0, "nvfp4": 0.0}
+    line = next(line for line in early.text.splitlines() if "layers.2.mixer.in_proj" in line).split()
+    assert " ".join(line[2:6]) == "nvfp4(clipping=4over6_mae, e4m3_bound=256) nvfp4 nvfp4"
 
 
 def test_wrong_rows_are_refused() -> None:

@@ -5,8 +5,9 @@ start the calls are made by a thread of their own, so that a service that hangs 
 the end of a run for `monitor.wandb_timeout_seconds` at most, and its steps not at all. The run id is drawn once and
 kept in <run>/wandb_id (a run killed before its first checkpoint keeps it) and in the checkpoint. W&B cannot append to
 an offline directory, so a resumed run opens another one below <run>/wandb with the same id and goes on counting in
-our steps; `wandb sync --append` joins them. Host, environment, command line, code, packages and console output are
-never recorded.
+our steps; `wandb sync --append` joins them. How
+busy the machine is (CPU, memory, disk, network, GPUs) is measured every 15 seconds; its name, the environment, the command line, code,
+packages and console output are never recorded.
 """
 
 from __future__ import annotations
@@ -123,12 +124,12 @@ class WandbObserver(Observer):
             disable_code=True,
             disable_job_creation=True,
             save_code=False,
-            x_disable_meta=True,
+            x_disable_meta=True,  # host, user, command line, packages, hardware
+            x_save_requirements=False,
+            x_disable_machine_info=False,  # true would end the measurements of the machine as well
             x_disable_stats=False,
             x_stats_sampling_interval=SYSTEM_SECONDS,
             x_stats_coreweave_metadata_base_url="http://127.0.0.1:9",  # nobody: else a server is asked where the machine stands
-            x_disable_machine_info=False,
-            x_save_requirements=False,
             x_transaction_log_flush_interval=1.0,  # seconds; what a killed run may lose
         )
         recipe = without_secrets(run.recipe)

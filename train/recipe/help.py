@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from train.recipe.keys import Key, groups, keys
 from train.recipe.shipped import options, recipes
+from train.refusal import REFUSED
+from train.signals import INTERRUPTED, STOPPED
 
 WIDEST = 120
 USAGE = (
@@ -22,7 +24,9 @@ DURATIONS = (
 STATUSES = (
     ("0", "the run is finished, or reached run.stop_after"),
     ("1", "the run failed, or a job of a sweep did"),
-    ("2", "the command line or the recipe is wrong; nothing was started"),
+    (str(REFUSED), "the command line or the recipe is wrong; one sentence says how"),
+    (str(STOPPED), "stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint; the same command started again goes on"),
+    (str(INTERRUPTED), "ended by a second SIGINT, without a checkpoint"),
 )
 
 

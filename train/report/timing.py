@@ -44,7 +44,7 @@ def draw_phases(runs: Sequence[Series], path: Path) -> Path:
     if not shown:
         raise ValueError("no run logged seconds/*: there is nothing to draw")
     longest = max(sum(seconds.values()) for _, seconds in shown)
-    size, unit = (1e3, "ms") if longest < 1 else (1.0, "s")
+    size, unit = (1e3, "milliseconds") if longest < 1 else (1.0, "seconds")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(10, 2.1 + 0.62 * len(shown)), layout="constrained")
         rows, left = np.arange(len(shown)), np.zeros(len(shown))
@@ -63,7 +63,7 @@ def draw_phases(runs: Sequence[Series], path: Path) -> Path:
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set_xlim(0.0, 1.02 * longest * size)
-        axes.set_xlabel(f"{unit} a step: medians of the logged steps; evaluations and checkpoints spread over all steps")
+        axes.set_xlabel(f"{unit} per step: medians of the logged steps; evaluations and checkpoints spread over all steps")
         axes.set_title("Where the time of a step goes", pad=52)
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, borderaxespad=0.2)
         return save(figure, path)

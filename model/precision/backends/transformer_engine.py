@@ -110,7 +110,7 @@ class TransformerEngine(Backend):
             return (
                 f"the transformer-engine package does not import ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
             )
-        if not hasattr(extension, "nvfp4_quantize_with_amax"):
+        if getattr(extension, "nvfp4_quantize_with_amax", None) is None:
             return "this version of transformer-engine cannot quantise with a given amax: pip install 'nibble[te]' installs 2.20.2"
         return None
 

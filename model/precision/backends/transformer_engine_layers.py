@@ -117,7 +117,7 @@ class Layer:
         module = self._module
         if new_weight:
             module._fp8_workspaces.clear()  # where TE keeps the quantised weight
-        module.fuse_wgrad_accumulation = hasattr(self._weight, "main_grad")
+        module.fuse_wgrad_accumulation = getattr(self._weight, "main_grad", None) is not None
         with torch.cuda.device_of(x), self._te.autocast(enabled=True, recipe=self._recipe):
             # False: a quantised weight that is there is used again, and gradients are added. True would overwrite what others added before.
             return module(x, is_first_microbatch=False)

@@ -128,7 +128,7 @@ class Format(ABC):
 
     def after_step(self, weight: Tensor, site: Site, step: int) -> None:
         """Changes a weight [groups, N, K] of a module that runs fprop in this format, in place, after optimizer step `step` (from 0). The same on
-        every rank that holds this part of the weight. fp32 masters then take over what it holds: with precision.compute=bf16, rounded."""
+        every rank that holds this part of the weight. weight: the optimizer's fp32 master, which the weight itself then follows."""
         return None
 
 

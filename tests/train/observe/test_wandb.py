@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.train.observe.examples import RECIPE, metrics_of, run_info
-from train.observe import MonitorConfig
+from train.observe import MonitorConfig, wandb_observer
 from train.observe.redact import REMOVED
 from train.observe.wandb_observer import WandbObserver
 
@@ -111,6 +112,34 @@ def test_wandb_offline_is_complete_continuous_and_holds_no_secret(tmp_path: Path
             assert os.environ["WANDB_API_KEY"].encode() not in content, path
             assert path.name not in ("wandb-metadata.json", "requirements.txt", "output.log")
     assert all(wandb_run(directory).host == "not-recorded" for directory in directories)
+
+
+def test_wandb_measures_the_machine_and_never_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_observer, "SYSTEM_SECONDS", 0.2)
+    monkeypatch.setenv("NIBBLE_TEST_VARIABLE", "a-value-of-the-environment")
+    monkeypatch.setattr(sys, "argv", ["train", "an.argument=of-the-command-line"])
+    observer = WandbObserver(MonitorConfig(wandb_timeout_seconds=120))
+    observer.on_start(run_info(tmp_path))
+    observer.on_step(metrics_of(1))
+    (directory,) = (tmp_path / "wandb").glob("offline-run-*")
+    (file,) = directory.glob("*.wandb")
+    deadline = time.monotonic() + 30
+    measured: set[str] = set()
+    while not {"cpu", "memory_percent"} <= measured and time.monotonic() < deadline:
+        time.sleep(0.2)
+        measured = {item.key for record in wandb_records(file) if record.WhichOneof("record_type") == "stats" for item in record.stats.item}
+    observer.on_error(RuntimeError("expert 7 is on fire"))
+    observer.close()
+    assert {"cpu", "memory_percent", "proc.memory.rssMB"} <= measured
+    deadline = time.monotonic() + 30
+    while not (exits := [r.exit for r in wandb_records(file) if r.WhichOneof("record_type") == "exit"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [record.exit_code for record in exits] == [1]  # failed, not finished
+    kinds = {record.WhichOneof("record_type") for record in wandb_records(file)}
+    assert kinds <= {"header", "run", "telemetry", "history", "summary", "stats", "exit", "footer"}
+    names = [socket.gethostname(), "a-value-of-the-environment", "of-the-command-line", sys.executable, str(Path(__file__).parents[3])]
+    for name in (name.encode() for name in names if len(name) > 3):
+        assert name not in file.read_bytes(), name
 
 
 def test_wandb_id_survives_a_kill_before_the_first_checkpoint(tmp_path: Path) -> None:
@@ -216,3 +245,39 @@ def test_wandb_online_out_of_reach_neither_asks_nor_stops(tmp_path: Path, key: s
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1 W&B could not start (") and reason in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("end", "calls"),
+    [
+        (lambda o: o.on_end({"step": 1, "eval/loss": 2.0}), [("finish", 0)]),
+        (lambda o: o.on_end({"step": 1, "stopped": "a signal", "signal": "SIGTERM"}), [("preempting", None), ("finish", 75)]),
+        (lambda o: o.on_error(ValueError("x")), [("finish", 1)]),
+        (lambda o: None, [("finish", 1)]),
+    ],
+    ids=["finished", "stopped", "failed", "closed alone"],
+)
+def test_a_wandb_run_ends_as_the_run_did(
+    end: Any, calls: list[tuple[str, int | None]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import wandb
+
+    heard: list[tuple[str, int | None]] = []
+
+    class Service:
+        summary: dict[str, Any] = {}  # noqa: RUF012
+
+        def mark_preempting(self) -> None:
+            heard.append(("preempting", None))
+
+        def finish(self, exit_code: int) -> None:
+            heard.append(("finish", exit_code))
+
+        def log(self, *arguments: Any, **named: Any) -> None: ...
+
+    monkeypatch.setattr(wandb, "init", lambda **arguments: Service())
+    observer = WandbObserver(MonitorConfig(), print)
+    observer.on_start(run_info(tmp_path))
+    end(observer)
+    observer.close()
+    assert heard == calls

@@ -1,0 +1,1 @@
+"""The scripts that draw and measure what the documents say."""
