@@ -15,6 +15,7 @@ import torch.distributed as dist
 from data.documents import DataError
 from model.count import count, linear_modules
 from model.hybrid import end_step, weight_changes
+from model.mixer import MIXERS
 from parallel import groups
 from parallel.layout import Layout
 from train.build import Run, build
@@ -255,6 +256,7 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
         resumed=step > 0,
         description=tuple(redacted(line) for line in description),
         precision_table=table,
+        layers=tuple(MIXERS[letter].name for letter in recipe.model.layers),
     )
 
 

@@ -100,10 +100,3 @@ def test_what_cannot_be_certified(argument: str, words: str, capsys: pytest.Capt
     assert command.main([argument]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and len(error.strip().splitlines()) == 1
-
-
-def test_without_vectors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    report = Report()
-    monkeypatch.setattr(Vectors, "__init__", lambda self: (tmp_path / "nvfp4_reference_vectors.json").read_text())
-    command.certify(report, Reference(), CPU)
-    assert "not compared" in report.lines["reference", "vectors"].note and not report.lines["reference", "vectors"].matters

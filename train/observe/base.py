@@ -103,7 +103,7 @@ class RunInfo:
 
     `step` is the last step already done (0 for a new run); `tokens_per_step` counts the tokens of one global batch;
     `description` holds lines for a person (data, layout, device); `precision_table` is the text of
-    `train.precision_table.PrecisionTable`.
+    `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack.
     """
 
     recipe: dict[str, Any]
@@ -116,6 +116,7 @@ class RunInfo:
     resumed: bool = False
     description: tuple[str, ...] = ()
     precision_table: str = ""
+    layers: tuple[str, ...] = ()
 
 
 class Observer:

@@ -27,7 +27,7 @@ class FactsFile(Observer):
             "active_parameters": run.active_parameters,
             "total_steps": run.total_steps,
             "tokens_per_step": run.tokens_per_step,
-            "pattern": (run.recipe.get("model") or {}).get("pattern", ""),
+            "layers": list(run.layers),
         }
         self._write()
 

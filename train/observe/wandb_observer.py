@@ -30,7 +30,7 @@ from train.signals import STOPPED
 
 ID_FILE = "wandb_id"
 SYSTEM_SECONDS = 15.0  # between measurements of the machine: CPU, memory, disk, GPUs
-_GRACE_SECONDS = 5.0  # on top of W&B's own timeout, which a service that hangs does not keep
+GRACE_SECONDS = 5.0  # on top of W&B's own timeout, which a service that hangs does not keep
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 
 
@@ -92,7 +92,7 @@ class WandbObserver(Observer):
         self._later("finish", lambda run: run.finish(exit_code=code))
         if self._worker is not None:
             self._calls.put(("stop", _stop))
-            self._worker.join(self.config.wandb_timeout_seconds + _GRACE_SECONDS)
+            self._worker.join(self.config.wandb_timeout_seconds + GRACE_SECONDS)
             if self._worker.is_alive():
                 self._failure = "W&B did not answer any more: the run ends without it; metrics.jsonl has every number"
                 _abandon_service()

@@ -158,9 +158,8 @@ def _row_name(module: str, merged: bool) -> str:
 
 
 def _layer_kinds(run: Series, count: int) -> list[str]:
-    names = {"M": "Mamba", "E": "MoE", "*": "attention", "-": "MLP"}
-    letters = [letter for letter in str(run.facts.get("pattern", "")).split("/")[0] if letter in names]
-    return [names[letter] for letter in letters] if len(letters) == count else [""] * count
+    kinds = [str(kind) for kind in run.facts.get("layers", ())]
+    return kinds if len(kinds) == count else [""] * count
 
 
 def _step_ticks(axis: Axes, steps: Sequence[int]) -> None:

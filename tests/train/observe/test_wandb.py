@@ -202,7 +202,7 @@ def test_wandb_failure_in_the_middle_goes_quiet(tmp_path: Path) -> None:
 def test_wandb_service_that_hangs_delays_only_the_end(tmp_path: Path) -> None:
     script = (
         "import psutil, sys, time; from pathlib import Path; from train.observe import MonitorConfig, RunInfo\n"
-        "from train.observe import wandb_observer; wandb_observer._GRACE_SECONDS = 0.5\n"
+        "from train.observe import wandb_observer; wandb_observer.GRACE_SECONDS = 0.5\n"
         "said = []; o = wandb_observer.WandbObserver(MonitorConfig(wandb_timeout_seconds=2), said.append)\n"
         "o.on_start(RunInfo({}, Path(sys.argv[1]), 1, 1, 0, 10, 1)); said.clear()\n"
         "children = psutil.Process().children(recursive=True); assert children; [c.suspend() for c in children]\n"
