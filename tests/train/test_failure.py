@@ -175,8 +175,8 @@ def test_a_defect_names_step_samples_and_module(
 
     def broken(*arguments: Any) -> Any:
         run = build(*arguments)
-        mixer = run.chunks[0].layers["1"].mixer
-        forward, calls = mixer.shared_experts.forward, 0
+        experts: Any = run.chunks[0].get_submodule("layers.1.mixer.shared_experts")
+        forward, calls = experts.forward, 0
 
         def fails(*given: Any) -> Any:
             nonlocal calls
@@ -185,7 +185,7 @@ def test_a_defect_names_step_samples_and_module(
                 raise IndexError("out of mixers\nand of luck")
             return forward(*given)
 
-        monkeypatch.setattr(mixer.shared_experts, "forward", fails)
+        monkeypatch.setattr(experts, "forward", fails)
         return run
 
     monkeypatch.setattr(loop, "build", broken)
