@@ -25,6 +25,8 @@ from train.recipe.tree import Recipe
 from train.refusal import REFUSED, refuse
 from train.signals import INTERRUPTED, STOPPED
 
+PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # to the ranks; torchrun's own list lacks the last
+
 
 def split(arguments: Sequence[str]) -> tuple[int, list[str]]:
     """The number of ranks, and the arguments of `python -m train`. Raises ValueError, in one sentence, for a number that cannot be."""
@@ -42,7 +44,7 @@ def split(arguments: Sequence[str]) -> tuple[int, list[str]]:
 
 def command(ranks: int, arguments: Sequence[str]) -> list[str]:
     """Of torchrun."""
-    return ["--standalone", "--nproc-per-node", str(ranks), "-m", "train", *arguments]
+    return ["--standalone", "--nproc-per-node", str(ranks), f"--signals-to-handle={PASSED_ON}", "-m", "train", *arguments]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,6 +65,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _start(line: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault(
+        "TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    )  # passed on; its own list lacks SIGUSR1
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say of a failed rank follows below, shorter
     try:
         torchrun.run(torchrun.parse_args(line))

@@ -18,7 +18,9 @@ from train.signals import STOPPED
 def test_command() -> None:
     ranks, rest = split(["ranks=3", "-cn", "tiny", "a=b"])
     assert (ranks, rest) == (3, ["-cn", "tiny", "a=b"])
-    assert command(ranks, rest) == ["--standalone", "--nproc-per-node", "3", "-m", "train", "-cn", "tiny", "a=b"]
+    line = command(ranks, rest)
+    assert line[:3] == ["--standalone", "--nproc-per-node", "3"] and line[4:] == ["-m", "train", "-cn", "tiny", "a=b"]
+    assert line[3].startswith("--signals-to-handle=") and "SIGUSR1" in line[3]
 
 
 @pytest.mark.parametrize(

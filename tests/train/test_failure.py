@@ -138,6 +138,18 @@ def test_torchrun_asked_to_stop_leaves_a_checkpoint_of_all_ranks(jobs: list[Job]
     assert not psutil.wait_procs(job.ranks, timeout=5)[1]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_the_local_launcher_passes_signals_on_and_ends_without_a_traceback(jobs: list[Job], tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", "ranks=2", ranks=1, module="launch.local")
+    jobs.append(job)
+    job.until_logged(2)
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 75
+    assert job.text().count("Stopped by SIGUSR1 after step") == 1
+    assert "Traceback" not in job.text() and not errors(job.text())
+
+
 @pytest.mark.timeout(200)
 def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(jobs: list[Job], tmp_path: Path) -> None:
     job = Job(tmp_path / "run", "evaluation.faulty.what=hang", ranks=1)
@@ -175,8 +187,8 @@ def test_a_defect_names_step_samples_and_module(
 
     def broken(*arguments: Any) -> Any:
         run = build(*arguments)
-        experts: Any = run.chunks[0].get_submodule("layers.1.mixer.shared_experts")
-        forward, calls = experts.forward, 0
+        mixer: Any = run.chunks[0].layers["1"].mixer
+        forward, calls = mixer.shared_experts.forward, 0
 
         def fails(*given: Any) -> Any:
             nonlocal calls
@@ -185,7 +197,7 @@ def test_a_defect_names_step_samples_and_module(
                 raise IndexError("out of mixers\nand of luck")
             return forward(*given)
 
-        monkeypatch.setattr(experts, "forward", fails)
+        monkeypatch.setattr(mixer.shared_experts, "forward", fails)
         return run
 
     monkeypatch.setattr(loop, "build", broken)

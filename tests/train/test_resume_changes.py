@@ -88,6 +88,10 @@ def test_what_may_change(old: tuple[str, ...], new: tuple[str, ...], done: int) 
     assert keys <= {key.lstrip("+").split("=")[0] for key in (*old, *new)}
 
 
+def test_a_length_written_otherwise_is_no_change() -> None:
+    assert changes(("optimizer.decay=2",), ("optimizer.decay=50%",), 4) == {}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "done", "named"), REFUSED, ids=lambda value: " ".join(value)[-60:] if isinstance(value, tuple) else ""
 )

@@ -6,6 +6,9 @@
     --cfg job              print the composed recipe and stop
     -m key=a,b,c           a sweep, see `train.recipe.sweep`
 
+Exit status: 0 done, 1 failed, 2 the recipe is wrong, 75 stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint (the same command goes on), 130 a
+second SIGINT.
+
 All keys with their defaults form the base every recipe is merged over, so a key needs no `+`; the composed result is read into dataclasses
 (`train.recipe`) and nothing passes OmegaConf objects on.
 """

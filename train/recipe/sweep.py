@@ -5,6 +5,7 @@ the one before left behind.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from train.recipe.load import plain_values, read_recipe
 from train.recipe.reading import RecipeError
 from train.recipe.resume import changed_keys
 from train.refusal import refuse
+from train.signals import StopRequested
 
 
 class Sweep:
@@ -75,7 +77,12 @@ class Sweep:
             refuse(str(error))
             return False
         print(f"sweep: {run_dir}", flush=True)
-        return subprocess.run([sys.executable, "-m", self.module, *self.options, "-cn", recipe, *overrides], check=False).returncode == 0
+        with subprocess.Popen([sys.executable, "-m", self.module, *self.options, "-cn", recipe, *overrides]) as job:
+            try:
+                return job.wait() == 0
+            except StopRequested:  # the sweep ends with its job, which may finish its step and write a checkpoint
+                job.send_signal(signal.SIGTERM)
+                raise
 
 
 def shared_directory(overrides: Sequence[str]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.train.observe.examples import metrics_of, run_info
-from train.observe import MonitorConfig, Observer, Observers, open_observers
+from train.observe import MonitorConfig, Observer, Observers, base, open_observers, opening, register_observer
 from train.report.picture import draw_losses_of
 
 
@@ -72,3 +72,58 @@ def test_a_run_without_a_logged_step_ends_without_a_picture(tmp_path: Path, caps
 def test_monitor_config_refuses(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
         MonitorConfig(**changes).validate()
+
+
+class Failing(Observer):
+    """Raises in one hook; the others count."""
+
+    def __init__(self, moment: str = "") -> None:
+        self.moment, self.heard = moment, list[str]()
+
+    def _hear(self, moment: str) -> None:
+        self.heard.append(moment)
+        if moment == self.moment:
+            raise OSError("no space left\non the disk")
+
+    def on_start(self, run: Any) -> None:
+        self._hear("on_start")
+
+    def on_step(self, metrics: Any) -> None:
+        self._hear("on_step")
+
+    def on_error(self, error: BaseException) -> None:
+        self._hear("on_error")
+
+    def close(self) -> None:
+        self._hear("close")
+
+
+@pytest.mark.parametrize("moment", ["on_start", "on_step", "on_error", "close"])
+def test_an_observer_that_fails_stops_nobody(moment: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    failing, other = Failing(moment), Failing()
+    observers = Observers([failing, other], said.append)
+    observers.on_start(run_info(tmp_path))
+    for step in (1, 2, 3):
+        observers.on_step(metrics_of(step))
+    observers.on_error(ValueError("x"))
+    observers.close()
+    observers.close()
+    assert other.heard == ["on_start", "on_step", "on_step", "on_step", "on_error", "close"]
+    assert failing.heard == (["on_start", "close"] if moment == "on_start" else other.heard)
+    (line,) = said  # once, however often it failed
+    assert line.startswith(f"observer Failing failed in {moment} (OSError: no space left): the run goes on")
+
+
+def test_registered_observers_are_opened_by_name_and_a_name_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "OBSERVERS", {})
+    monkeypatch.setattr(opening, "OBSERVERS", base.OBSERVERS)
+    register_observer("failing", lambda config: Failing(config.wandb))
+    with pytest.raises(ValueError, match="'failing' is registered already"):
+        register_observer("failing", lambda config: Failing())
+    config = MonitorConfig(wandb="disabled", observers=("failing",))
+    config.validate()
+    (opened,) = (observer for observer in open_observers(config).observers if isinstance(observer, Failing))
+    assert opened.moment == "disabled"
+    with pytest.raises(ValueError, match=r"monitor.observers\[1\]='failing' is named twice"):
+        MonitorConfig(observers=("failing", "failing")).validate()

@@ -245,3 +245,39 @@ def test_wandb_online_out_of_reach_neither_asks_nor_stops(tmp_path: Path, key: s
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1 W&B could not start (") and reason in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("end", "calls"),
+    [
+        (lambda o: o.on_end({"step": 1, "eval/loss": 2.0}), [("finish", 0)]),
+        (lambda o: o.on_end({"step": 1, "stopped": "a signal", "signal": "SIGTERM"}), [("preempting", None), ("finish", 75)]),
+        (lambda o: o.on_error(ValueError("x")), [("finish", 1)]),
+        (lambda o: None, [("finish", 1)]),
+    ],
+    ids=["finished", "stopped", "failed", "closed alone"],
+)
+def test_a_wandb_run_ends_as_the_run_did(
+    end: Any, calls: list[tuple[str, int | None]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import wandb
+
+    heard: list[tuple[str, int | None]] = []
+
+    class Service:
+        summary: dict[str, Any] = {}  # noqa: RUF012
+
+        def mark_preempting(self) -> None:
+            heard.append(("preempting", None))
+
+        def finish(self, exit_code: int) -> None:
+            heard.append(("finish", exit_code))
+
+        def log(self, *arguments: Any, **named: Any) -> None: ...
+
+    monkeypatch.setattr(wandb, "init", lambda **arguments: Service())
+    observer = WandbObserver(MonitorConfig(), print)
+    observer.on_start(run_info(tmp_path))
+    end(observer)
+    observer.close()
+    assert heard == calls
