@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.precision.backends.reference import Reference
 from model.precision.formats.base import Format, FormatOptions, flat, weight_rows
 from model.precision.formats.registry import register_format
 from model.precision.gemm import Gemm
+from model.precision.health import Seen
 from model.precision.operand import Operand, Rows, row_amax
 from model.precision.site import Call
 
@@ -40,7 +42,14 @@ class Eighths(Format):
 
     def fprop(self, x: Tensor, weight: Tensor, call: Call) -> tuple[Operand, Operand]:
         w = call.cached(self, weight, lambda: self._rounded(flat(weight), weight_rows(weight)))
-        return self._rounded(x, call.rows), w
+        left = self._rounded(x, call.rows)
+        call.measure("x", lambda: self._seen(x, left))
+        return left, w
+
+    def _seen(self, x: Tensor, operand: Operand) -> Seen:
+        """For the health of the operand: a row is a block."""
+        q, amax = operand.values(Reference(), torch.float32), row_amax(x)
+        return Seen(x=x, q=q, at_limit=q.abs() >= amax, scale=amax / self.options.levels, block=(1, x.shape[1]), bound=float("inf"))
 
     def keep(self, x: Tensor, multiplied: Operand, call: Call) -> Operand:
         return self._rounded(x, call.rows)

@@ -123,7 +123,7 @@ def test_registered_observers_are_opened_by_name_and_a_name_is_taken_once(monkey
         register_observer("failing", lambda config: Failing())
     config = MonitorConfig(wandb="disabled", observers=("failing",))
     config.validate()
-    (opened,) = (observer for observer in open_observers(config).observers if isinstance(observer, Failing))
+    (opened,) = (observer for observer in open_observers(config, draw_losses_of).observers if isinstance(observer, Failing))
     assert opened.moment == "disabled"
     with pytest.raises(ValueError, match=r"monitor.observers\[1\]='failing' is named twice"):
         MonitorConfig(observers=("failing", "failing")).validate()
