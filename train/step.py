@@ -7,10 +7,10 @@ forward pass; afterwards contributions of microbatches and data-parallel ranks a
     loss/total = LM + scale * mean over depths (MTP) + auxiliary losses
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,6 @@ from torch import Tensor, nn
 from data.batch import Batch
 from model.batch import Microbatch
 from parallel.layout import Layout
-
-
-class Feed(Protocol):
-    """Whatever yields the batch of given global sample indices: see `data.open_data`."""
-
-    def batch(self, samples: Sequence[int], step: int) -> Any: ...
 
 
 @dataclass(frozen=True)
