@@ -30,8 +30,15 @@ class StopRequested(BaseException):
     """A signal arrived before the first step; the argument is its name. No Exception, so that nothing takes it for an error of its own."""
 
 
+_entered: list["StopSignals"] = []
+
+
 class StopSignals:
-    """While entered, notes the first of the signals in `received` (its number; 0: none); outside the main thread it does nothing."""
+    """While entered, notes the first of the signals in `received` (its number; 0: none); outside the main thread it does nothing.
+
+    Entered within another, it begins with what that one has received: an exception raised in somebody else's code (an import, a destructor)
+    may have been swallowed there.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -42,10 +49,20 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in HANDLED}
+            missed = _entered[-1].received if _entered else 0
+            _entered.append(self)
+            if missed:
+                try:
+                    self._receive(missed, None)
+                except StopRequested:
+                    self.__exit__()
+                    raise
         return self
 
     def __exit__(self, *error: object) -> None:
         self._raises = False
+        if self in _entered:
+            _entered.remove(self)
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._receive:  # unless something was set meanwhile
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,8 +1,10 @@
 """A signal at the worst moment: the run stops with a checkpoint, and goes on as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.reader import open_checkpoint
 from train.evaluation.validation import ValidationLoss
 from train.observe.metrics import MetricsFile, read_metrics
-from train.signals import STOPPED
+from train.signals import STOPPED, StopRequested, StopSignals
 
 GIVEN = ("precision=fp32", "train.steps=6", "optimizer.warmup=1", "optimizer.decay=2", "train.eval_every=2", "checkpoint.every=3")
 
@@ -104,3 +106,15 @@ def test_phases_of_a_step_and_bits_per_byte_are_logged(whole: Path) -> None:
             assert entry["seconds/evaluation"] > 0
             assert entry["eval/bits_per_byte"] == pytest.approx(entry["eval/loss"] / 0.6931472, rel=0.01)
     assert [entry["step"] for entry in entries if "seconds/checkpoint" in entry] == [4]
+
+
+def test_a_signal_whose_exception_was_swallowed_is_not_lost() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as outer:
+        with contextlib.suppress(BaseException):  # as an import or a destructor may do
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # where the signal arrives
+        assert outer.received == signal.SIGTERM
+        with pytest.raises(StopRequested, match="SIGTERM"), StopSignals():
+            pass
+    assert signal.getsignal(signal.SIGTERM) == before
