@@ -72,7 +72,9 @@ def _start(line: Sequence[str]) -> int:
     try:
         torchrun.run(torchrun.parse_args(line))
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
+        # The launcher ends the others by SIGTERM, which it may note as early as what the first one did.
+        own = {rank: failure for rank, failure in failed.failures.items() if failure.exitcode != -signal.SIGTERM}
+        rank, failure = min((own or failed.failures).items(), key=lambda item: item[1].timestamp)
         if failure.exitcode not in (REFUSED, STOPPED, INTERRUPTED):  # of those a sentence has been said
             how = (
                 f"was ended by {signal.Signals(-failure.exitcode).name}"
