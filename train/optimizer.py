@@ -32,7 +32,8 @@ class OptimizerKind:
     unused: tuple[str, ...]
 
 
-_kinds: dict[str, OptimizerKind] = {}
+OPTIMIZERS: dict[str, OptimizerKind] = {}
+"""What `register_optimizer` was told, by name."""
 
 
 def register_optimizer(
@@ -55,14 +56,14 @@ def register_optimizer(
     unused: keys of the `optimizer` group that it has no use for, and which a recipe therefore must leave as they are.
     Raises ValueError for a name that is taken, by another optimizer or by a key of the group.
     """
-    if name in _kinds or name in OptimizerConfig.__dataclass_fields__:
+    if name in OPTIMIZERS or name in OptimizerConfig.__dataclass_fields__:
         raise ValueError(f"optimizer.name={name} is taken: choose another name")
-    _kinds[name] = OptimizerKind(make, room, options, group_numbers, unused)
+    OPTIMIZERS[name] = OptimizerKind(make, room, options, group_numbers, unused)
 
 
 def optimizer_options() -> dict[str, type]:
     """The dataclass of each registered optimizer that has keys of its own."""
-    return {name: kind.options for name, kind in _kinds.items() if kind.options is not None}
+    return {name: kind.options for name, kind in OPTIMIZERS.items() if kind.options is not None}
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ class OptimizerConfig:
 
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raises ValueError, in one sentence, for an optimizer there is not, and for keys that the chosen one would ignore."""
-    if config.name not in _kinds:
-        raise ValueError(f"optimizer.name={config.name!r} is not available: use one of {', '.join(_kinds)}")
+    if config.name not in OPTIMIZERS:
+        raise ValueError(f"optimizer.name={config.name!r} is not available: use one of {', '.join(OPTIMIZERS)}")
     fields = OptimizerConfig.__dataclass_fields__
-    for key in _kinds[config.name].unused:
+    for key in OPTIMIZERS[config.name].unused:
         if getattr(config, key) != fields[key].default:
             raise ValueError(
                 f"optimizer.{key}={getattr(config, key)} has no meaning for optimizer.name={config.name}: leave it at {fields[key].default}"
@@ -112,7 +113,7 @@ def check_optimizer(config: OptimizerConfig) -> None:
 
 def open_optimizer(config: OptimizerConfig) -> Optimizer:
     """The recipe's optimizer, for an engine."""
-    kind = _kinds[config.name]
+    kind = OPTIMIZERS[config.name]
     options = config.options.get(config.name)
     return Optimizer(lambda groups: kind.make(groups, config, options), kind.room, kind.group_numbers, config.weight_decay, config.clip)
 

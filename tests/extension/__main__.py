@@ -3,8 +3,9 @@
 torchrun --nproc-per-node 2 -m tests.extension --config-dir tests/extension/recipes -cn extended
 """
 
-from tests.extension import everything  # noqa: F401  registers
+from tests.extension.everything import register
 from train.command import main
 
 if __name__ == "__main__":
+    register()
     raise SystemExit(main("tests.extension"))

@@ -30,4 +30,5 @@ class FirstWindows:
         return {"eval/first_windows": float(losses.means()[0])}
 
 
-register_evaluator("first_windows", FirstWindows)
+def register() -> None:
+    register_evaluator("first_windows", FirstWindows)

@@ -39,4 +39,5 @@ class Shift(nn.Module):
         return self.out_proj(now * before, microbatch)
 
 
-register_mixer(Mixer(letter="S", name="shift", build=Shift, sizes=ShiftSizes, tensor_divides=("shift_size",)))
+def register() -> None:
+    register_mixer(Mixer(letter="S", name="shift", build=Shift, sizes=ShiftSizes, tensor_divides=("shift_size",)))

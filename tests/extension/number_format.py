@@ -64,4 +64,5 @@ class Eighths(Format):
         return gemm != "fprop"
 
 
-register_format(Eighths.name, Eighths)
+def register() -> None:
+    register_format(Eighths.name, Eighths)

@@ -46,4 +46,5 @@ def make(config: MonitorConfig) -> Observer:
     return Diary()
 
 
-register_observer("diary", make)
+def register() -> None:
+    register_observer("diary", make)

@@ -22,4 +22,5 @@ def room(master: Tensor) -> dict[str, Tensor]:
     return {"momentum_buffer": torch.zeros_like(master)}
 
 
-register_optimizer("sgd", make=make, room=room, options=SGDOptions, unused=("betas", "eps"))
+def register() -> None:
+    register_optimizer("sgd", make=make, room=room, options=SGDOptions, unused=("betas", "eps"))

@@ -1,11 +1,14 @@
 """The seams hold: a mixer, a number format, an optimizer, an evaluator and an observer, added in this folder alone through public registration,
 train on one and on two ranks, go on bit for bit after a stop, and are seen wherever the product's own are."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,21 +16,34 @@ import yaml
 
 from model.config import ModelConfig
 from model.count import count, linear_modules
-from tests.extension import everything
+from model.mixer import MIXERS
+from model.precision.formats.registry import FORMATS
+from tests.extension.everything import register
 from train.checkpoint.reader import open_checkpoint
+from train.evaluation.base import EVALUATORS
 from train.huggingface.export import export
+from train.observe.base import OBSERVERS
 from train.observe.metrics import read_metrics
+from train.optimizer import OPTIMIZERS
 from train.recipe.load import load_recipe
 from train.recipe.reading import RecipeError
 from train.report.report import write_report
-
-assert everything  # registers
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_IN_SECONDS = ("step_seconds", "tokens_per_second", "memory_peak_bytes", "mfu", "seconds/")
 ONE_RANK = (sys.executable, "-m", "tests.extension")
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.extension")
 RECIPE = ("--config-dir", str(ROOT / "tests" / "extension" / "recipes"), "-cn", "extended")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    """In this process too, and for this module alone."""
+    with contextlib.ExitStack() as kept:
+        for registry in (MIXERS, FORMATS, OPTIMIZERS, EVALUATORS, OBSERVERS):
+            kept.enter_context(patch.dict(registry))  # type: ignore[call-overload]
+        register()
+        yield
 
 
 def train(start: tuple[str, ...], *overrides: str, place: Path = ROOT) -> str:

@@ -14,15 +14,16 @@ from train.recipe.reading import RecipeError, defaults, plain, read
 from train.recipe.tree import Recipe
 
 
-def rates(style: str, steps: int = 20) -> list[float]:
-    config = OptimizerConfig(1.0, 0.1, Duration(4, "steps"), Duration(800, "tokens"), style)  # type: ignore[arg-type]
+def rates(style: Literal["minus_sqrt", "linear", "cosine"], steps: int = 20) -> list[float]:
+    warmup, decay = Duration(4, "steps"), Duration(800, "tokens")
+    config = OptimizerConfig(1.0, min_learning_rate=0.1, warmup=warmup, decay=decay, decay_style=style)
     return [learning_rate(config, step, steps, tokens_per_step=100) for step in range(steps)]
 
 
 @pytest.mark.parametrize(
     ("style", "halfway"), [("minus_sqrt", 1 - math.sqrt(0.5)), ("linear", 0.5), ("cosine", (1 + math.cos(math.pi / 2)) / 2)]
 )
-def test_warmup_constant_decay(style: str, halfway: float) -> None:
+def test_warmup_constant_decay(style: Literal["minus_sqrt", "linear", "cosine"], halfway: float) -> None:
     values = rates(style)
     assert values[:4] == [0.25, 0.5, 0.75, 1.0]
     assert values[4:12] == [1.0] * 8
