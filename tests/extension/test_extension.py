@@ -66,7 +66,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, str]]:
-    """By the way it was started: a run of twelve steps, the same stopped after six and continued, and what the first printed."""
+    """By the way it was started: a run of eight steps, the same stopped after four and continued, and what the first printed."""
     place = tmp_path_factory.mktemp("runs")
     made = {}
     for name, start, layout in (
@@ -75,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
     ):
         whole, parts = place / f"{name}-whole", place / f"{name}-parts"
         printed = train(start, f"run.dir={whole}", *layout)
-        train(start, f"run.dir={parts}", "run.stop_after=6", *layout)
+        train(start, f"run.dir={parts}", "run.stop_after=4", *layout)
         train(start, f"run.dir={parts}", *layout)
         made[name] = whole, parts, printed
     return made
@@ -85,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
 def test_a_stopped_run_goes_on_bit_for_bit(name: str, runs: dict[str, tuple[Path, Path, str]]) -> None:
     whole, parts, _ = runs[name]
     assert metrics_of(parts) == metrics_of(whole)
-    assert [entry["step"] for entry in metrics_of(whole)] == list(range(1, 13))
+    assert [entry["step"] for entry in metrics_of(whole)] == list(range(1, 9))
     ours, theirs = open_checkpoint(whole), open_checkpoint(parts)
     assert ours.names() == theirs.names()
     for tensor in ours.names():
@@ -113,11 +113,11 @@ def test_everything_is_seen(runs: dict[str, tuple[Path, Path, str]], tmp_path: P
     # the observer, which counted on over the stop
     assert (run_dir / "diary.txt").read_text().splitlines() == [
         "start after step 0, having seen 0",
-        "end after step 12, having seen 12",
+        "end after step 8, having seen 8",
         "closed",
     ]
     continued = (runs["one"][1] / "diary.txt").read_text().splitlines()
-    assert continued[-3:] == ["start after step 6, having seen 6", "end after step 12, having seen 12", "closed"]
+    assert continued[-3:] == ["start after step 4, having seen 4", "end after step 8, having seen 8", "closed"]
     # keys of all five in the stored recipe
     stored = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     assert stored["model"]["shift_size"] == 48 and stored["optimizer"]["sgd"] == {"momentum": 0.8}
@@ -147,6 +147,7 @@ def test_what_is_wrong_with_it_is_one_sentence(runs: dict[str, tuple[Path, Path,
         export(open_checkpoint(runs["one"][0]), tmp_path / "exported")
 
 
+@pytest.mark.slow
 def test_a_sweep_starts_its_jobs_as_the_module_that_registers(tmp_path: Path) -> None:
     printed = train(ONE_RANK, "-m", "optimizer.sgd.momentum=0.5,0.9", "train.steps=2", place=tmp_path)
     assert "2 jobs, 2 finished" in printed
