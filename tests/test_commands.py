@@ -41,7 +41,7 @@ class Way:
 # Whole command lines first; then what all lines of a kind need, by regular expression.
 WAYS: dict[str, Way] = {
     FIRST: Way(QUICK, makes=("runs/first/finished.json", "runs/first/report/loss.png"), says="Finished 2 steps"),
-    "python -m train -cn tiny precision=mxfp8 --cfg job": Way(says="default: mxfp8"),
+    "python -m train -cn tiny precision=mxfp8 --cfg job": Way(says="default: mxfp8", slow=True),
     "python -m train --help": Way(says="optimizer.decay"),
     "torchrun --nproc-per-node 4 -m train -cn tiny parallel.tensor=2 parallel.expert=2": Way(
         f"{QUICK} run.dir=runs/four", makes=("runs/four/finished.json",), says="4 ranks on cpu"
@@ -53,7 +53,7 @@ WAYS: dict[str, Way] = {
     SWEEP: Way(f"{QUICK} train.steps=20 precision=fp32,nvfp4 run.seed=1", says="2 jobs, 2 finished", slow=True),
     "python -m experiments.nvfp4_gap": Way(after=(SWEEP,), makes=("runs/nvfp4_gap-sweep/report/gap.png",), slow=True),
     "python -m experiments.nvfp4_gap to=docs/nvfp4_gap": Way(after=(SWEEP,), makes=("docs/nvfp4_gap/gap.png",), slow=True),
-    EXPORT: Way(after=(FIRST,), makes=("exported/config.json",)),
+    EXPORT: Way(after=(FIRST,), makes=("exported/config.json",), slow=True),
     "python -m train.import_hf checkpoint=exported to=runs/imported": Way(after=(FIRST, EXPORT), makes=("runs/imported",), slow=True),
     "python -m train.report runs=[runs/a,runs/b] to=runs/report": Way(copies=("runs/a", "runs/b"), makes=("runs/report/loss.png",)),
     "python -m data.prepare input=texts/ tokenizer=bytes to=prepared/texts": Way(
@@ -67,8 +67,8 @@ WAYS: dict[str, Way] = {
     "python -m model.precision.certify backend=transformer_engine to=certificate.json": Way("backend=reference", slow=True),
 }
 KINDS: tuple[tuple[str, Way], ...] = (
-    (r"python -m train\.evaluate checkpoint=runs/first\b", Way(after=(FIRST,), says="nats per token")),
-    (r"python -m train\.count -cn \w+$", Way(says="active per token")),
+    (r"python -m train\.evaluate checkpoint=runs/first\b", Way(after=(FIRST,), says="nats per token", slow=True)),
+    (r"python -m train\.count -cn \w+$", Way(says="active per token", slow=True)),
     (r"python -m train -cn tiny \S*precision\.schedule=", Way(f"{QUICK} run.dir=runs/schedule", says="Finished 2 steps", slow=True)),
     (r"python -m train\.report\.compare", Way(f"{QUICK} to=runs/compare", makes=("runs/compare/report/gap.png",), slow=True)),
     (r"python -m benchmarks\.quantize", Way("size=64 rounds=1", slow=True)),

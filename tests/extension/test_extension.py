@@ -2,10 +2,12 @@
 train on one and on two ranks, go on bit for bit after a stop, and are seen wherever the product's own are."""
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,12 +21,14 @@ from model.count import count, linear_modules
 from model.mixer import MIXERS
 from model.precision.formats.registry import FORMATS
 from tests.extension.everything import register
+from train import loop
 from train.checkpoint.reader import open_checkpoint
 from train.evaluation.base import EVALUATORS
 from train.huggingface.export import export
 from train.observe.base import OBSERVERS
 from train.observe.metrics import read_metrics
 from train.optimizer import OPTIMIZERS
+from train.recipe import cli
 from train.recipe.load import load_recipe
 from train.recipe.reading import RecipeError
 from train.report.report import write_report
@@ -47,6 +51,7 @@ def registered() -> Iterator[None]:
 
 
 def train(start: tuple[str, ...], *overrides: str, place: Path = ROOT) -> str:
+    """What the real command prints."""
     done = subprocess.run(
         [*start, *RECIPE, *overrides],
         cwd=place,
@@ -60,6 +65,13 @@ def train(start: tuple[str, ...], *overrides: str, place: Path = ROOT) -> str:
     return done.stdout
 
 
+def train_here(*overrides: str) -> str:
+    """The same on one rank, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(loop.run, "tests.extension", [*RECIPE, *overrides]) == 0
+    return printed.getvalue()
+
+
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if not k.startswith(MEASURED_IN_SECONDS)} for entry in read_metrics(run_dir)]
 
@@ -69,14 +81,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
     """By the way it was started: a run of eight steps, the same stopped after four and continued, and what the first printed."""
     place = tmp_path_factory.mktemp("runs")
     made = {}
-    for name, start, layout in (
-        ("one", ONE_RANK, ()),
-        ("two", TWO_RANKS, ("parallel.tensor=2", "parallel.expert=2", "parallel.distributed_optimizer=true")),
-    ):
+    layout = ("parallel.tensor=2", "parallel.expert=2", "parallel.distributed_optimizer=true")
+    for name, run in (("one", train_here), ("two", partial(train, TWO_RANKS, *layout))):
         whole, parts = place / f"{name}-whole", place / f"{name}-parts"
-        printed = train(start, f"run.dir={whole}", *layout)
-        train(start, f"run.dir={parts}", "run.stop_after=4", *layout)
-        train(start, f"run.dir={parts}", *layout)
+        printed = run(f"run.dir={whole}")
+        run(f"run.dir={parts}", "run.stop_after=4")
+        run(f"run.dir={parts}")
         made[name] = whole, parts, printed
     return made
 

@@ -79,6 +79,7 @@ def start(run_dir: Path, ranks: int, *overrides: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_ranks_train_and_finish(tmp_path: Path) -> None:
     printed = start(tmp_path / "run", 2, "precision=fp32", "parallel.tensor=2")

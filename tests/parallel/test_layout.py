@@ -74,6 +74,7 @@ def hang(rank: int) -> int:
     return rank
 
 
+@pytest.mark.slow
 def test_the_pool_reports_a_failing_rank_and_recovers(ranks: Any) -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 failed:(.|\n)*planted"):
         ranks(2)(fail)

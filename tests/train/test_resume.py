@@ -17,7 +17,7 @@ from train import loop
 from train.checkpoint.reader import open_checkpoint
 from train.observe.metrics import read_metrics
 
-LENGTH = ("train.steps=60", "optimizer.decay=20")
+LENGTH = ("train.steps=36", "optimizer.decay=12")
 DETERMINISTIC = (
     "loss/lm",
     "loss/mtp_1",
@@ -40,7 +40,7 @@ def outcome(run_dir: Path) -> tuple[list[tuple[Any, ...]], dict[str, torch.Tenso
 
 def assert_same(a: Path, b: Path) -> None:
     (ours, our_tensors), (theirs, their_tensors) = outcome(a), outcome(b)
-    assert [m[0] for m in ours] == list(range(1, 61))
+    assert [m[0] for m in ours] == list(range(1, 37))
     assert ours == theirs
     assert our_tensors.keys() == their_tensors.keys()
     for name, tensor in our_tensors.items():
@@ -57,19 +57,19 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nvfp4_with_stochastic_rounding_is_what_runs(uninterrupted: Path) -> None:
     metrics = read_metrics(uninterrupted)[-1]
     assert metrics["precision/share/nvfp4"] > 0.2
-    assert json.loads((uninterrupted / "finished.json").read_text())["step"] == 60
+    assert json.loads((uninterrupted / "finished.json").read_text())["step"] == 36
 
 
 def test_stopped_and_continued(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "stopped"
     where = f"run.dir={run_dir}"
-    assert loop.run(recipe(*LENGTH, where, "run.stop_after=30steps", "monitor.wandb=offline")) == 0
+    assert loop.run(recipe(*LENGTH, where, "run.stop_after=18steps", "monitor.wandb=offline")) == 0
     assert not (run_dir / "finished.json").exists()
-    assert [m["step"] for m in read_metrics(run_dir)] == list(range(1, 31))
+    assert [m["step"] for m in read_metrics(run_dir)] == list(range(1, 19))
     identity = (run_dir / "wandb_id").read_text()
     assert loop.run(recipe(*LENGTH, where, "monitor.wandb=offline")) == 0
     assert (run_dir / "wandb_id").read_text() == identity
-    assert "run.stop_after: 30 -> None" in capsys.readouterr().out
+    assert "run.stop_after: 18 -> None" in capsys.readouterr().out
     assert_same(run_dir, uninterrupted)
 
 

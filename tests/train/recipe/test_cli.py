@@ -145,7 +145,11 @@ def test_wrong_input_is_one_sentence(
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
-@pytest.mark.parametrize("arguments", [["train.steps=abc"], ["-cn", "nope"], ["modle=tiny"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [["train.steps=abc"], pytest.param(["-cn", "nope"], marks=pytest.mark.slow), pytest.param(["modle=tiny"], marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_command_itself_ends_with_status_2_and_no_traceback(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", "train", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2

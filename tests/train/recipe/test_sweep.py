@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.train.recipes import SMALL
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_job_in_a_directory_of_its_own_and_skips_finished_ones(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-W", "ignore", "-m", "train", "-cn", "tiny", "-m", *SMALL),
