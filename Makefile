@@ -16,8 +16,9 @@ compare: $(KERNELS)
 
 setup: $(KERNELS)
 
+# Two files of tests at a time: most tests start processes of their own and wait for them.
 test: $(TESTED) lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(TESTED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
