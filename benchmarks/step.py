@@ -24,8 +24,8 @@ from benchmarks.timing import machine, save, table
 from model.precision.backends.cpu import compile_all
 from parallel import groups
 from train.build import Run, build
-from train.loop import train_step
 from train.recipe.load import RECIPES, load_recipe
+from train.train_step import train_step
 
 STEPS = 3
 

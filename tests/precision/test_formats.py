@@ -25,7 +25,7 @@ from parallel import groups
 from tests.precision.operands import NVFP4, REFERENCE, site
 from tests.train.recipes import recipe
 from train.build import build
-from train.loop import train_step
+from train.train_step import train_step
 
 
 class Turned(NVFP4Class):

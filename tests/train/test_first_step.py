@@ -5,6 +5,7 @@ import math
 from parallel import groups
 from tests.train.recipes import recipe
 from train import loop
+from train.train_step import train_step
 
 TINY = (
     "model.hidden_size=128",
@@ -22,7 +23,7 @@ TINY = (
 def test_the_first_loss_is_within_three_percent_of_ln_vocabulary() -> None:
     made = loop.build(recipe(*TINY))
     try:
-        metrics = loop.train_step(made, 0)
+        metrics = train_step(made, 0)
     finally:
         groups.shutdown()
     for key in ("loss/lm", "loss/mtp_1", "loss/mtp_2"):
@@ -36,7 +37,7 @@ def test_gradient_accumulation_does_not_change_the_step() -> None:
     for micro in (1, 8):
         made = loop.build(recipe("precision=fp32", f"train.micro_batch_size={micro}"))
         try:
-            results.append([loop.train_step(made, step) for step in range(3)])
+            results.append([train_step(made, step) for step in range(3)])
         finally:
             groups.shutdown()
     for one, eight in zip(*results, strict=True):

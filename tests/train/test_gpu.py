@@ -15,6 +15,7 @@ from tests.train.test_resume import DETERMINISTIC
 from train import loop
 from train.checkpoint.reader import open_checkpoint
 from train.observe.metrics import read_metrics
+from train.train_step import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -28,7 +29,7 @@ def test_a_step_runs_on_the_gpu_in_bf16(precision: str) -> None:
         assert torch.distributed.get_backend() == "nccl"
         assert {p.device.type for p in made.chunks[0].parameters()} == {"cuda"}
         assert {p.dtype for p in made.chunks[0].parameters()} == {torch.bfloat16}
-        losses = [loop.train_step(made, step)["loss/lm"] for step in range(20)]
+        losses = [train_step(made, step)["loss/lm"] for step in range(20)]
         assert losses[0] == pytest.approx(5.6, abs=0.2) and losses[-1] < losses[0] - 0.5
         states = list(made.engine.parameter_states())
         assert all(s.master is not None and s.master.dtype == torch.float32 for s in states)

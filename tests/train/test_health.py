@@ -15,6 +15,7 @@ from train import loop
 from train.checkpoint.reader import open_checkpoint
 from train.observe.metrics import read_metrics
 from train.report.report import write_report
+from train.train_step import train_step
 
 OPERAND = ("sqnr_db", "underflow", "clipped", "bias", "scale_zero", "scale_saturated", "scale_p05", "scale_p50", "scale_p95")
 LENGTH = ("train.steps=12", "optimizer.decay=4", "train.log_every=4")
@@ -86,7 +87,7 @@ def test_the_report_shows_it(measured: Path, tmp_path: Path) -> None:
 def first_step(rank: int, overrides: tuple[str, ...]) -> dict[str, float]:
     made = loop.build(recipe(*overrides, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     try:
-        return health_of(loop.train_step(made, 0))
+        return health_of(train_step(made, 0))
     finally:
         groups.shutdown(leave_world=False)
 

@@ -12,6 +12,7 @@ from parallel import groups
 from parallel.replicas import differing_replicas
 from tests.train.recipes import recipe
 from train import loop
+from train.train_step import train_step
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor+sequence": (2, ("parallel.tensor=2",)),
@@ -30,7 +31,7 @@ def train(rank: int, overrides: tuple[str, ...]) -> tuple[list[dict[str, float]]
     """Metrics of STEPS steps, and the replicas that differ at the end."""
     made = loop.build(recipe(*overrides, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     try:
-        metrics = [loop.train_step(made, step) for step in range(STEPS)]
+        metrics = [train_step(made, step) for step in range(STEPS)]
         return metrics, differing_replicas(made.chunks[0])
     finally:
         groups.shutdown(leave_world=False)

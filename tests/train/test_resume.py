@@ -16,6 +16,7 @@ from tests.train.recipes import SMALL, recipe
 from train import loop
 from train.checkpoint.reader import open_checkpoint
 from train.observe.metrics import read_metrics
+from train.train_step import train_step
 
 LENGTH = ("train.steps=36", "optimizer.decay=12")
 DETERMINISTIC = (
@@ -147,15 +148,15 @@ def test_a_finished_run_is_not_repeated(uninterrupted: Path, capsys: pytest.Capt
 def test_gradients_that_are_not_finite_never_reach_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = loop.build(recipe(f"run.dir={tmp_path}"))
     try:
-        loop.train_step(made, 0)
+        train_step(made, 0)
         before = {name: p.detach().clone() for name, p in made.chunks[0].state_dict().items()}
         forward = made.chunks[0].norm_f.forward
         monkeypatch.setattr(made.chunks[0].norm_f, "forward", lambda x: forward(x) * float("nan"))
-        assert loop.train_step(made, 1)["taken"] == 0.0
+        assert train_step(made, 1)["taken"] == 0.0
         monkeypatch.undo()
         for name, value in made.chunks[0].state_dict().items():
             if not name.endswith((".load", ".loss")):
                 assert torch.equal(value, before[name]), name
-        assert loop.train_step(made, 2)["taken"] == 1.0
+        assert train_step(made, 2)["taken"] == 1.0
     finally:
         loop.groups.shutdown()

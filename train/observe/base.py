@@ -119,6 +119,20 @@ class RunInfo:
     layers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Alert:
+    """What a person should know at once.
+
+    kind: names the sort, such as checkpoint, straggler or spike; step: the last one done; text: one sentence; severe: the run's result is in
+    danger, and not only its pace.
+    """
+
+    kind: str
+    step: int
+    text: str
+    severe: bool = False
+
+
 class Observer:
     """A listener beside the loop: every hook is optional and none may change the run.
 
@@ -141,6 +155,12 @@ class Observer:
 
     def on_skipped(self, step: int, grad_norm: float) -> None:
         """A step that was not taken, because its gradients were not finite."""
+
+    def on_alert(self, alert: Alert) -> None:
+        """Something happened that a person should know of at once."""
+
+    def on_rewind(self, step: int, to: int) -> None:
+        """The run goes back from step `step` to its checkpoint of step `to`; what was told of later steps is void."""
 
     def on_evaluation(self, metrics: Metrics) -> None:
         """An evaluation: `step`, `tokens`, and what the evaluators measured, such as `eval/loss`."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from train.observe.base import Metrics, Observer, RunInfo
+from train.observe.base import Alert, Metrics, Observer, RunInfo
 from train.observe.lines import beside, count, duration, evaluation_line, loss_text, recipe_lines, step_column, step_line
 from train.observe.picture import LossPicture
 from train.observe.redact import without_secrets
@@ -95,6 +95,13 @@ class Console(Observer):
 
     def on_skipped(self, step: int, grad_norm: float) -> None:
         self.say(f"step {step}: gradients are not finite (norm {grad_norm}); no weight was changed, the step's samples are passed over")
+
+    def on_alert(self, alert: Alert) -> None:
+        self.say(f"{step_column({'step': alert.step}, self._run)}  ALERT ({alert.kind}): {alert.text}")
+
+    def on_rewind(self, step: int, to: int) -> None:
+        self.say(f"{step_column({'step': step}, self._run)}  going back to the checkpoint of step {to:,}")
+        self._last_step = to
 
     def on_evaluation(self, metrics: Metrics) -> None:
         self._evaluated.update(metrics)

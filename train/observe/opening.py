@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.observe.base import OBSERVERS, Metrics, MonitorConfig, Observer, RunInfo
+from train.observe.base import OBSERVERS, Alert, Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.console import Console
 from train.observe.facts import FactsFile
+from train.observe.incidents import IncidentsFile
 from train.observe.metrics import MetricsFile
 from train.observe.picture import LossPicture
 from train.observe.profiler import Profiler
@@ -51,6 +52,12 @@ class Observers(Observer):
 
     def on_skipped(self, step: int, grad_norm: float) -> None:
         self._tell("on_skipped", lambda observer: observer.on_skipped(step, grad_norm))
+
+    def on_alert(self, alert: Alert) -> None:
+        self._tell("on_alert", lambda observer: observer.on_alert(alert))
+
+    def on_rewind(self, step: int, to: int) -> None:
+        self._tell("on_rewind", lambda observer: observer.on_rewind(step, to))
 
     def on_evaluation(self, metrics: Metrics) -> None:
         self._tell("on_evaluation", lambda observer: observer.on_evaluation(metrics))
@@ -116,7 +123,7 @@ def open_observers(config: MonitorConfig, draw: Callable[[Path], Path]) -> Obser
     """
     picture = LossPicture(draw) if config.picture else None
     console = Console(picture)
-    chosen: list[Observer] = [MetricsFile(), FactsFile()]
+    chosen: list[Observer] = [MetricsFile(), FactsFile(), IncidentsFile()]
     if config.wandb != "disabled":
         chosen.append(WandbObserver(config, say=console.say))
     if config.tensorboard:

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from train.observe.base import Metrics, MonitorConfig, Observer, RunInfo
+from train.observe.base import Alert, Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.redact import without_secrets
 from train.signals import STOPPED
 
@@ -60,6 +60,10 @@ class WandbObserver(Observer):
 
     def on_evaluation(self, metrics: Metrics) -> None:
         self._log(dict(metrics))
+
+    def on_alert(self, alert: Alert) -> None:
+        level = "ERROR" if alert.severe else "WARN"
+        self._later("send an alert", lambda run: run.alert(f"{alert.kind} at step {alert.step}", alert.text, level=level))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         # W&B writes a row when the next one begins. A run resumed from here begins after this row, so it must be on

@@ -116,7 +116,7 @@ WRONG = [
 
 
 def refuse(recipe: Recipe) -> int:
-    from train.loop import build
+    from train.build import build
 
     build(recipe)
     raise AssertionError("a wrong recipe was accepted")

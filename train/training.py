@@ -1,0 +1,263 @@
+"""Training, from the checkpoint it begins at to its last step: step -> observe -> maybe evaluate -> maybe save, until done or asked to stop.
+
+Everything that merely watches (console, metrics file, W&B, pictures) is an observer beside the loop, see `train.observe`.
+"""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.count import count, linear_modules
+from model.mixer import MIXERS
+from parallel.layout import Layout
+from train.build import Run
+from train.checkpoint.checkpointer import Checkpointer, load_weights
+from train.checkpoint.reader import open_checkpoint
+from train.evaluation import measure
+from train.failures import RunFailed
+from train.observe import Observers, RunInfo
+from train.observe.redact import redacted, without_secrets
+from train.precision_table import PrecisionTable, precision_tables, table_at
+from train.recipe.reading import plain
+from train.recipe.resume import lines
+from train.recipe.tree import Recipe
+from train.run_directory import RunDirectory
+from train.signals import STOPPED, StopSignals, name_of
+from train.step_failure import Place
+from train.timing import Stopwatch
+from train.train_step import train_step
+from train.utilisation import open_utilisation
+
+MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run gives up
+
+
+class Training:
+    """One start of a run; every rank makes one and calls `train`.
+
+    step: optimizer steps done. owed: an evaluation that was due when the run was asked to stop. stop: the signal some rank has received, the same
+    on every rank, or 0.
+    """
+
+    def __init__(self, run: Run, directory: RunDirectory, observers: Observers, signals: StopSignals, place: Place) -> None:
+        self.run, self.recipe, self.layout = run, run.recipe, run.layout
+        self.directory, self.observers, self.signals, self.place = directory, observers, signals, place
+        self.is_main = self.layout.rank == 0
+        report = print if self.is_main else (lambda line: None)
+        self.checkpointer = Checkpointer(run.run_dir, run.engine, run.chunks, keep=self.recipe.checkpoint.keep, report=report)
+        self.evaluators = self.recipe.evaluation.chosen()
+        self.tables = precision_tables(self.recipe)
+        self.utilisation = open_utilisation(self.recipe, self.layout.device, self.layout.world_size) if self.is_main else None
+        self.step = self.saved = self.skipped = self.stop = 0
+        self.owed = False
+        self.evaluated: dict[str, float] | None = None
+        self.elapsed = self.seconds_saving = 0.0
+        self.started = time.perf_counter()
+
+    def train(self) -> int:
+        """Returns the exit status."""
+        self._begin()
+        self._look()
+        while (self.step < self.recipe.last_step or self.owed) and not self.stop:
+            if not self.owed:
+                self._take_step()
+            self._look()
+            self.owed = self.owed or self._evaluation_due()
+            if self.owed and not self.stop:
+                self._evaluate()
+                self._look()
+            if self._save_due():
+                self._save()
+                self._look()
+        self.checkpointer.close()
+        return self._end()
+
+    # -- the parts, in the order in which they are called -----------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Restores the run from its newest checkpoint, or from where a new one starts, and tells observers."""
+        state = self._restore()
+        self.saved = self.step
+        if self.is_main:
+            self.directory.store_recipe(self.recipe, self.step)
+            self.directory.store_tokenizer(self.run.data.tokenizer)
+        self.signals.only_remember()
+        self.observers.load_state(state.get("observers", {}))
+        self.owed = bool(state.get("evaluation_owed", False))
+        hardware = [] if self.utilisation is None else [self.utilisation.line]
+        self.observers.on_start(_info(self.run, self.directory, self.step, self._table(self.step).text, hardware))
+        self.elapsed = float(state.get("elapsed", 0.0))
+        self.started = time.perf_counter() - self.elapsed
+
+    def _restore(self) -> dict[str, Any]:
+        """The loop's state; empty for a new run."""
+        checkpoint = self.checkpointer.load_newest()
+        if checkpoint is not None:
+            self.step = checkpoint.step
+            return dict(checkpoint.state)
+        source = self.recipe.checkpoint.initialize_from
+        if source is not None:
+            load_weights(open_checkpoint(source), self.run.chunks)
+            self.run.engine.reload_masters()
+        return {}
+
+    def _look(self) -> None:
+        """Has some rank received a signal?"""
+        self.stop = self.stop or _stop_wanted(self.signals, self.layout)
+
+    def _take_step(self) -> None:
+        table, formats_change = self._table(self.step), self._formats_change()
+        if formats_change:
+            self.observers.on_formats(self.step + 1, table.text)
+        self.place.doing, self.place.step = "step", self.step + 1
+        self.place.samples = tuple(index for samples in self.run.plan.samples(self.step) for index in samples)
+        self.observers.on_step_begin(self.step + 1)
+        begin, clock = time.perf_counter(), Stopwatch(self.layout.device)
+        self.checkpointer.maybe_wait()
+        metrics = train_step(self.run, self.step, clock)
+        self.step += 1
+        seconds = time.perf_counter() - begin
+        self.place.samples = ()
+        self._check(metrics)
+        if self._log_due() or formats_change:
+            self._log(metrics, table, seconds, clock)
+
+    def _check(self, metrics: dict[str, float]) -> None:
+        """What is done about gradients that are not finite."""
+        self.skipped = 0 if metrics.pop("taken") else self.skipped + 1
+        if self.skipped:
+            self.observers.on_skipped(self.step, metrics["grad_norm"])
+        if self.skipped >= MAX_SKIPPED:
+            raise RunFailed(
+                f"gradients were not finite in {self.skipped} consecutive steps, the last one step {self.step}; weights are those of step "
+                f"{self.step - self.skipped}: resume with a lower optimizer.learning_rate in a new run.dir"
+            )
+
+    def _log_due(self) -> bool:
+        every = self.recipe.train.log_every
+        due = bool(every and self.step % every == 0) or self.step in (1, self.recipe.last_step)
+        return due or self.recipe.monitor.quantization.due(self.step)
+
+    def _log(self, metrics: dict[str, float], table: PrecisionTable, seconds: float, clock: Stopwatch) -> None:
+        times = _pace(self.run, seconds, clock) | ({"seconds/checkpoint": self.seconds_saving} if self.seconds_saving else {})
+        self.seconds_saving = 0.0
+        used = {} if self.utilisation is None else self.utilisation.metrics(table.shares, seconds)
+        self.observers.on_step({**_at(self.recipe, self.step), **metrics, **times, **used, **table.metrics()})
+
+    def _evaluation_due(self) -> bool:
+        every = self.recipe.train.eval_every
+        return bool(every and self.step % every == 0) or self.step == self.recipe.last_step
+
+    def _evaluate(self) -> None:
+        self.place.doing, self.owed = "evaluation after step", False
+        begin = time.perf_counter()
+        self.evaluated = measure(self.run, self.evaluators, self.step)
+        if self.evaluated:
+            seconds = time.perf_counter() - begin
+            self.observers.on_evaluation({**_at(self.recipe, self.step), **self.evaluated, "seconds/evaluation": seconds})
+
+    def _save_due(self) -> bool:
+        every = self.recipe.save_every
+        due = bool(every and self.step % every == 0) or self.step == self.recipe.last_step or bool(self.stop)
+        return due and self.saved != self.step
+
+    def _save(self) -> None:
+        self.place.doing = "checkpoint after step"
+        begin = time.perf_counter()
+        state = {"elapsed": begin - self.started, "observers": self.observers.state(), "evaluation_owed": self.owed}
+        path = self.checkpointer.save(self.step, state, tokens=self.step * self.recipe.tokens_per_step)
+        self.seconds_saving += time.perf_counter() - begin
+        self.saved = self.step
+        self.observers.on_checkpoint(self.step, path)
+
+    def _end(self) -> int:
+        """Sums the run up; returns the exit status."""
+        recipe, step = self.recipe, self.step
+        self.place.doing = "the end, after step"
+        seconds = time.perf_counter() - self.started
+        summary: dict[str, Any] = {**_at(recipe, step), "seconds": seconds, "session_seconds": seconds - self.elapsed}
+        if (self.stop and step < recipe.total_steps) or self.owed:
+            self.observers.on_end({**summary, "stopped": "a signal", "signal": name_of(self.stop)})
+            return STOPPED
+        if self.evaluated is None:
+            self.evaluated = measure(self.run, self.evaluators, step)
+        summary |= self.evaluated
+        if step < recipe.total_steps:
+            summary["stopped"] = f"run.stop_after={recipe.run.stop_after}"
+        elif self.is_main:
+            baselines = self.run.data.count_baselines()
+            if baselines is not None:
+                summary |= {"baseline/bigram": baselines.bigram, "baseline/trigram": baselines.trigram}
+            self.directory.finish(summary)
+        self.observers.on_end(summary)
+        return 0
+
+    def _table(self, step: int) -> PrecisionTable:
+        return table_at(self.tables, step / self.recipe.total_steps)
+
+    def _formats_change(self) -> bool:
+        """Whether the next step runs in other formats than the last one."""
+        return self.step > 0 and self._table(self.step) is not self._table(self.step - 1)
+
+
+# -- pieces of the above --------------------------------------------------------------------------------------------------------------
+
+
+def _stop_wanted(signals: StopSignals, layout: Layout) -> int:
+    """The number of a signal that some rank has received, the same on every rank; 0: none. Collective: one small all-reduce."""
+    if layout.world_size == 1:
+        return signals.received
+    received = torch.tensor([signals.received], device=layout.device)
+    dist.all_reduce(received, op=dist.ReduceOp.MAX)
+    return int(received.item())
+
+
+def _at(recipe: Recipe, step: int) -> dict[str, int]:
+    return {"step": step, "tokens": step * recipe.tokens_per_step}
+
+
+def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: list[str]) -> RunInfo:
+    """What observers are told before the first step."""
+    recipe, counted = run.recipe, count(run.recipe.model)
+    changes = (f"changed since the run began: {line}" for line in lines(directory.changes))
+    description = (run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
+    return RunInfo(
+        recipe=without_secrets(plain(recipe)),
+        run_dir=run.run_dir,
+        parameters=counted.parameters + counted.mtp,
+        active_parameters=counted.active,
+        step=step,
+        total_steps=recipe.total_steps,
+        tokens_per_step=recipe.tokens_per_step,
+        resumed=step > 0,
+        description=tuple(redacted(line) for line in description),
+        precision_table=table,
+        layers=tuple(MIXERS[letter].name for letter in recipe.model.layers),
+    )
+
+
+def _describe_backend(run: Run, step: int) -> str:
+    """What computes NVFP4, for the head of the run."""
+    policy, progress = run.context.policy, step / run.recipe.total_steps
+    modules = linear_modules(run.recipe.model)
+    return run.context.backend.describe([(module.name, policy.formats(module.name, progress), module.routed) for module in modules])
+
+
+def _pace(run: Run, seconds: float, clock: Stopwatch) -> dict[str, float | int]:
+    """How long a step took, and where its time went."""
+    if run.layout.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    phases = clock.seconds()
+    named = {f"seconds/{name}": phases.get(name, 0.0) for name in ("data", "forward_backward", "optimizer")}
+    return {
+        "step_seconds": seconds,
+        "tokens_per_second": run.recipe.tokens_per_step / seconds,
+        "memory_peak_bytes": peak,
+        **named,
+        "seconds/other": max(0.0, seconds - sum(named.values())),
+    }
