@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.train.recipes import recipe
-from train import loop
+from train import loop, training
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.reader import open_checkpoint
 from train.evaluation.validation import ValidationLoss
@@ -55,10 +55,10 @@ def at_call(number: int, before: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("place", "call", "step"),
     [
-        ((loop, "train_step"), 2, 2),  # where an evaluation is due, which the resumed run still owes
+        ((training, "train_step"), 2, 2),  # where an evaluation is due, which the resumed run still owes
         ((ValidationLoss, "evaluate"), 2, 4),
         ((Checkpointer, "save"), 1, 3),
-        pytest.param((loop, "train_step"), 5, 5, marks=pytest.mark.slow),
+        pytest.param((training, "train_step"), 5, 5, marks=pytest.mark.slow),
         pytest.param((MetricsFile, "on_step"), 4, 4, marks=pytest.mark.slow),
     ],
     ids=["a step before an evaluation", "an evaluation", "a checkpoint", "a step", "an observer"],
