@@ -125,7 +125,13 @@ class FileTokenizer:
         return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        encodings = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        try:
+            encodings = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"the tokenizer.json of data.tokenizer cannot encode text ({reason}): use another, or repair it") from None
         return [np.asarray(encoding.ids, dtype=self._dtype) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
