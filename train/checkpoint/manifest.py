@@ -46,6 +46,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written, or does not hold what is asked of it. The message is one sentence."""
 
 
+class StorageError(CheckpointError):
+    """The disk, or whatever else a checkpoint lies on, failed (it is full, read-only, out of reach): trying again later may succeed."""
+
+
 @dataclass(frozen=True)
 class StoredPart:
     """One box of a tensor: entry `key` of the safetensors file `file`."""
@@ -79,10 +83,8 @@ class Manifest:
 
     def check(self) -> None:
         """Every tensor is tiled exactly by parts in listed files; raises CheckpointError otherwise."""
+        check_tiling(self.tensors)
         for name, tensor in self.tensors.items():
-            problem = tiling_error(tensor.shape, [part.box for part in tensor.parts])
-            if problem:
-                raise CheckpointError(f"tensor {name} {problem}")
             for part in tensor.parts:
                 if part.file not in self.files:
                     raise CheckpointError(f"tensor {name} is said to be in {part.file}, which the manifest does not list")
@@ -113,6 +115,14 @@ class Manifest:
             os.fsync(file.fileno())
         os.replace(unfinished, directory / MANIFEST)
         sync_directory(directory)
+
+
+def check_tiling(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises CheckpointError for a tensor that its parts do not tile exactly."""
+    for name, tensor in tensors.items():
+        problem = tiling_error(tensor.shape, [part.box for part in tensor.parts])
+        if problem:
+            raise CheckpointError(f"tensor {name} {problem}")
 
 
 def read_manifest(directory: Path) -> Manifest:
