@@ -10,25 +10,37 @@ if __name__ == "__main__":
 import sys
 
 from train.launcher import end_with_launcher
+from train.rendezvous import adopt
 from train.signals import STOPPED, StopRequested, StopSignals, ignore_from_now_on
 
 
 def main(module: str = "train") -> int:
     """Reads the command line, trains, and returns the exit status (see `train.signals`).
 
-    module: under which name a sweep starts its jobs, as in `python -m MODULE`. Signals and the launcher's end are looked after before the
-    imports, which take seconds.
+    module: under which name a sweep starts its jobs, as in `python -m MODULE`. Signals, the launcher's end and Slurm's variables are looked after
+    before the imports, which take seconds.
     """
     end_with_launcher()
     with StopSignals():
         try:
+            unfit = _adopt()
             from train.loop import run  # here: torch, Megatron and Hydra take seconds, in which a signal may arrive
             from train.recipe.cli import main as command_line
+            from train.refusal import refuse
 
-            status = command_line(run, module, trains=True)
+            status = command_line(run, module, trains=True) if unfit is None else refuse(unfit)
         except StopRequested as error:
             print(f"Stopped by {error} before the first step: start the same command again to begin.", file=sys.stderr)
             status = STOPPED
         if status == STOPPED:
             ignore_from_now_on()
     return status
+
+
+def _adopt() -> str | None:
+    """Why this step of Slurm cannot be a run; None: it can, or there is none."""
+    try:
+        adopt()
+    except ValueError as error:
+        return str(error)
+    return None

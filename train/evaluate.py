@@ -16,12 +16,14 @@ from train.evaluation import measure
 from train.observe.lines import evaluation_text
 from train.recipe.load import read_recipe
 from train.refusal import refuse
+from train.rendezvous import adopt
 from train.run_directory import stored_recipe
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command; exit status 2 for wrong arguments."""
     try:
+        adopt()
         values = key_values(arguments, ("checkpoint",))
         if not isinstance(values.get("checkpoint"), str):
             raise ValueError("checkpoint=... is missing: python -m train.evaluate checkpoint=runs/tiny")

@@ -52,6 +52,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written, or does not hold what is asked of it. The message is one sentence."""
 
 
+class StorageError(CheckpointError):
+    """The disk, or whatever else a checkpoint lies on, failed (it is full, read-only, out of reach): trying again later may succeed."""
+
+
 @dataclass(frozen=True)
 class StoredPart:
     """One box of a tensor: entry `key` of the safetensors file `file`."""
@@ -84,17 +88,16 @@ class Manifest:
     tensors: Mapping[str, StoredTensor]
 
     def check(self) -> None:
-        """Every tensor is tiled exactly by parts in listed files, which have room for them; raises CheckpointError otherwise."""
+"""Every tensor is tiled exactly by parts in listed files, which have room for them; raises CheckpointError otherwise."""
         for name in self.files:
             if not FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"its file name {name[:80]!r} is none of a checkpoint's: it may not lead out of its directory")
-        room = {name: file.size for name, file in self.files.items()}
         for name, tensor in self.tensors.items():
             if len(tensor.shape) > MOST_DIMENSIONS:
                 raise CheckpointError(f"tensor {name[:80]!r} has {len(tensor.shape)} dimensions, more than {MOST_DIMENSIONS}")
-            problem = tiling_error(tensor.shape, [part.box for part in tensor.parts])
-            if problem:
-                raise CheckpointError(f"tensor {name} {problem}")
+        check_tiling(self.tensors)
+        room = {name: file.size for name, file in self.files.items()}
+        for name, tensor in self.tensors.items():
             for part in tensor.parts:
                 if part.file not in self.files:
                     raise CheckpointError(f"tensor {name} is said to be in {part.file}, which the manifest does not list")
@@ -129,6 +132,14 @@ class Manifest:
             os.fsync(file.fileno())
         os.replace(unfinished, directory / MANIFEST)
         sync_directory(directory)
+
+
+def check_tiling(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises CheckpointError for a tensor that its parts do not tile exactly."""
+    for name, tensor in tensors.items():
+        problem = tiling_error(tensor.shape, [part.box for part in tensor.parts])
+        if problem:
+            raise CheckpointError(f"tensor {name} {problem}")
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -52,6 +52,12 @@ class Checkpoint:
         """The JSON values given to `save` (tuples come back as lists)."""
         return self.manifest.state
 
+    @property
+    def milestone(self) -> str | None:
+        """The name under which it stays for ever; None: it is no milestone."""
+        name = self.state.get("milestone")
+        return name if isinstance(name, str) else None
+
     def names(self, kind: str | None = None) -> list[str]:
         """Names of the stored tensors, such as `exp_avg/norm_f.weight`; with a kind (`model`, ...) those of it,
         without the kind.
