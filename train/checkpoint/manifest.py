@@ -88,7 +88,7 @@ class Manifest:
     tensors: Mapping[str, StoredTensor]
 
     def check(self) -> None:
-"""Every tensor is tiled exactly by parts in listed files, which have room for them; raises CheckpointError otherwise."""
+        """Every tensor is tiled exactly by parts in listed files, which have room for them; raises CheckpointError otherwise."""
         for name in self.files:
             if not FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"its file name {name[:80]!r} is none of a checkpoint's: it may not lead out of its directory")
