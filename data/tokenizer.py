@@ -100,8 +100,10 @@ class FileTokenizer:
         try:
             raw = path.read_bytes()
             self.tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as error:  # the library raises plain Exception
-            reason = " ".join(str(error).split())
+        except BaseException as error:  # the library raises plain Exception, and of its own defects a BaseException that only it knows
+            if not _is_the_librarys(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
             raise DataError(
                 f"data.tokenizer.path={str(path)!r} is no tokenizer.json ({reason}): name one that `tokenizers` saved"
             ) from None
@@ -123,7 +125,13 @@ class FileTokenizer:
         return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        encodings = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        try:
+            encodings = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"the tokenizer.json of data.tokenizer cannot encode text ({reason}): use another, or repair it") from None
         return [np.asarray(encoding.ids, dtype=self._dtype) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -134,6 +142,10 @@ class FileTokenizer:
 
     def save(self, directory: str | Path) -> None:
         _save(tokenizers.Tokenizer.from_buffer(self._saved), directory, self.name)
+
+
+def _is_the_librarys(error: BaseException) -> bool:
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def train_bpe(texts: Iterable[bytes], vocab_size: int, end_of_document: str) -> tokenizers.Tokenizer:

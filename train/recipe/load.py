@@ -14,7 +14,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from train.recipe.guard import check_interpolations
 from train.recipe.microbatch import automatic_micro_batch_size
 from train.recipe.reading import RecipeError, defaults, read
 from train.recipe.tree import Recipe
@@ -46,8 +48,14 @@ def store_base() -> None:
 
 
 def plain_values(config: DictConfig) -> dict[str, Any]:
-    """What Hydra composed as plain containers, without the keys nobody gave."""
-    return _without_missing(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+    """What Hydra composed as plain containers, without the keys nobody gave. Raises RecipeError for interpolations without end."""
+    check_interpolations(config)
+    try:
+        return _without_missing(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, RecipeError):
+            raise RecipeError(f"{error.full_key}: {error.__cause__}") from None
+        raise
 
 
 def _without_missing(values: Any) -> Any:
