@@ -21,6 +21,7 @@ import string
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class WandbObserver(Observer):
     `monitor.wandb_report` is set.
     """
 
-    def __init__(self, config: MonitorConfig, say: Callable[[str], None] = print, draw_report: Callable[[Path], Path] | None = None) -> None:
+    def __init__(
+        self, config: MonitorConfig, say: Callable[[str], None] = print, draw_report: Callable[[Path], Path] | None = None
+    ) -> None:
         self.config = config
         self.id: str | None = None
         self._say = say
@@ -58,13 +61,13 @@ class WandbObserver(Observer):
         self._summary: dict[str, float | int] = {}
         self._exit_code = 0
         self._finished = self._stopped = False
-        self._last_metrics_step = 0
         self._waiting: collections.deque[tuple[str, Call]] = collections.deque(maxlen=_MOST_WAITING)
         self._lines: collections.deque[str] = collections.deque(maxlen=_MOST_WAITING)  # of the worker, said by the next hook
         self._worker: threading.Thread | None = None
         self._wake, self._ending = threading.Event(), threading.Event()
         self._rewound = False
         self._busy_since: float | None = None  # the worker is inside a call to W&B
+        self._complaint = ""  # the last one, which is not said again every ten minutes
 
     # -- hooks, on the thread of the run: none calls W&B ----------------------------------------------------------------------------------
 
@@ -73,6 +76,11 @@ class WandbObserver(Observer):
         self._run = run
         self.id = self.id or self._stored_id(run.run_dir) or "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
         self._store_id(run.run_dir)
+        try:
+            import wandb  # noqa: F401  # here: half a second, which a run without W&B should not pay; not in the worker: two threads that import collide
+        except Exception as error:
+            self._say(_sentence("start", error, "the run goes on without it"))
+            return
         self._worker = threading.Thread(target=self._work, args=(run, self.id), name="wandb-observer", daemon=True)
         self._worker.start()
 
@@ -160,15 +168,16 @@ class WandbObserver(Observer):
                 session = WandbSession(self.config, run, run_id)
                 self._busy_since = None
                 opened += 1
+                self._complaint = ""
                 self._lines.append(_opened_line(self.config.wandb, run_id, opened, session.written))
                 self._serve(session, run)
                 return
             except NoAccount as error:
-                self._lines.append(_sentence("start", error))
+                self._lines.append(_sentence("start", error, "the run goes on without it"))
                 return
             except Exception as error:  # W&B raises its own, network, file and protocol errors: none may end a run
                 self._busy_since = None
-                self._lines.append(_sentence("start" if session is None else "go on", error))
+                self._complain(_sentence("start" if session is None else "go on", error, "the run goes on, and W&B is tried again"))
                 abandon_services()
             if self._ending.is_set():
                 return
@@ -186,7 +195,7 @@ class WandbObserver(Observer):
                 self._rewound = False
                 tail.rewind()
             for row in tail.rows():
-                self._timed(lambda row=row: session.log(row))
+                self._timed(partial(session.log, row))
             self._deliver(session)
             session.check()
             self._wake.wait(LOOK_SECONDS)
@@ -220,12 +229,17 @@ class WandbObserver(Observer):
         while self._waiting:
             what, call = self._waiting.popleft()
             try:
-                self._timed(lambda call=call: call(session))
+                self._timed(partial(call, session))
             except Exception as error:
                 if not session.alive():
                     self._waiting.appendleft((what, call))
                     raise
-                self._lines.append(_sentence(what, error))
+                self._lines.append(_sentence(what, error, "the run goes on"))
+
+    def _complain(self, text: str) -> None:
+        if text != self._complaint:
+            self._complaint = text
+            self._lines.append(text)
 
     def _timed(self, call: Callable[[], None]) -> None:
         self._busy_since = time.monotonic()
@@ -257,6 +271,6 @@ def _is_whole(row: Mapping[str, Any], run: RunInfo) -> bool:
     return "seconds/evaluation" in row or not (row["step"] == run.total_steps or (every and row["step"] % every == 0))
 
 
-def _sentence(what: str, error: Exception) -> str:
+def _sentence(what: str, error: Exception, consequence: str) -> str:
     reason = (redacted(str(error)).strip() or "no reason given").splitlines()[0]
-    return f"W&B could not {what} ({type(error).__name__}: {reason}): the run goes on without it; metrics.jsonl has every number"
+    return f"W&B could not {what} ({type(error).__name__}: {reason}): {consequence}; metrics.jsonl has every number"

@@ -96,9 +96,13 @@ class WandbSession:
     def alert(self, alert: Alert) -> None:
         self._run.alert(f"{alert.kind} at step {alert.step}", alert.text, level="ERROR" if alert.severe else "WARN")
 
+    def alive(self) -> bool:
+        """Whether the service's process is there; true where it is not ours to see."""
+        return self._service is None or (self._service.is_running() and self._service.status() != psutil.STATUS_ZOMBIE)
+
     def check(self) -> None:
         """Raises OSError where the service has ended, or has not written for half a minute what it was sent (a full disk: it says nothing)."""
-        if self._service is not None and not self._service.is_running():
+        if not self.alive():
             raise OSError("its service has ended")
         if self._unconfirmed is None or not self._confirm():
             return
@@ -147,7 +151,9 @@ class WandbSession:
         self._service = next(iter(_services()), None)
         if self._service is not None:
             facts = {"pid": self._service.pid, "created": self._service.create_time()}
-            (self._run_dir / SERVICE_FILE).write_text(json.dumps(facts) + "\n")
+            path = self._run_dir / SERVICE_FILE
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(facts) + "\n")
 
 
 def abandon_services() -> None:
