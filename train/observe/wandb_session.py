@@ -74,7 +74,7 @@ class WandbSession:
         )
         self._find_service()
         if self._online:  # the server knows what it has; what lies here may never have been sent
-            self.written = max(0, int(self._run.step) - 1) if self._run.resumed else 0
+            self.written = max(0, int(self._run.starting_step) - 1)
         files = files_of(run.run_dir, run_id)
         self._reader = RecordReader(files[-1]) if files else None
         self._run.define_metric("step", hidden=True)
@@ -215,6 +215,7 @@ def _settings(config: MonitorConfig) -> Any:
         init_timeout=config.wandb_timeout_seconds,
         finish_timeout=config.wandb_timeout_seconds,
         host="not-recorded",  # left out, W&B would ask the machine
+        program="train",  # and note the path of the script
         disable_git=True,
         disable_code=True,
         disable_job_creation=True,

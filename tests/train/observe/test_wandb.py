@@ -303,7 +303,7 @@ def test_checkpoints_are_named_and_not_read(tmp_path: Path) -> None:
     (artifact,) = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
     (alert,) = [r.alert for r in records if r.WhichOneof("record_type") == "alert"]
     assert alert.title == "spike at step 2" and alert.level == "ERROR"
-    assert list(artifact.aliases) == ["latest", "step-2"] and json.loads(artifact.metadata) == {"step": 2}
+    assert set(artifact.aliases) == {"latest", "step-2"} and json.loads(artifact.metadata) == {"step": 2}
     assert [entry.ref for entry in artifact.manifest.contents] == [f"{checkpoint.as_uri()}/weights"]
     assert not artifact.manifest.contents[0].size and not any(
         b"secret weights" in path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file()
@@ -337,7 +337,8 @@ def test_wandb_online_out_of_reach_neither_asks_nor_stops(tmp_path: Path, key: s
     # In a process of its own, with a home of its own: W&B remembers keys per process, and the user's must not be used.
     script = (
         "import sys, wandb; from pathlib import Path; from train.observe import MonitorConfig, RunInfo\n"
-        "from train.observe.wandb_observer import WandbObserver\n"
+        "from train.observe import wandb_observer; from train.observe.wandb_observer import WandbObserver\n"
+        "wandb_observer.GRACE_SECONDS = 30\n"
         "said = []; o = WandbObserver(MonitorConfig(wandb='online', wandb_timeout_seconds=2), said.append)\n"
         "o.on_start(RunInfo({}, Path(sys.argv[1]), 1, 1, 0, 10, 1)); o.on_step({'step': 1, 'tokens': 1})\n"
         "o.on_end({}); print(len(said), said[0])\n"
@@ -396,3 +397,85 @@ def test_a_wandb_run_ends_as_the_run_did(
     end(observer)
     observer.close()
     assert heard == calls
+
+
+# -- online, against a server of our own ----------------------------------------------------------------------------------------------
+
+
+ONLINE = """
+import json, sys, time
+from pathlib import Path
+from tests.train.observe.test_wandb import Watched
+from tests.train.observe.wandb_server import WandbServer
+from train.observe import MonitorConfig, wandb_observer, wandb_session
+import os
+server = WandbServer()
+os.environ["WANDB_BASE_URL"] = server.url
+run_dir, config = Path(sys.argv[1]), MonitorConfig(wandb="online", wandb_timeout_seconds=float(sys.argv[2]))
+def steps(): return [row["_step"] for row in next(iter(server.history.values()), [])]
+"""
+
+
+def online(script: str, run_dir: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Runs a script with a key and a home of its own; its output holds no key, nor does any file it leaves."""
+    home = run_dir.parent / "home"
+    home.mkdir()
+    key = "0123456789abcdef" * 2 + "deadbeef"
+    (home / "netrc").write_text(f"machine 127.0.0.1 login user password {key}\n")
+    (home / "netrc").chmod(0o600)
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    environment = {
+        **kept,
+        "HOME": str(home),
+        "NETRC": str(home / "netrc"),
+        "WANDB_API_KEY": key,
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ONLINE + script, str(run_dir), str(timeout)],
+        env=environment, cwd=run_dir.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert key not in done.stdout + done.stderr
+    for path in run_dir.rglob("*"):
+        assert not path.is_file() or key.encode() not in path.read_bytes(), path
+    return done
+
+
+def test_online_a_run_continues_where_the_server_is(tmp_path: Path) -> None:
+    """Also where it was away in between; the answer to what it has is the server's."""
+    script = """
+first = Watched(run_dir, config=config); first.train(6); first.end(stopped="a signal", signal="SIGTERM")
+assert steps() == [1, 2, 3, 4, 5, 6], steps()
+wandb_observer.FIRST_RETRY_SECONDS = 0.2
+server.down = True
+second = Watched(run_dir, 4, MonitorConfig(wandb="online", wandb_timeout_seconds=4)); second.train(9)
+deadline = time.monotonic() + 60
+while not second.wandb._lines and time.monotonic() < deadline: time.sleep(0.1)
+server.down = False
+second.train(12)
+while steps()[-1] < 11 and time.monotonic() < deadline: time.sleep(0.1)
+second.end()
+assert steps() == list(range(1, 13)), steps()
+assert second.slowest < 0.3, second.slowest
+assert "behind step 6" in second.said[-1], second.said
+names = [u for u in server.upserts if u.get("displayName")]
+assert {u["host"] for u in names} == {"not-recorded"} and {u["program"] for u in names} == {"train"}
+"""
+    assert "less than the current step" not in online(script, tmp_path / "run").stderr
+
+
+def test_online_a_slow_server_does_not_slow_the_run(tmp_path: Path) -> None:
+    script = """
+server.delay = 30.0
+wandb_observer.GRACE_SECONDS = 1.0
+begin = time.monotonic()
+watched = Watched(run_dir, config=config)
+watched.train(500)
+assert watched.slowest < 0.5 and time.monotonic() - begin < 10, (watched.slowest, time.monotonic() - begin)
+begin = time.monotonic()
+watched.end()
+assert time.monotonic() - begin < 25
+print(watched.said)
+"""
+    assert "did not answer any more" in online(script, tmp_path / "run", timeout=3).stdout
