@@ -56,6 +56,7 @@ WAYS: dict[str, Way] = {
     EXPORT: Way(after=(FIRST,), makes=("exported/config.json",), slow=True),
     "python -m train.import_hf checkpoint=exported to=runs/imported": Way(after=(FIRST, EXPORT), makes=("runs/imported",), slow=True),
     "python -m train.report runs=[runs/a,runs/b] to=runs/report": Way(copies=("runs/a", "runs/b"), makes=("runs/report/loss.png",)),
+    "python -m train.dashboard run=runs/first": Way(after=(FIRST,), makes=("runs/first/report/index.html",), says="No W&B workspace"),
     "python -m data.prepare input=texts/ tokenizer=bytes to=prepared/texts": Way(
         makes=("prepared/texts.bin", "prepared/texts.idx"), slow=True
     ),

@@ -6,7 +6,7 @@ however slow W&B is, and nothing is lost however long it is away. What W&B has i
 what an outage, a full disk or a killed service kept from W&B is made up for, in this process or at the next start of the run.
 
 The run id is drawn once and kept in <run>/wandb_id (a run killed before its first checkpoint keeps it) and in the checkpoint. W&B cannot append
-to an offline directory, so every opening makes another one below <run>/wandb with the same id; `wandb sync --append` joins them.
+to an offline directory, so every opening makes another one below <run>/wandb with the same id; `wandb sync` sends them in order, into one run.
 
 W&B cannot take back a row. After a rewind (`on_rewind`) it keeps the rows of the steps that were taken back, with an alert, and goes on behind
 them; metrics.jsonl has the steps as they were taken again.
