@@ -6,6 +6,9 @@ Everything that merely watches (console, metrics file, W&B, pictures) is an obse
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from train.checkpoint.reader import open_checkpoint
 from train.evaluation import measure
 from train.failures import RunFailed
 from train.observe import Observers, RunInfo
+from train.observe.base import Alert
 from train.observe.redact import redacted, without_secrets
 from train.precision_table import PrecisionTable, precision_tables, table_at
 from train.recipe.reading import plain
@@ -38,8 +42,8 @@ MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run
 class Training:
     """One start of a run; every rank makes one and calls `train`.
 
-    step: optimizer steps done. owed: an evaluation that was due when the run was asked to stop. stop: the signal some rank has received, the same
-    on every rank, or 0.
+    step: optimizer steps done. saved: after which of them a checkpoint was last begun; committed: that of the newest complete one. owed: an
+    evaluation that was due when the run was asked to stop. stop: the signal some rank has received, the same on every rank, or 0.
     """
 
     def __init__(self, run: Run, directory: RunDirectory, observers: Observers, signals: StopSignals, place: Place) -> None:
@@ -47,11 +51,21 @@ class Training:
         self.directory, self.observers, self.signals, self.place = directory, observers, signals, place
         self.is_main = self.layout.rank == 0
         report = print if self.is_main else (lambda line: None)
-        self.checkpointer = Checkpointer(run.run_dir, run.engine, run.chunks, keep=self.recipe.checkpoint.keep, report=report)
+        self.checkpointer = Checkpointer(
+            run.run_dir,
+            run.engine,
+            run.chunks,
+            retention=self.recipe.retention,
+            asynchronous=self.recipe.checkpoint.asynchronous,
+            report=report,
+            saved=self._saved,
+            failed=self._save_failed,
+        )
         self.evaluators = self.recipe.evaluation.chosen()
         self.tables = precision_tables(self.recipe)
         self.utilisation = open_utilisation(self.recipe, self.layout.device, self.layout.world_size) if self.is_main else None
-        self.step = self.saved = self.skipped = self.stop = 0
+        self.step = self.saved = self.committed = self.skipped = self.stop = 0
+        self.failed_saves, self.trouble = 0, ""
         self.owed = False
         self.evaluated: dict[str, float] | None = None
         self.elapsed = self.seconds_saving = 0.0
@@ -59,6 +73,13 @@ class Training:
 
     def train(self) -> int:
         """Returns the exit status."""
+        try:
+            return self._train()
+        except BaseException:
+            self.checkpointer.abandon()
+            raise
+
+    def _train(self) -> int:
         self._begin()
         self._look()
         while (self.step < self.recipe.last_step or self.owed) and not self.stop:
@@ -69,10 +90,11 @@ class Training:
             if self.owed and not self.stop:
                 self._evaluate()
                 self._look()
+            self._commit()
             if self._save_due():
                 self._save()
                 self._look()
-        self.checkpointer.close()
+        self._finish_saving()
         return self._end()
 
     # -- the parts, in the order in which they are called -----------------------------------------------------------------------------
@@ -80,15 +102,17 @@ class Training:
     def _begin(self) -> None:
         """Restores the run from its newest checkpoint, or from where a new one starts, and tells observers."""
         state = self._restore()
-        self.saved = self.step
+        self.saved = self.committed = self.step
         if self.is_main:
             self.directory.store_recipe(self.recipe, self.step)
             self.directory.store_tokenizer(self.run.data.tokenizer)
         self.signals.only_remember()
         self.observers.load_state(state.get("observers", {}))
         self.owed = bool(state.get("evaluation_owed", False))
+        self.failed_saves = int(state.get("failed_saves", 0))
         hardware = [] if self.utilisation is None else [self.utilisation.line]
         self.observers.on_start(_info(self.run, self.directory, self.step, self._table(self.step).text, hardware))
+        self._tell_of_damage()
         self.elapsed = float(state.get("elapsed", 0.0))
         self.started = time.perf_counter() - self.elapsed
 
@@ -104,6 +128,13 @@ class Training:
             self.run.engine.reload_masters()
         return {}
 
+    def _tell_of_damage(self) -> None:
+        """Checkpoints newer than the one just restored that are not what was written."""
+        for line in self.checkpointer.passed_over:
+            self.observers.on_alert(
+                Alert("checkpoint", self.step, f"{line.rstrip('.')}; the run goes on from step {self.step}", severe=True)
+            )
+
     def _look(self) -> None:
         """Has some rank received a signal?"""
         self.stop = self.stop or _stop_wanted(self.signals, self.layout)
@@ -116,7 +147,6 @@ class Training:
         self.place.samples = tuple(index for samples in self.run.plan.samples(self.step) for index in samples)
         self.observers.on_step_begin(self.step + 1)
         begin, clock = time.perf_counter(), Stopwatch(self.layout.device)
-        self.checkpointer.maybe_wait()
         metrics = train_step(self.run, self.step, clock)
         self.step += 1
         seconds = time.perf_counter() - begin
@@ -144,8 +174,9 @@ class Training:
     def _log(self, metrics: dict[str, float], table: PrecisionTable, seconds: float, clock: Stopwatch) -> None:
         times = _pace(self.run, seconds, clock) | ({"seconds/checkpoint": self.seconds_saving} if self.seconds_saving else {})
         self.seconds_saving = 0.0
+        failures = {"checkpoint/failures": self.failed_saves} if self.failed_saves else {}
         used = {} if self.utilisation is None else self.utilisation.metrics(table.shares, seconds)
-        self.observers.on_step({**_at(self.recipe, self.step), **metrics, **times, **used, **table.metrics()})
+        self.observers.on_step({**_at(self.recipe, self.step), **metrics, **times, **used, **table.metrics(), **failures})
 
     def _evaluation_due(self) -> bool:
         every = self.recipe.train.eval_every
@@ -160,18 +191,60 @@ class Training:
             self.observers.on_evaluation({**_at(self.recipe, self.step), **self.evaluated, "seconds/evaluation": seconds})
 
     def _save_due(self) -> bool:
-        every = self.recipe.save_every
-        due = bool(every and self.step % every == 0) or self.step == self.recipe.last_step or bool(self.stop)
-        return due and self.saved != self.step
+        return (self.recipe.save_due(self.step) or bool(self.stop)) and self.saved != self.step
 
     def _save(self) -> None:
+        """Begins a checkpoint; `_saved` or `_save_failed` hears what became of it, now or at a later step."""
+        self.place.doing, self.saved = "checkpoint after step", self.step
+        state = {
+            "elapsed": time.perf_counter() - self.started,
+            "observers": self.observers.state(),
+            "evaluation_owed": self.owed,
+            "failed_saves": self.failed_saves,
+        }
+        tokens, milestone = self.step * self.recipe.tokens_per_step, self.recipe.milestone(self.step)
+        with self._standing_still():
+            self.checkpointer.save(self.step, state, tokens=tokens, milestone=milestone)
+
+    def _commit(self) -> None:
+        """Completes the checkpoint under way, if every rank has written its part of it."""
+        if self.checkpointer.under_way is not None:
+            self.place.doing = "checkpoint after step"
+            with self._standing_still():
+                self.checkpointer.poll()
+
+    def _finish_saving(self) -> None:
+        """Waits for the last checkpoint. Raises RunFailed where it could not be written: then the run must not end as if it were."""
         self.place.doing = "checkpoint after step"
+        with self._standing_still():
+            self.checkpointer.close()
+        if self.committed != self.step:
+            why = f"was stopped by {name_of(self.stop)}" if self.stop else "has ended"
+            onward = f"from the newest one, that of step {self.committed}" if self.committed else "from its beginning"
+            raise RunFailed(
+                f"the run {why} after step {self.step}, and its last checkpoint could not be written ({self.trouble}): put that right, and start "
+                f"the same command again, which goes on {onward}"
+            )
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """Training waits for a checkpoint meanwhile."""
         begin = time.perf_counter()
-        state = {"elapsed": begin - self.started, "observers": self.observers.state(), "evaluation_owed": self.owed}
-        path = self.checkpointer.save(self.step, state, tokens=self.step * self.recipe.tokens_per_step)
+        yield
         self.seconds_saving += time.perf_counter() - begin
-        self.saved = self.step
-        self.observers.on_checkpoint(self.step, path)
+
+    def _saved(self, step: int, path: Path) -> None:
+        self.committed = step
+        self.observers.on_checkpoint(step, path)
+
+    def _save_failed(self, step: int, trouble: str) -> None:
+        """A disk may be full for an hour: the run goes on, and says so."""
+        self.failed_saves += 1
+        self.trouble = trouble
+        newest = f"the newest checkpoint is that of step {self.committed}" if self.committed else "there is no checkpoint yet"
+        self.observers.on_alert(
+            Alert("checkpoint", self.step, f"{trouble}; nothing that was written before is lost, {newest}", severe=True)
+        )
 
     def _end(self) -> int:
         """Sums the run up; returns the exit status."""

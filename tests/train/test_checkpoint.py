@@ -19,8 +19,10 @@ from parallel.shards import Piece
 from train.checkpoint.boxes import Box
 from train.checkpoint.manifest import MANIFEST, CheckpointError
 from train.checkpoint.parts import Part, parts_of
+from train.checkpoint.plan import owned_boxes
 from train.checkpoint.reader import Checkpoint, latest, open_checkpoint
-from train.checkpoint.writer import owned_boxes, save
+from train.checkpoint.retention import Retention
+from train.checkpoint.writer import save
 
 # Sections of a Mamba input projection (z, x, B, C, dt), all in one stored tensor; every one is split over the ranks.
 SECTIONS = (8, 8, 4, 4, 4)
@@ -257,7 +259,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path, part, wo
 def test_a_checkpoint_with_holes_is_never_written(tmp_path, parts, words):
     save(tmp_path, 1, simple(), {})
     with pytest.raises(CheckpointError) as error:
-        save(tmp_path, 2, parts, {}, keep=1)
+        save(tmp_path, 2, parts, {}, retention=Retention(1))
     assert words in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -347,7 +349,7 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path, kind):
     with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         open_checkpoint(tmp_path / "step-00000011")
     # Training resumes from 10 and reaches 11 again: the damaged directory gives way.
-    save(tmp_path, 11, simple(11), {}, keep=2)
+    save(tmp_path, 11, simple(11), {}, retention=Retention(2))
     assert steps(tmp_path) == ["step-00000010", "step-00000011"]
     again = latest(tmp_path, report=pytest.fail)
     assert again is not None and torch.equal(again.read_full("model/a"), simple(11)[0].tensor)
@@ -403,7 +405,7 @@ def test_steps_sort_as_numbers(tmp_path):
 @pytest.mark.parametrize("keep", [None, 0])
 def test_retention_off_keeps_all(tmp_path, keep):
     for step in (1, 2, 3):
-        save(tmp_path, step, simple(), {}, keep=keep)
+        save(tmp_path, step, simple(), {}, retention=Retention(keep))
     assert len(steps(tmp_path)) == 3
 
 
@@ -413,10 +415,10 @@ def test_retention_counts_complete_checkpoints_only_and_never_the_future(tmp_pat
     (tmp_path / "step-00000003" / MANIFEST).unlink()
     (tmp_path / "notes").mkdir()
     # 3 is not complete, so 4 and 2 are the two newest; 1 goes.
-    save(tmp_path, 4, simple(4), {}, keep=2)
+    save(tmp_path, 4, simple(4), {}, retention=Retention(2))
     assert steps(tmp_path) == ["notes", "step-00000002", "step-00000003", "step-00000004"]
     # A run taken back to step 2 must not delete itself in favour of the future it abandoned.
-    save(tmp_path, 3, simple(3), {}, keep=1)
+    save(tmp_path, 3, simple(3), {}, retention=Retention(1))
     assert steps(tmp_path) == ["notes", "step-00000003", "step-00000004"]
 
 
@@ -458,7 +460,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_older_checkpoints(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # the kernel refuses to grow a file beyond this
         with pytest.raises(CheckpointError) as error:
-            save(tmp_path, 2, simple(), {}, keep=1)
+            save(tmp_path, 2, simple(), {}, retention=Retention(1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -477,12 +479,13 @@ def test_an_unusable_directory_is_one_sentence(tmp_path):
 SAVE_FOREVER = """
 import sys, torch
 from tests.train.test_checkpoint import whole
+from train.checkpoint.retention import Retention
 from train.checkpoint.writer import save
 step = int(sys.argv[2])
 while True:
     values = torch.full((1000, 1000), float(step))
     parts = [whole("model/x", values), whole("model/y", values)]
-    save(sys.argv[1], step, parts, {"step": step}, keep=2, shard_bytes=1 << 20)
+    save(sys.argv[1], step, parts, {"step": step}, retention=Retention(2), shard_bytes=1 << 20)
     print(step, flush=True)
     step += 1
 """

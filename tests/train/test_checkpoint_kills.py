@@ -14,13 +14,14 @@ import pytest
 from tests.train.test_checkpointer import Engine, Model
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.retention import Retention
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
-def checkpointer(run_dir: Path, keep: int | None = None) -> Checkpointer:
+def checkpointer(run_dir: Path, retention: Retention | None = None, asynchronous: bool = False) -> Checkpointer:
     model = Model()
-    return Checkpointer(run_dir, Engine(model), [model], keep=keep, report=lambda line: None)
+    return Checkpointer(run_dir, Engine(model), [model], retention=retention, asynchronous=asynchronous, report=lambda line: None)
 
 
 def first(run_dir: Path) -> None:
@@ -50,8 +51,10 @@ def replaced(run_dir: Path) -> None:
     shutil.copytree(run_dir / "checkpoints" / "step-00000002", run_dir / "checkpoints" / "step-00000003.old.partial")
 
 
-def save_new(run_dir: Path) -> None:
-    checkpointer(run_dir, keep=1).save(3, {"text": "new"})
+def save_new(run_dir: Path, asynchronous: bool) -> None:
+    saving = checkpointer(run_dir, Retention(1), asynchronous)
+    saving.save(3, {"text": "new"})
+    saving.close()
 
 
 def die_before(operation: int, action: Callable[[], Any]) -> bool:
@@ -85,8 +88,9 @@ SCENES: dict[str, tuple[Callable[[Path], None], set[tuple[int, str] | None]]] = 
 }
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "beside the training"])
 @pytest.mark.parametrize("scene", SCENES)
-def test_killed_before_each_operation_of_a_save(tmp_path: Path, scene: str) -> None:
+def test_killed_before_each_operation_of_a_save(tmp_path: Path, scene: str, asynchronous: bool) -> None:
     prepare, expected = SCENES[scene]
     prepare(tmp_path / "before")
     found: set[tuple[int, str] | None] = set()
@@ -95,7 +99,7 @@ def test_killed_before_each_operation_of_a_save(tmp_path: Path, scene: str) -> N
         run_dir = tmp_path / str(operation)
         if (tmp_path / "before").exists():
             shutil.copytree(tmp_path / "before", run_dir)
-        killed = die_before(operation, partial(save_new, run_dir))
+        killed = die_before(operation, partial(save_new, run_dir, asynchronous))
         for file in run_dir.glob("checkpoints/*.partial/*"):  # and the machine with it, before all was on the disk
             os.truncate(file, file.stat().st_size // 2)
         # Cleaning up is cut short as well, each time elsewhere.
@@ -105,7 +109,7 @@ def test_killed_before_each_operation_of_a_save(tmp_path: Path, scene: str) -> N
         assert outcome in expected, f"after operation {operation}"
         found.add(outcome)
         assert not [path.name for path in run_dir.glob("checkpoints/*") if path.name.endswith(".partial")]
-        checkpointer(run_dir, keep=1).save(4, {"text": "next"})
+        checkpointer(run_dir, retention=Retention(1)).save(4, {"text": "next"})
         assert [path.name for path in run_dir.glob("checkpoints/*")] == ["step-00000004"]
         shutil.rmtree(run_dir)
         if not killed:

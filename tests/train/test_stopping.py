@@ -105,7 +105,8 @@ def test_phases_of_a_step_and_bits_per_byte_are_logged(whole: Path) -> None:
         if entry["step"] % 2 == 0:  # one token a byte, but for the end of a document, which is no byte of text
             assert entry["seconds/evaluation"] > 0
             assert entry["eval/bits_per_byte"] == pytest.approx(entry["eval/loss"] / 0.6931472, rel=0.01)
-    assert [entry["step"] for entry in entries if "seconds/checkpoint" in entry] == [4]
+    standing = [entry["step"] for entry in entries if "seconds/checkpoint" in entry]
+    assert standing[0] == 4 and set(standing) <= {4, 5, 6}  # begun after step 3, complete when its files are written
 
 
 def test_a_signal_whose_exception_was_swallowed_is_not_lost() -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
-from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.manifest import CheckpointError, StorageError
 
 T = TypeVar("T")
 
@@ -25,9 +26,18 @@ def exchange(value: T) -> list[T]:
     return values
 
 
+def everywhere(truth: bool) -> bool:
+    """Whether this is true on every rank: one small all-reduce, cheap enough for every step."""
+    if rank_and_size()[1] == 1:
+        return truth
+    flag = torch.tensor(int(truth), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
 def together(action: Callable[[], T], doing: str) -> list[T]:
     """Runs `action` on every rank and returns every rank's result; if it fails anywhere, raises everywhere, so that
-    no rank waits for another.
+    no rank waits for another: StorageError where nothing but OSErrors stood in the way.
 
     doing: begins the sentence of the error, as in "cannot write checkpoint DIR".
     """
@@ -36,12 +46,15 @@ def together(action: Callable[[], T], doing: str) -> list[T]:
         result = action()
     except Exception as error:
         failure = error
-    outcomes = exchange((result, None if failure is None else _sentence(failure)))
-    problems = [f"{problem} (rank {rank})" if len(outcomes) > 1 else problem for rank, (_, problem) in enumerate(outcomes) if problem]
+    mine = None if failure is None else (_sentence(failure), isinstance(failure, OSError | StorageError))
+    outcomes = exchange((result, mine))
+    problems = [(rank, *problem) for rank, (_, problem) in enumerate(outcomes) if problem]
     if failure is not None and not isinstance(failure, (OSError, CheckpointError)):
         raise failure  # a defect keeps its traceback
     if problems:
-        raise CheckpointError(f"{doing}: {problems[0]}") from failure
+        rank, sentence, _ = next((problem for problem in problems if not problem[2]), problems[0])
+        whose = f" (rank {rank})" if len(outcomes) > 1 else ""
+        raise (StorageError if all(storage for *_, storage in problems) else CheckpointError)(f"{doing}: {sentence}{whose}") from failure
     return [result for result, _ in outcomes]  # type: ignore[misc]
 
 

@@ -4,9 +4,8 @@
     step-00000100/          by one rename, which is what makes the checkpoint exist
     older steps             deleted only now
 
-Ranks communicate descriptions, never tensors: a box held by several ranks is written by the lowest one. Should
-ranks hold boxes that overlap without being equal (the embedding of the first and the last pipeline stage, sharded
-differently by their optimizers), the higher rank writes what is left of its own.
+Ranks communicate descriptions, never tensors, and only in `begin` and `commit`. What lies between, `Draft.write`, is each rank's own: it may
+run in a thread, on copies of the tensors, while training goes on.
 """
 
 import hashlib
@@ -14,26 +13,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from train.checkpoint.boxes import Box
-from train.checkpoint.manifest import (
-    DTYPE_NAMES,
-    CheckpointError,
-    Manifest,
-    StoredFile,
-    StoredPart,
-    StoredTensor,
-    sync_directory,
-)
+from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, StoredFile, sync_directory
 from train.checkpoint.parts import Part
-from train.checkpoint.ranks import rank_and_size, together
-from train.checkpoint.reader import size_problem, step_directory
+from train.checkpoint.plan import Plan, describe
+from train.checkpoint.ranks import exchange, rank_and_size, together
+from train.checkpoint.reader import Checkpoint, size_problem, step_directory
+from train.checkpoint.retention import Listed, Retention, superfluous
 
 GIBIBYTE = 1 << 30
 LEFTOVER = ".partial"
@@ -41,8 +35,120 @@ LEFTOVER = ".partial"
 CHUNK = 32 << 20
 """bytes copied to the host, hashed and written at a time"""
 
-Description = tuple[str, torch.dtype, tuple[int, ...], Box]
-"""of a part: name, dtype, global shape, box"""
+Files = dict[str, StoredFile]
+
+
+class Abandoned(Exception):
+    """Nobody waits for this checkpoint any more."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint that is being written: `begin` makes it, each rank calls `write`, then all call `commit`, or each `discard`.
+
+    tensors: what this rank writes, views of the memory it lies in, in the order of the plan's entries; state: captured, JSON values.
+    """
+
+    directory: Path
+    step: int
+    tokens: int
+    state: Mapping[str, Any]
+    plan: Plan
+    rank: int
+    tensors: list[Tensor]
+    _abandoned: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def final(self) -> Path:
+        return step_directory(self.directory, self.step)
+
+    @property
+    def partial(self) -> Path:
+        return self.final.with_name(self.final.name + LEFTOVER)
+
+    @property
+    def doing(self) -> str:
+        return f"cannot write checkpoint {self.final}"
+
+    def write(self, tensors: Sequence[Tensor] | None = None) -> Files:
+        """Writes and syncs this rank's files; communicates with nobody. tensors: copies to write instead of the original ones."""
+        remaining = iter(self.tensors if tensors is None else tensors)
+        if self.rank == 0:
+            _ = self.plan.tensors  # checked, so that `commit` need not do it while training waits
+        return {
+            name: write_safetensors(self.partial / name, [(entry.key, next(remaining)) for entry in entries], self._go_on)
+            for name, entries in self.plan.files[self.rank].items()
+        }
+
+    def _go_on(self) -> None:
+        if self._abandoned.is_set():
+            raise Abandoned
+
+    def commit(self, write: Callable[[], Files]) -> None:
+        """Collective: once every rank's `write` (or what waits for it) has returned, the manifest is written and the checkpoint exists.
+
+        Raises CheckpointError, on every rank, when any rank could not write; older checkpoints are then as they were.
+        """
+        try:
+            written = together(write, self.doing)
+            together(lambda: self._finish(written) if self.rank == 0 else None, self.doing)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _finish(self, written: Sequence[Files]) -> None:
+        files = {name: file for mine in written for name, file in mine.items()}
+        Manifest(self.step, self.tokens, self.state, files, self.plan.tensors).write(self.partial)
+        _replace(self.partial, self.final)
+
+    def abandon(self) -> None:
+        """Lets a `write` that runs in a thread end soon."""
+        self._abandoned.set()
+
+    def discard(self) -> None:
+        """Removes what was written; not collective, and never fails: the next start clears away what it leaves."""
+        if self.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def begin(
+    directory: Path | str,
+    step: int,
+    parts: Iterable[Part],
+    state: Mapping[str, Any],
+    *,
+    tokens: int = 0,
+    shard_bytes: int = GIBIBYTE,
+    before: Plan | None = None,
+) -> Draft:
+    """The first half of `save`, which see. before: the plan of an earlier save, used again where nothing has changed."""
+    directory = Path(directory)
+    rank, _ = rank_and_size()
+    held = [part for part in parts if part.box.elements]
+    partial = step_directory(directory, step).with_name(step_directory(directory, step).name + LEFTOVER)
+    captured: list[Mapping[str, Any]] = []
+
+    def prepare() -> bool:
+        captured.append(_captured(state))
+        if rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            sync_directory(directory.parent)
+            _remove_leftovers(directory)
+            partial.mkdir()
+        descriptions.extend(describe(part) for part in held)
+        return before is not None and before.shard_bytes == shard_bytes and list(before.descriptions[rank]) == descriptions
+
+    descriptions: list[Any] = []
+    try:
+        same = all(together(prepare, f"cannot write checkpoint {step_directory(directory, step)}"))
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    plan = before if before is not None and same else Plan(exchange(descriptions), shard_bytes)
+    entries = (entry for file in plan.files[rank].values() for entry in file)
+    tensors = [held[entry.index].tensor[entry.box.within(held[entry.index].box).slices] for entry in entries]
+    return Draft(directory, step, tokens, captured[0], plan, rank, tensors)
 
 
 def save(
@@ -52,7 +158,7 @@ def save(
     state: Mapping[str, Any],
     *,
     tokens: int = 0,
-    keep: int | None = None,
+    retention: Retention | None = None,
     shard_bytes: int = GIBIBYTE,
 ) -> Path:
     """Writes the checkpoint of `step` under `directory` and returns its path; every rank of the default process
@@ -61,115 +167,26 @@ def save(
     parts: what this rank holds; together the ranks' parts must cover every tensor. Replicas are written once.
     state: JSON values only (string keys); rank 0's is stored.
     tokens: trained on so far, stored beside the step.
-    keep: how many checkpoints remain, this one included; None or 0 keeps all. Later steps (of an abandoned future)
-        are left alone.
+    retention: which older checkpoints remain; None: all.
     shard_bytes: size limit of a file; a larger tensor is cut along its first dimension.
     Raises CheckpointError, on every rank, when any rank cannot write; older checkpoints are then as they were.
     """
-    directory = Path(directory)
-    final = step_directory(directory, step)
-    partial = final.with_name(final.name + LEFTOVER)
-    doing = f"cannot write checkpoint {final}"
-    rank, _ = rank_and_size()
-    held = [part for part in parts if part.box.elements]
-
-    def prepare() -> list[Description]:
-        _check_json(state, "state")
-        if rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            sync_directory(directory.parent)
-            _remove_leftovers(directory)
-            partial.mkdir()
-        return [_describe(part) for part in held]
-
-    try:
-        plan = together(prepare, doing)
-        written = together(lambda: _write_mine(partial, rank, held, plan, shard_bytes), doing)
-        together(lambda: _finish(partial, final, step, tokens, state, plan, written) if rank == 0 else None, doing)
-    except BaseException:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    draft = begin(directory, step, parts, state, tokens=tokens, shard_bytes=shard_bytes)
+    draft.commit(draft.write)
     together(
-        lambda: _retain(directory, step, keep) if rank == 0 and keep else None,
-        f"cannot delete checkpoints older than {final}",
+        lambda: delete_older(draft.directory, step, retention) if draft.rank == 0 and retention else None,
+        f"cannot delete checkpoints older than {draft.final}",
     )
-    return final
+    return draft.final
 
 
-def _describe(part: Part) -> Description:
-    if part.tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"tensor {part.name} has dtype {part.tensor.dtype}, which the format does not store")
-    if tuple(part.tensor.shape) != part.box.shape:
-        raise CheckpointError(f"tensor {part.name} has a part of shape {tuple(part.tensor.shape)} in a box of shape {part.box.shape}")
-    return part.name, part.tensor.dtype, part.shape, part.box
-
-
-def owned_boxes(plan: Sequence[Sequence[Description]]) -> list[list[tuple[int, Box]]]:
-    """Who writes what: for each rank a list of (index of its part, box within that part), disjoint over all ranks."""
-    first: dict[tuple[str, Box], tuple[int, int]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for rank, descriptions in enumerate(plan):
-        for index, (name, _, shape, box) in enumerate(descriptions):
-            shapes[name] = shape
-            first.setdefault((name, box), (rank, index))
-    boxes: dict[str, list[tuple[Box, int, int]]] = {name: [] for name in shapes}
-    for (name, box), (rank, index) in first.items():
-        boxes[name].append((box, rank, index))
-    owned: list[list[tuple[int, Box]]] = [[] for _ in plan]
-    for name, holders in boxes.items():
-        overlapping = sum(box.elements for box, _, _ in holders) > Box((), shapes[name]).elements
-        taken: list[Box] = []
-        for box, rank, index in holders:
-            rest = [box]
-            if overlapping:
-                for other in taken:
-                    rest = [r for b in rest for r in b.minus(other)]
-                taken.append(box)
-            owned[rank].extend((index, b) for b in rest)
-    return owned
-
-
-def _write_mine(
-    partial: Path, rank: int, held: Sequence[Part], plan: Sequence[Sequence[Description]], shard_bytes: int
-) -> tuple[dict[str, StoredFile], list[tuple[str, StoredPart]]]:
-    """Writes this rank's boxes; returns its files and where each box went."""
-    mine = []
-    for index, box in owned_boxes(plan)[rank]:
-        part = held[index]
-        for b in box.split(max(1, shard_bytes // part.tensor.element_size())):
-            mine.append((part, b, b.elements * part.tensor.element_size()))
-    shards: list[list[tuple[Part, Box, int]]] = []
-    room = 0
-    for entry in mine:
-        if entry[2] > room or not shards:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(entry)
-        room -= entry[2]
-    files, stored = {}, []
-    for number, shard in enumerate(shards):
-        name = f"rank-{rank:05d}-{number:03d}.safetensors"
-        # Wider dtypes first keep every tensor aligned to its own width, as the format's own writer does.
-        shard.sort(key=lambda entry: -entry[0].tensor.element_size())
-        entries = [(_key(part, box), part.tensor[box.within(part.box).slices]) for part, box, _ in shard]
-        files[name] = write_safetensors(partial / name, entries)
-        stored += [(part.name, StoredPart(box, name, key)) for (part, box, _), (key, _) in zip(shard, entries, strict=True)]
-    return files, stored
-
-
-def _key(part: Part, box: Box) -> str:
-    if box.shape == part.shape:
-        return part.name
-    return f"{part.name}[{', '.join(f'{a}:{b}' for a, b in zip(box.offset, box.end, strict=True))}]"
-
-
-def write_safetensors(path: Path, entries: Sequence[tuple[str, Tensor]]) -> StoredFile:
+def write_safetensors(path: Path, entries: Sequence[tuple[str, Tensor]], go_on: Callable[[], None] = lambda: None) -> StoredFile:
     """A safetensors file, streamed in chunks (the library's own writer wants every tensor contiguous and in host
     memory at once).
 
     The format: length of the header (8 bytes, little endian), header (JSON, padded with spaces to a multiple of 8
     bytes), then the tensors row-major, without gaps, in the order of their offsets. Synced to the disk on return.
+    go_on: is called before each chunk, and may raise.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -183,6 +200,7 @@ def write_safetensors(path: Path, entries: Sequence[tuple[str, Tensor]]) -> Stor
     digest = hashlib.sha256()
     with open(path, "xb", buffering=0) as file:
         for block in _blocks(text, entries):
+            go_on()
             digest.update(block)
             view = memoryview(block)
             while len(view):
@@ -199,37 +217,6 @@ def _blocks(header: bytes, entries: Iterable[tuple[str, Tensor]]) -> Iterable[An
         row_bytes = flat[0].numel() * flat.element_size()
         for rows in flat.split(max(1, CHUNK // row_bytes)):
             yield rows.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _finish(
-    partial: Path,
-    final: Path,
-    step: int,
-    tokens: int,
-    state: Mapping[str, Any],
-    plan: Sequence[Sequence[Description]],
-    written: Sequence[tuple[dict[str, StoredFile], list[tuple[str, StoredPart]]]],
-) -> None:
-    """Checks that the boxes tile every tensor, writes the manifest and gives the directory its name."""
-    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for descriptions in plan:
-        for name, dtype, shape, _ in descriptions:
-            if kinds.setdefault(name, (dtype, shape)) != (dtype, shape):
-                raise CheckpointError(f"ranks disagree about tensor {name}: {kinds[name]} and {(dtype, shape)}")
-    places: dict[str, list[StoredPart]] = {name: [] for name in kinds}
-    for _, stored in written:
-        for name, part in stored:
-            places[name].append(part)
-    manifest = Manifest(
-        step=step,
-        tokens=tokens,
-        state=state,
-        files={name: file for files, _ in written for name, file in files.items()},
-        tensors={name: StoredTensor(*kinds[name], tuple(sorted(parts, key=lambda part: part.box))) for name, parts in places.items()},
-    )
-    manifest.check()
-    manifest.write(partial)
-    _replace(partial, final)
 
 
 def _replace(partial: Path, final: Path) -> None:
@@ -249,18 +236,19 @@ def _replace(partial: Path, final: Path) -> None:
         _discard(old)
 
 
-def _retain(directory: Path, step: int, keep: int) -> None:
-    """Deletes what is older than the `keep` newest complete checkpoints up to and including `step`."""
-    steps = [
-        (int(match[1]), path)
-        for path in directory.glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)(\.old)?", path.name)) and int(match[1]) <= step
-    ]
-    complete = sorted({s for s, path in steps if size_problem(path) is None}, reverse=True)
-    if len(complete) <= keep:
-        return
-    for s, path in steps:
-        if s < complete[keep - 1]:
+def delete_older(directory: Path, step: int, retention: Retention) -> None:
+    """Deletes what is not to stay of the checkpoints up to and including `step`; one process at a time does it."""
+    listed: list[tuple[Listed, Path]] = []
+    for path in directory.glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)(\.old)?", path.name):
+            try:
+                entry = Listed(int(match[1]), True, Checkpoint(path).milestone)
+            except CheckpointError:
+                entry = Listed(int(match[1]), complete=False)
+            listed.append((entry, path))
+    doomed = superfluous([entry for entry, _ in listed], retention, step)
+    for entry, path in listed:
+        if entry.step in doomed:
             _discard(path)
 
 
@@ -284,6 +272,13 @@ def clear_leftovers(directory: Path | str) -> None:
 def _remove_leftovers(directory: Path) -> None:
     for leftover in directory.glob(f"step-*{LEFTOVER}"):
         shutil.rmtree(leftover)
+
+
+def _captured(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A copy that nobody changes any more."""
+    _check_json(state, "state")
+    copy: Mapping[str, Any] = json.loads(json.dumps(state))
+    return copy
 
 
 def _check_json(value: Any, where: str) -> None:

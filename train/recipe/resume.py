@@ -41,7 +41,7 @@ FREELY = (
 LENGTH = ("train.steps", "train.tokens")
 SCHEDULE = ("optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.warmup", "optimizer.decay", "optimizer.decay_style")
 PHASES = "data.phases"
-DURATIONS = ("optimizer.warmup", "optimizer.decay", "checkpoint.every", "run.stop_after")
+DURATIONS = ("optimizer.warmup", "optimizer.decay", "checkpoint.every", "checkpoint.keep_every", "run.stop_after")
 
 
 def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int) -> dict[str, tuple[Any, Any]]:

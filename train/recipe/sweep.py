@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,6 +20,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 from train.observe.redact import redacted
+from train.recipe.guard import read_yaml
 from train.recipe.load import plain_values, read_recipe
 from train.recipe.reading import RecipeError
 from train.recipe.resume import changed_keys
@@ -133,7 +133,7 @@ def _is_finished(config: DictConfig, run_dir: Path) -> bool:
         return False
     recipe = read_recipe(_values(config, run_dir), None)
     done = int(json.loads(marker.read_text())["step"])
-    changed_keys(yaml.safe_load(stored.read_text()), recipe, done)
+    changed_keys(read_yaml(stored.read_bytes(), str(stored)), recipe, done)
     return done == recipe.total_steps
 
 

@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.precision.policy import Policy, PrecisionConfig
 from parallel.cluster import ClusterConfig
 from parallel.layout import ParallelConfig
+from train.checkpoint.retention import Retention
 from train.duration import Duration
 from train.evaluation import EvaluationConfig
 from train.observe import MonitorConfig
@@ -70,8 +71,12 @@ class CheckpointConfig:
     """From one checkpoint to the next; null: only at the end."""
     keep: int | None = 2
     """Newest checkpoints that stay on disk; null: all."""
-    asynchronous: bool = False
-    """Write beside the training; not available yet."""
+    keep_every: Duration | None = None
+    """A checkpoint at each multiple of this is saved, and stays for ever; null: none."""
+    milestones: tuple[Duration, ...] = ()
+    """Moments of the run, as in [50%, 2000steps], whose checkpoints are saved under that name, and stay for ever."""
+    asynchronous: bool | Literal["auto"] = "auto"
+    """Write beside the training, which waits only for a copy into host memory; auto: where that has room for the copy."""
     initialize_from: str | None = None
     """A run or checkpoint whose weights a new run starts from; null: random weights."""
 
@@ -121,7 +126,29 @@ class Recipe:
     @property
     def save_every(self) -> int:
         """Steps from checkpoint to checkpoint, at least one; 0: only at the end."""
-        return max(1, self.in_steps(self.checkpoint.every)) if self.checkpoint.every is not None else 0
+        return self._steps_or_none(self.checkpoint.every)
+
+    @property
+    def keep_every(self) -> int:
+        """Steps from one checkpoint that stays for ever to the next, at least one; 0: none does."""
+        return self._steps_or_none(self.checkpoint.keep_every)
+
+    def _steps_or_none(self, duration: Duration | None) -> int:
+        return max(1, self.in_steps(duration)) if duration is not None else 0
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay on disk."""
+        return Retention(self.checkpoint.keep, self.keep_every)
+
+    def milestone(self, step: int) -> str | None:
+        """The name of the milestone that is reached with this step; None: none is."""
+        return next((str(name) for name in self.checkpoint.milestones if self.in_steps(name) == step), None)
+
+    def save_due(self, step: int) -> bool:
+        """Whether the recipe asks for a checkpoint after this step (from 1)."""
+        periods = (self.save_every, self.keep_every)
+        return any(every and step % every == 0 for every in periods) or step == self.last_step or self.milestone(step) is not None
 
     @property
     def last_step(self) -> int:

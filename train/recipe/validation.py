@@ -133,17 +133,25 @@ def _validate_optimizer(recipe: Recipe) -> None:
 
 def _validate_rest(recipe: Recipe) -> None:
     checkpoint, run = recipe.checkpoint, recipe.run
-    if checkpoint.asynchronous:
-        raise ValueError("checkpoint.asynchronous=true is not available: use checkpoint.asynchronous=false")
     if checkpoint.keep is not None:
         _at_least("checkpoint.keep", checkpoint.keep, 1)
-    for key, duration in (("checkpoint.every", checkpoint.every), ("run.stop_after", run.stop_after)):
+    for key, duration in (
+        ("checkpoint.every", checkpoint.every),
+        ("checkpoint.keep_every", checkpoint.keep_every),
+        ("run.stop_after", run.stop_after),
+    ):
         if duration is not None and not duration.count:
             raise ValueError(f"{key}={duration} must be at least one step: use null for never")
+    for index, milestone in enumerate(checkpoint.milestones):
+        if not 1 <= recipe.in_steps(milestone) <= recipe.total_steps:
+            raise ValueError(
+                f"checkpoint.milestones[{index}]={milestone} is step {recipe.in_steps(milestone)}, which is none of the run's "
+                f"{recipe.total_steps} steps: name a moment between its first and its last"
+            )
     for key in run.allow:
         if key not in ALLOWABLE:
             raise ValueError(f"run.allow=[{key}] cannot be allowed: name some of {', '.join(ALLOWABLE)}")
     if not 0 <= run.seed < 2**63:
         raise ValueError(f"run.seed={run.seed} must lie between 0 and 2^63 - 1")
-    if not run.name.strip() or "/" in run.name:
+    if not run.name.strip() or "/" in run.name or run.name in (".", ".."):
         raise ValueError(f"run.name={run.name!r} must be a plain name without slashes: use run.dir for a place")

@@ -1,0 +1,73 @@
+"""Host memory that takes a true copy of what a rank writes, so that training may go on while the copy is written.
+
+One buffer a rank, as large as its share of a checkpoint, kept from save to save; pinned where the tensors are on a GPU, which then copies at the
+speed of the bus. There is never a second one: the next save waits until this one's files are on the disk.
+"""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from train.checkpoint.ranks import exchange
+
+SHARE = 0.5  # of a host's free memory that copies may take by themselves; data loading and page cache live from the rest
+ALIGNMENT = 64  # bytes
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class Staging:
+    """`copy` overwrites what the copy before it held."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Contiguous copies of these values in host memory; complete when it returns."""
+        offsets, size = [], 0
+        for tensor in tensors:
+            offsets.append(size)
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        if size > self._buffer.numel():
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one is given back first
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        copies = []
+        with torch.no_grad():
+            for offset, tensor in zip(offsets, tensors, strict=True):
+                copy = self._buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                copies.append(copy.copy_(tensor, non_blocking=True))
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+
+def shortage(mine: int) -> str | None:
+    """Why copies of `mine` bytes, this rank's, would not leave enough memory on some host, the same on every rank; None where they would."""
+    asked = exchange((socket.gethostname(), mine, free_memory()))
+    for host in sorted({name for name, _, _ in asked}):
+        needed = sum(size for name, size, _ in asked if name == host)
+        free = min(size for name, _, size in asked if name == host)
+        if needed > SHARE * free:
+            return (
+                f"a copy would take {needed / 2**30:.2f} GiB on host {host}, more than {SHARE:.0%} of the {free / 2**30:.2f} GiB of memory that "
+                "are free there"
+            )
+    return None
+
+
+def free_memory() -> int:
+    """Bytes this process may still allocate: the machine's, or what a container or a scheduler's limit leaves of them (cgroup v2)."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            free = min(free, int(limit) - used + int(counts.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass  # no such limits here
+    return max(0, free)
