@@ -65,13 +65,14 @@ def matrix_flops(device: torch.device, seconds: float) -> float:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times: list[float] = []
     end = time.perf_counter() + seconds
-    _timed_product(a, b)
+    timed_product(a, b)
     while time.perf_counter() < end or len(times) < 3:
-        times.append(_timed_product(a, b))
+        times.append(timed_product(a, b))
     return 2 * side**3 / statistics.median(times)
 
 
-def _timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
+def timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Seconds."""
     begin = time.perf_counter()
     torch.mm(a, b)
     if a.is_cuda:

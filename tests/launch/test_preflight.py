@@ -1,5 +1,7 @@
 """A preflight names the node that is unfit, and why: judged on made-up reports, and found on real ranks of which one is really slowed or stopped."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -16,8 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from launch import measure
 from launch.judge import Meeting, Report, findings, rounds, slow_meetings
+from launch.preflight import examine
+from parallel import groups
 from parallel.preflight import PreflightConfig
+from train.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = PreflightConfig()
@@ -84,6 +90,47 @@ def test_a_slow_node_and_a_slow_pair() -> None:
     assert slow_meetings([], CONFIG) == []
 
 
+# -- on ranks of the pool ------------------------------------------------------------------------------------------------------------------
+
+
+def examined(rank: int, port: int, run_dir: str, lags: int) -> tuple[int, str]:
+    """A preflight as one of two ranks, each a node of its own; rank 1 multiplies `lags` times slower. What it printed."""
+    groups.shutdown()  # the pool's process group; a preflight opens its own
+    os.environ |= {"MASTER_PORT": str(port), "SLURMD_NODENAME": f"n{rank}", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    quick = [
+        f"cluster.preflight.{key}" for key in ("disk_bytes=100000", "bandwidth_bytes=100000", "gemm_seconds=0.05", "bandwidth_share=0.001")
+    ]
+    recipe = load_recipe("tiny", "cluster=cpu", f"run.dir={run_dir}", "cluster.preflight.disk_bytes_per_second=1000", *quick, world_size=2)
+    measure.SIDES["cpu"] = 64
+    printed = io.StringIO()
+    product = measure.timed_product
+    if lags > 1 and rank == 1:
+        measure.timed_product = lambda a, b: sum(product(a, b) for _ in range(lags))
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            status = examine(recipe)
+    finally:
+        measure.timed_product, measure.SIDES["cpu"] = product, 512
+        del os.environ["SLURMD_NODENAME"]
+    return status, printed.getvalue()
+
+
+def test_two_nodes_of_the_pool(ranks: Callable[[int], Callable[..., list[tuple[int, str]]]], tmp_path: Path) -> None:
+    (status, printed), (other, silent) = ranks(2)(examined, free_port(), str(tmp_path / "fit"), 1)
+    assert (status, other, silent) == (0, 0, "") and printed.startswith("preflight: 2 nodes, 2 ranks fit; GEMM "), printed
+    kept = json.loads((tmp_path / "fit/preflight.json").read_text())
+    assert kept["unfit"] == [] and kept["meetings"][0]["nodes"] == ["n0", "n1"] and kept["ranks"][1]["clock"][0] == pytest.approx(0, abs=1)
+    (status, printed), (other, silent) = ranks(2)(examined, free_port(), str(tmp_path / "slow"), 100)
+    assert (status, other, silent) == (1, 1, "") and printed.startswith("error: node n1 (rank 1) multiplies matrices at"), printed
+    assert json.loads((tmp_path / "slow/preflight.json").read_text())["unfit"] == [printed.strip().removeprefix("error: ")]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 # -- on real ranks, as many "nodes" as SLURMD_NODENAME says --------------------------------------------------------------------------------
 
 
@@ -92,9 +139,7 @@ def job(
     tmp_path: Path, *overrides: str, ranks: int = 4, tree: dict[int, Path] | None = None, without: int | None = None
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Ranks on nodes n0, n1 ... with two each, started as srun starts them."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
     started = []
     quick = (
         "cluster=cpu",
@@ -140,12 +185,13 @@ def job(
             process.communicate()
 
 
-def ended(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> tuple[list[int], str, list[str]]:
+def ended(ranks: list[subprocess.Popen[str]], timeout: float = 280) -> tuple[list[int], str, list[str]]:
     """Statuses, what rank 0 printed, and all errors."""
     said = [process.communicate(timeout=timeout) for process in ranks]
     return [process.returncode for process in ranks], said[0][0], [line for _, errors in said for line in errors.splitlines()]
 
 
+@pytest.mark.slow
 def test_two_fit_nodes(tmp_path: Path) -> None:
     with job(tmp_path) as ranks:
         statuses, printed, errors = ended(ranks)
@@ -156,10 +202,11 @@ def test_two_fit_nodes(tmp_path: Path) -> None:
     assert kept["ranks"][2]["clock"][0] == pytest.approx(0, abs=1)  # one machine, one clock
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
-    with job(tmp_path, "cluster.preflight.patience_seconds=20", without=3) as ranks:
+    with job(tmp_path, "cluster.preflight.patience_seconds=90", without=3) as ranks:
         statuses, _, errors = ended(ranks)
-    assert statuses == [1, 1, 1] and errors == ["error: node n1 (rank 3) gave no answer (come) within 20 s"]
+    assert statuses == [1, 1, 1] and errors == ["error: node n1 (rank 3) gave no answer (come) within 90 s"]
     assert json.loads((tmp_path / "run/preflight.json").read_text())["unfit"]
 
 
@@ -180,7 +227,7 @@ def test_a_rank_that_is_really_slow_is_named(tmp_path: Path) -> None:
         thread = threading.Thread(target=throttle)
         thread.start()
         try:
-            statuses, _, errors = ended(ranks, 200)
+            statuses, _, errors = ended(ranks)
         finally:
             over.set()
             thread.join()
