@@ -36,7 +36,7 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """Until both nodes are idle."""
+        """Until both nodes are up."""
         private = self.directory / "munge"
         for directory in (private, self.directory / "state", *(self.directory / f"spool-{node}" for node in NODES)):
             directory.mkdir(mode=0o700)
@@ -53,9 +53,10 @@ class Cluster:
             self.start_node(node)
 
     def start_node(self, node: str) -> None:
-        """Until it is idle, also again after `kill_node`."""
+        """Until it is up, also again after `kill_node`."""
         self._start(node, "-D", "-N", node, program="slurmd")
-        self.wait(lambda: self.ask("sinfo", "-h", "-n", node, "-o", "%T").strip() == "idle", 60, f"{node} did not become idle")
+        up = ("idle", "mixed", "allocated", "completing")  # but neither down nor unreachable (`idle*`)
+        self.wait(lambda: self.ask("sinfo", "-h", "-n", node, "-o", "%T").strip() in up, 60, f"{node} did not come up")
 
     def kill_node(self, node: str) -> None:
         """As when its power fails: slurmd, the shepherds of its steps and all they started get SIGKILL at once."""
@@ -117,8 +118,8 @@ class Cluster:
 
     def start_soon(self, job: str) -> None:
         """Slurm waits two minutes before a requeued job may start; a test does not."""
-        self.wait(lambda: self.state(job)["JobState"] == "PENDING", 120, f"job {job} is not back in the queue")
-        self.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
+        self.wait(lambda: self.state(job)["JobState"] in ("PENDING", "RUNNING"), 120, f"job {job} is not back in the queue")
+        self.ask("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)  # of one that runs already it cannot be changed
 
     def _start(self, name: str, *arguments: str, program: str | None = None) -> None:
         path = shutil.which(program or name, path=self.environment["PATH"])
