@@ -71,7 +71,7 @@ KINDS = (
     Kind("data 2", 2, "torchrun", (*LITTLE, "parallel.distributed_optimizer=true")),
     Kind("1 rank", 1, "python", LITTLE),
     Kind("tensor 2 x expert 2", 4, "torchrun", (*LITTLE, "parallel.tensor=2", "parallel.expert=2")),
-    Kind("tiny, synchronous", 1, "python", (*TINY, "checkpoint.asynchronous=false")),
+    Kind("tiny, 1 rank", 1, "python", (*TINY, "checkpoint.asynchronous=false")),
     Kind("tensor 2", 2, "local", (*LITTLE, "parallel.tensor=2")),
     Kind("1 rank", 1, "python", LITTLE),
     Kind("tiny, pipeline 2", 2, "torchrun", (*TINY, "parallel.pipeline=2")),
@@ -256,7 +256,7 @@ def leftovers(run_dir: Path) -> list[str]:
 
 def undisturbed(kind: Kind, root: Path) -> tuple[Path, Path]:
     """(notes, run directory) of the run that nobody kills, made once for each name."""
-    place = root / f"undisturbed-{re.sub(r'[, ]+', '-', kind.name)}"
+    place = root / "-".join(("undisturbed", *re.findall(r"\w+", kind.name)))
     run_dir = place / "run"
     if not (place / "whole").exists():
         shutil.rmtree(place, ignore_errors=True)
