@@ -2,13 +2,15 @@
 
 A text file is one document; a line of a JSONL file is one. Either may be compressed with gzip or zstandard. Text is UTF-8 and stays bytes
 until a tokenizer wants characters. A file that is empty, cut off, binary or badly encoded stops the run: text that is dropped in silence is
-found out only by what the model never learned.
+found out only by what the model never learned. A few kilobytes can decompress to terabytes, so compressed text is refused where it grows beyond
+what text does.
 """
 
 import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import sysconfig
 import zlib
@@ -38,6 +40,10 @@ TEXT_SUFFIXES = set(
     .py .pyi .c .h .cc .cpp .hpp .cu .cuh .java .js .ts .go .rs .rb .sh .sql .r .jl .lua .pl .php .swift .kt .scala .hs .ml .lisp .el
     """.split()
 )
+LONGEST = 1 << 30  # bytes of a document: of a text file, or of a line of a JSONL file
+FREE = 1 << 26  # bytes any compressed file may grow to
+GROWTH = 250  # and beyond them, times its size: text reaches 4, logs 50, a bomb 1,000 and more
+PIECE = 1 << 11  # bytes decompressed at once: zstandard makes at most 32,768 times as many of them
 # Test suites hold deliberately broken encodings; site-packages is not the standard library.
 NOT_STDLIB = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
 
@@ -118,7 +124,7 @@ class _ZstandardFrames(io.RawIOBase):
             if self.frame.eof:
                 self.input = self.frame.unused_data
                 self.frame, self.begun = zstandard.ZstdDecompressor().decompressobj(), False
-            self.input = self.input or self.file.read(1 << 20)
+            self.input = self.input or self.file.read(PIECE)
             if not self.input:
                 if self.begun:
                     raise zstandard.ZstdError("it ends in the middle of a frame")
@@ -134,15 +140,40 @@ class _ZstandardFrames(io.RawIOBase):
         super().close()
 
 
+class _Bounded(io.RawIOBase):
+    """Decompressed bytes of a file of `size` bytes, as long as they are not out of all proportion."""
+
+    def __init__(self, inner: BinaryIO, size: int):
+        self.inner, self.limit, self.given = inner, max(FREE, GROWTH * size), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.inner.read(len(buffer))
+        self.given += len(data)
+        if self.given > self.limit:
+            raise zlib.error(f"it grows to more than {self.limit:,} bytes, {GROWTH} times its size, as no text does")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.inner.close()
+        super().close()
+
+
 def _opened(path: Path, compressed: bool = False) -> BinaryIO:
     suffix = "" if compressed else path.suffix.lower()
     try:
+        size = path.stat().st_size
         if suffix == ".gz":
-            return gzip.open(path)  # type: ignore[return-value]
+            return io.BufferedReader(_Bounded(gzip.open(path), size), 1 << 20)  # type: ignore[arg-type, return-value]
         file = path.open("rb")
     except OSError as error:
         raise DataError(f"data file {path} cannot be opened ({error.strerror}): check its name and permissions") from None
-    return io.BufferedReader(_ZstandardFrames(file), 1 << 20) if suffix == ".zst" else file  # type: ignore[return-value]
+    if suffix == ".zst":
+        return io.BufferedReader(_Bounded(_ZstandardFrames(file), size), 1 << 20)  # type: ignore[arg-type, return-value]
+    return file
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
@@ -152,15 +183,23 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 def _whole(path: Path) -> bytes:
     try:
         with _opened(path) as file:
-            return file.read()
+            content = file.read(LONGEST + 1)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise _unreadable(path, error) from None
+    return _not_too_long(content, path)
+
+
+def _not_too_long(document: bytes, path: Path) -> bytes:
+    if len(document) > LONGEST:
+        raise DataError(f"data file {path} holds a document of more than {LONGEST:,} bytes: split it")
+    return document
 
 
 def _lines(path: Path) -> Iterator[bytes]:
     try:
         with _opened(path) as file:
-            yield from file
+            while line := file.readline(LONGEST + 1):
+                yield _not_too_long(line, path)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise _unreadable(path, error) from None
 
@@ -204,13 +243,13 @@ def _records(file: Path, text_key: str) -> Iterator[bytes]:
             _check_text(line, file, offset)
             try:
                 record = json.loads(line.decode())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} (byte {offset}) is no JSON ({error}): every line must be one JSON object") from None
             if not isinstance(record, dict):
                 raise DataError(f"{where} (byte {offset}) is no JSON object: every line must be one, with the text under {text_key!r}")
             text = record.get(text_key)
             if not isinstance(text, str):
-                known = ", ".join(map(repr, record)) or "none"
+                known = ", ".join(repr(key[:40]) for key in itertools.islice(record, 20)) or "none"
                 raise DataError(f"{where} has no text under {text_key!r}: set text_key to one of its keys ({known})")
             if not text:
                 raise DataError(f"{where} holds a document of length zero: remove the line")

@@ -87,6 +87,11 @@ class Writer:
             path.unlink(missing_ok=True)
 
 
+def _unordered(documents: np.ndarray, count: int) -> bool:
+    """Whether bounds go back, or beyond the sequences; differences alone may overflow."""
+    return bool(documents.min() < 0 or documents.max() > count or (np.diff(documents) < 0).any())
+
+
 def read(prefix: Path) -> Stream:
     """Opens a pair, memory-mapped. Raises DataError when a file is missing, damaged, or the index does not match its .bin."""
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
@@ -120,7 +125,7 @@ def read(prefix: Path) -> Stream:
     starts = np.concatenate(([0], np.cumsum(lengths)))
     if (lengths < 0).any() or not np.array_equal(offsets, starts[:-1] * dtype.itemsize):
         raise DataError(f"data file {index} has offsets that do not follow from its lengths: it is damaged, prepare the data again")
-    if bounds < 2 or documents[0] != 0 or documents[-1] != count or (np.diff(documents) < 0).any():
+    if bounds < 2 or documents[0] != 0 or documents[-1] != count or _unordered(documents, count):
         raise DataError(f"data file {index} has document bounds that do not cover its {count} sequences: prepare the data again")
     edges = starts[documents]
     sizes = np.diff(edges)

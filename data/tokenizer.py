@@ -20,6 +20,7 @@ from data.documents import DataError
 from data.indexed import token_dtype
 
 END_OF_DOCUMENT = "<|endoftext|>"
+LARGEST_VOCABULARY = 1 << 24
 
 
 class Tokenizer(Protocol):
@@ -100,8 +101,10 @@ class FileTokenizer:
         try:
             raw = path.read_bytes()
             self.tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as error:  # the library raises plain Exception
-            reason = " ".join(str(error).split())
+        except BaseException as error:  # the library raises plain Exception, and of its own defects a BaseException that only it knows
+            if not _is_the_librarys(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
             raise DataError(
                 f"data.tokenizer.path={str(path)!r} is no tokenizer.json ({reason}): name one that `tokenizers` saved"
             ) from None
@@ -116,6 +119,10 @@ class FileTokenizer:
         self.tokenizer.no_padding()
         self.name, self.end_of_document = end_of_document, int(found)
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())  # ids may have gaps
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise DataError(
+                f"data.tokenizer.path={str(path)!r} has ids up to {self.vocab_size - 1:,}, which no embedding holds: number them from 0"
+            )
         self.key = f"{hashlib.sha256(raw).hexdigest()[:16]}-{found}"
         self._dtype = token_dtype(self.vocab_size)
 
@@ -123,8 +130,17 @@ class FileTokenizer:
         return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        encodings = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
-        return [np.asarray(encoding.ids, dtype=self._dtype) for encoding in encodings]
+        try:
+            encodings = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"the tokenizer.json of data.tokenizer cannot encode text ({reason}): use another, or repair it") from None
+        ids = [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+        if any(len(some) and some.max() >= self.vocab_size for some in ids):
+            raise DataError("the tokenizer.json of data.tokenizer gives ids that are not in its vocabulary: use another, or repair it")
+        return [some.astype(self._dtype) for some in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
@@ -134,6 +150,10 @@ class FileTokenizer:
 
     def save(self, directory: str | Path) -> None:
         _save(tokenizers.Tokenizer.from_buffer(self._saved), directory, self.name)
+
+
+def _is_the_librarys(error: BaseException) -> bool:
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def train_bpe(texts: Iterable[bytes], vocab_size: int, end_of_document: str) -> tokenizers.Tokenizer:

@@ -27,6 +27,7 @@ from train.checkpoint.reader import Checkpoint, open_checkpoint
 from train.lock import RunLock
 from train.observe.metrics import FILE_NAME, decode_lines
 from train.observe.redact import without_secrets
+from train.recipe.guard import read_yaml
 from train.recipe.reading import RecipeError, plain
 from train.recipe.resume import changed_keys
 from train.recipe.tree import Recipe
@@ -46,7 +47,7 @@ def stored_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
         raise ValueError(
             f"{path} does not exist, so the model of {checkpoint.path} is unknown: keep checkpoints inside their run directory"
         )
-    return yaml.safe_load(path.read_text())
+    return read_yaml(path.read_bytes(), str(path))
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,7 @@ def _stored(path: Path) -> dict[str, Any] | None:
     stored = path / "recipe.yaml"
     if not stored.exists():
         return None
-    try:
-        return yaml.safe_load(stored.read_text())
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{stored} cannot be read ({error}): restore it, or choose another run.dir") from None
+    return read_yaml(stored.read_bytes(), str(stored))
 
 
 def _steps_done(path: Path) -> int:

@@ -102,7 +102,8 @@ def tiling_error(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
     Sweeps the first dimension: between two neighbouring box edges the boxes present must tile the remaining dimensions.
     """
     for box in boxes:
-        if len(box.offset) != len(shape) or any(a < 0 or s < 1 or a + s > n for a, s, n in zip(box.offset, box.shape, shape, strict=True)):
+        lies = len(box.offset) == len(box.shape) == len(shape)
+        if not lies or any(a < 0 or s < 1 or a + s > n for a, s, n in zip(box.offset, box.shape, shape, strict=True)):
             return f"has a part at {box.offset} of shape {box.shape} that does not lie in its shape {tuple(shape)}"
     missing = prod(shape) - sum(box.elements for box in boxes)
     if missing > 0:

@@ -14,6 +14,7 @@ tensor exactly, is not one: reading it raises.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ from train.checkpoint.boxes import Box, tiling_error
 FORMAT = "nibble-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
+LARGEST = 1 << 30
+"""bytes of a manifest that is read; a run of a thousand ranks needs a tenth"""
+MOST_DIMENSIONS = 16
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+"""of a file in a checkpoint's own directory: nothing that leads out of it"""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -82,12 +88,23 @@ class Manifest:
     tensors: Mapping[str, StoredTensor]
 
     def check(self) -> None:
-        """Every tensor is tiled exactly by parts in listed files; raises CheckpointError otherwise."""
+        """Every tensor is tiled exactly by parts in listed files, which have room for them; raises CheckpointError otherwise."""
+        for name in self.files:
+            if not FILE_NAME.fullmatch(name):
+                raise CheckpointError(f"its file name {name[:80]!r} is none of a checkpoint's: it may not lead out of its directory")
+        for name, tensor in self.tensors.items():
+            if len(tensor.shape) > MOST_DIMENSIONS:
+                raise CheckpointError(f"tensor {name[:80]!r} has {len(tensor.shape)} dimensions, more than {MOST_DIMENSIONS}")
         check_tiling(self.tensors)
+        room = {name: file.size for name, file in self.files.items()}
         for name, tensor in self.tensors.items():
             for part in tensor.parts:
                 if part.file not in self.files:
                     raise CheckpointError(f"tensor {name} is said to be in {part.file}, which the manifest does not list")
+                room[part.file] -= part.box.elements * tensor.dtype.itemsize
+        # What is read is as large as the files are: a manifest alone cannot ask for memory.
+        if full := next((name for name, left in room.items() if left < 0), None):
+            raise CheckpointError(f"its file {full} of {self.files[full].size} bytes is too small for the tensors it is said to hold")
 
     def write(self, directory: Path) -> None:
         """Durable and atomic: the name appears only after the content is on the disk."""
@@ -129,10 +146,14 @@ def read_manifest(directory: Path) -> Manifest:
     """The checked manifest of a checkpoint directory; CheckpointError if there is none or it is damaged."""
     path = directory / MANIFEST
     try:
+        if path.stat().st_size > LARGEST:
+            raise CheckpointError(f"its {MANIFEST} has {path.stat().st_size} bytes, more than {LARGEST}, so it is none of ours")
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"it has no {MANIFEST}, so it was never finished") from None
-    except (OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"its {MANIFEST} cannot be read ({error})") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"its {MANIFEST} is not that of a {FORMAT}")
@@ -140,22 +161,44 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"its format version is {document.get('version')!r}, and this program reads version {VERSION}")
     if document.pop("sha256", None) != _checksum(document):
         raise CheckpointError(f"its {MANIFEST} does not match its own checksum")
-    manifest = Manifest(
-        step=document["step"],
-        tokens=document["tokens"],
+    try:
+        manifest = _manifest(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"its {MANIFEST} is not made as one of ours ({type(error).__name__}: {str(error)[:80]})") from None
+    manifest.check()
+    return manifest
+
+
+def _manifest(document: Mapping[str, Any]) -> Manifest:
+    """Raises whatever a document of another shape leads to."""
+    if not isinstance(document["state"], dict):
+        raise TypeError("state is no object")
+    return Manifest(
+        step=_whole(document["step"]),
+        tokens=_whole(document["tokens"]),
         state=document["state"],
-        files={name: StoredFile(entry["size"], entry["sha256"]) for name, entry in document["files"].items()},
+        files={name: StoredFile(_whole(entry["size"]), str(entry["sha256"])) for name, entry in document["files"].items()},
         tensors={
             name: StoredTensor(
                 DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                tuple(StoredPart(Box(tuple(p["offset"]), tuple(p["shape"])), p["file"], p["key"]) for p in entry["parts"]),
+                _wholes(entry["shape"]),
+                tuple(StoredPart(Box(_wholes(p["offset"]), _wholes(p["shape"])), str(p["file"]), str(p["key"])) for p in entry["parts"]),
             )
             for name, entry in document["tensors"].items()
         },
     )
-    manifest.check()
-    return manifest
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise TypeError(f"{str(value)[:40]} is no count")
+    return value
+
+
+def _wholes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"{str(values)[:40]} is no list")
+    return tuple(map(_whole, values))
 
 
 def sync_directory(directory: Path) -> None:

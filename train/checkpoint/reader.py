@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train.checkpoint.boxes import Box
-from train.checkpoint.manifest import CheckpointError, Manifest, StoredTensor, read_manifest
+from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, StoredTensor, read_manifest
 from train.checkpoint.parts import Part
 from train.checkpoint.ranks import exchange, rank_and_size, together
 
@@ -121,7 +121,10 @@ class Checkpoint:
                 with safe_open(self.path / name, framework="pt", device="cpu") as file, torch.no_grad():
                     for key, box, common, part in copies:
                         whole = common == box
-                        data = file.get_tensor(key) if whole else file.get_slice(key)[common.within(box).slices]
+                        entry = file.get_slice(key)
+                        if tuple(entry.get_shape()) != box.shape or entry.get_dtype() != DTYPE_NAMES[part.tensor.dtype]:
+                            raise CheckpointError(f"{self.path / name} holds another tensor under {key} than its manifest says")
+                        data = file.get_tensor(key) if whole else entry[common.within(box).slices]
                         part.tensor[common.within(part.box).slices].copy_(data)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"cannot read {self.path / name}: {error}") from None

@@ -16,16 +16,19 @@ All keys with their defaults form the base every recipe is merged over, so a key
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.layout import world_size
+from train.recipe.guard import check_directory, check_hydra, forbid_environment
 from train.recipe.help import help_text
 from train.recipe.load import RECIPES, plain_values, read_recipe, store_base
 from train.recipe.reading import RecipeError
@@ -43,6 +46,9 @@ QUIET = (
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 )
+
+DEFAULT = "tiny"
+FORBIDDEN = ("-cp", "--config-path", "--experimental-rerun")  # Hydra's: from anywhere, and from a pickle
 
 
 def main(
@@ -65,7 +71,8 @@ def main(
     # argparse takes positional arguments from one place only, and people write options after overrides too.
     overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
     options = [a for a in arguments if a not in overrides]
-    sweep = Sweep(module, overrides, _config_directory(options), trains=trains)
+    directory = _config_directory(options)
+    sweep = Sweep(module, overrides, directory, trains=trains)
 
     def task(config: DictConfig) -> None:
         nonlocal status
@@ -91,14 +98,41 @@ def main(
     except ValueError as error:
         return refuse(str(error))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
-    saved, sys.argv = sys.argv, [f"python -m {module}", *options, *overrides, *QUIET]
+    saved, sys.argv = sys.argv, [f"python -m {module}", *options, *overrides, *QUIET, "hydra.searchpath=[]"]
     try:
-        hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="tiny")(task)()
+        forbid_environment()
+        _check(options, overrides, directory)
+        hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=DEFAULT)(task)()
+    except RecipeError as error:
+        return refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         return refuse(one_sentence(error, arguments))
     finally:
         sys.argv = saved
     return sweep.finish() if sweep.jobs else status
+
+
+def _check(options: Sequence[str], overrides: Sequence[str], directory: Sequence[str]) -> None:
+    """Raises RecipeError, or Hydra's exceptions, for what could do harm before the recipe is read, see `train.recipe.guard`."""
+    for option in options:
+        if option.split("=")[0] in FORBIDDEN:
+            raise RecipeError(f"{option} is not taken here: name a directory of recipes with --config-dir")
+    extra = None if not directory else Path(directory[0].split("=", 1)[1] if "=" in directory[0] else directory[-1]).absolute()
+    if extra is not None:
+        check_directory(extra)
+    name = _value_of(options, ("-cn", "--config-name")) or DEFAULT
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    kept = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    check_hydra(RECIPES, extra, name, [*kept, *QUIET])
+
+
+def _value_of(options: Sequence[str], names: Sequence[str]) -> str | None:
+    """Of an option, written as `-cn NAME`, `--config-name NAME` or `--config-name=NAME`."""
+    for place, option in enumerate(options):
+        given, _, value = option.partition("=")
+        if given in names:
+            return value or next(iter(options[place + 1 :]), None)
+    return None
 
 
 def _config_directory(options: Sequence[str]) -> list[str]:

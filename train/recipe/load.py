@@ -14,7 +14,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
+from train.recipe.guard import check_interpolations
 from train.recipe.microbatch import automatic_micro_batch_size
 from train.recipe.reading import RecipeError, defaults, read
 from train.recipe.tree import Recipe
@@ -46,8 +48,13 @@ def store_base() -> None:
 
 
 def plain_values(config: DictConfig) -> dict[str, Any]:
-    """What Hydra composed as plain containers, without the keys nobody gave."""
-    return _without_missing(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+    """What Hydra composed as plain containers, without the keys nobody gave. Raises RecipeError for interpolations without end."""
+    check_interpolations(config)
+    try:
+        return _without_missing(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+    except InterpolationResolutionError as error:
+        _, _, reason = str(error).splitlines()[0].rpartition("while resolving interpolation: ")
+        raise RecipeError(f"{error.full_key} cannot be resolved: {reason}") from None
 
 
 def _without_missing(values: Any) -> Any:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,6 +18,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 from train.observe.redact import redacted
+from train.recipe.guard import read_yaml
 from train.recipe.load import plain_values, read_recipe
 from train.recipe.reading import RecipeError
 from train.recipe.resume import changed_keys
@@ -103,7 +103,7 @@ def _is_finished(config: DictConfig, run_dir: Path) -> bool:
     values.setdefault("run", {})["dir"] = str(run_dir)
     recipe = read_recipe(values, None)
     done = int(json.loads(marker.read_text())["step"])
-    changed_keys(yaml.safe_load(stored.read_text()), recipe, done)
+    changed_keys(read_yaml(stored.read_bytes(), str(stored)), recipe, done)
     return done == recipe.total_steps
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from train.observe.redact import without_secrets
+from train.recipe.guard import read_yaml
 from train.report.drawing import RUN_COLOURS
 from train.report.series import Series, final, gap
 
@@ -113,8 +113,5 @@ def stored_recipe(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         return {}
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML ({str(error).splitlines()[0]}): restore it or leave this run out") from None
+    recipe = read_yaml(path.read_bytes(), str(path))
     return without_secrets(recipe) if isinstance(recipe, Mapping) else {}
