@@ -131,8 +131,9 @@ def begin(
     def prepare() -> bool:
         captured.append(_captured(state))
         if rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            sync_directory(directory.parent)
+            if not directory.is_dir():
+                directory.mkdir(parents=True)
+                sync_directory(directory.parent)
             _remove_leftovers(directory)
             partial.mkdir()
         descriptions.extend(describe(part) for part in held)
