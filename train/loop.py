@@ -53,6 +53,7 @@ def _run(recipe: Recipe, layout: Layout, signals: StopSignals, failures: Failure
                 print(f"{directory.path} is finished: validation loss {loss}; choose another run.dir for a new run")
             return 0
         check_source(recipe)
+        recipe = directory.recipe
         run = build(recipe, layout)
         observers = open_observers(recipe.monitor, draw_losses_of, draw_report_of) if layout.rank == 0 else Observers(())
         place = Place()
