@@ -84,7 +84,7 @@ class WandbServer:
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
             return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
-        if "view" in name.lower():
+        if name.startswith("UpsertView"):
             self.views.append(variables)
             return {
                 "upsertView": {
@@ -92,8 +92,9 @@ class WandbServer:
                     "inserted": True,
                 }
             }
-        if name == "Viewer":
-            return {"viewer": {"id": "e", "entity": "team", "username": "u", "flags": "{}", "teams": {"edges": []}}}
+        if name.endswith("Viewer"):
+            viewer = {"id": "e", "entity": "team", "username": "u", "name": "u", "email": "", "admin": False, "flags": "{}"}
+            return {"viewer": {**viewer, "apiKeys": {"edges": []}, "teams": {"edges": []}}}
         return {}
 
     def bucket(self, run_id: str) -> dict[str, Any] | None:
