@@ -31,6 +31,7 @@ from train.recipe.reading import plain
 from train.recipe.resume import lines
 from train.recipe.tree import Recipe
 from train.run_directory import RunDirectory
+from train.run_facts import run_facts
 from train.signals import STOPPED, StopSignals, name_of
 from train.step_failure import Place
 from train.timing import Stopwatch
@@ -321,6 +322,7 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
         description=tuple(redacted(line) for line in description),
         precision_table=table,
         layers=tuple(MIXERS[letter].name for letter in recipe.model.layers),
+        facts=run_facts(recipe, run.layout),
     )
 
 
