@@ -25,6 +25,7 @@ from train.report.curves import (
     draw_speed,
 )
 from train.report.drawing import RUN_COLOURS
+from train.report.goodput import draw_goodput
 from train.report.health import (
     draw_bias,
     draw_clipped,
@@ -78,6 +79,7 @@ PICTURES = (
     Picture("learning_rate", "Learning rate", "As the optimizer used it.", draw_learning_rate),
     Picture("speed", "Speed", "Tokens of the global batch per second of wall time.", draw_speed),
     Picture("mfu", "Utilisation", "The time the step's matrix products would take at the hardware's peak, as a share of the step.", draw_mfu),
+    Picture("goodput", "Goodput", "Areas are seconds; grey columns: no process of the run existed.", draw_goodput),
     Picture("phases", "Time of a step", "Data: the step stood still until its batch was there.", draw_phases),
 )  # fmt: skip
 
