@@ -67,6 +67,8 @@ class WandbSession:
             entity=config.wandb_entity,
             name=str((run.recipe.get("run") or {}).get("name") or run.run_dir.name),
             id=run_id,
+            group=run_id if run.parent is None else run.parent.wandb_id,  # a run and its branches
+            job_type="train" if run.parent is None else "branch",
             resume="allow",
             reinit="create_new",
             config=_config(run),
@@ -203,7 +205,10 @@ def _wait_for_a_new_name(run_dir: Path, run_id: str) -> None:
 
 def _config(run: RunInfo) -> dict[str, Any]:
     counted = {"parameters": run.parameters, "active_parameters": run.active_parameters}
-    return without_secrets({**run.recipe, **counted, **run.facts, "precision_table": run.precision_table})
+    config = {**run.recipe, **counted, **run.facts, "precision_table": run.precision_table}
+    if run.parent is not None:
+        config["parent"] = {"wandb_id": run.parent.wandb_id, "step": run.parent.step, "changes": dict(run.parent.changes)}
+    return without_secrets(config)
 
 
 def _settings(config: MonitorConfig) -> Any:
