@@ -50,6 +50,14 @@ def stored_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     return read_yaml(path.read_bytes(), str(path))
 
 
+def copy_description(checkpoint: Checkpoint, to: Path) -> None:
+    """Recipe and tokenizer of the run a checkpoint belongs to, for a checkpoint in `to` that is made from it."""
+    (to / "tokenizer").mkdir(parents=True, exist_ok=True)
+    _write(to / "recipe.yaml", yaml.safe_dump(stored_recipe(checkpoint), sort_keys=False))
+    for source in sorted((run_dir_of(checkpoint) / "tokenizer").glob("*")):
+        (to / "tokenizer" / source.name).write_bytes(source.read_bytes())
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The directory of a run that is about to start, or to go on.

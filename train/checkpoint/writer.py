@@ -70,8 +70,9 @@ class Draft:
     def doing(self) -> str:
         return f"cannot write checkpoint {self.final}"
 
-    def write(self, tensors: Sequence[Tensor] | None = None) -> Files:
-        """Writes and syncs this rank's files; communicates with nobody. tensors: copies to write instead of the original ones."""
+    def write(self, tensors: Iterable[Tensor] | None = None) -> Files:
+        """Writes and syncs this rank's files; communicates with nobody. tensors: copies to write instead of the original ones; one file's are
+        asked for at a time."""
         remaining = iter(self.tensors if tensors is None else tensors)
         if self.rank == 0:
             _ = self.plan.tensors  # checked, so that `commit` need not do it while training waits
@@ -225,15 +226,15 @@ def _replace(partial: Path, final: Path) -> None:
     """
     old = final.with_name(final.name + ".old")
     if final.exists() and size_problem(final):
-        _discard(final)
+        discard(final)
     elif final.exists():
         if old.exists():
-            _discard(old)
+            discard(old)
         final.rename(old)
     partial.rename(final)
     sync_directory(final.parent)
     if old.exists():
-        _discard(old)
+        discard(old)
 
 
 def delete_older(directory: Path, step: int, retention: Retention) -> None:
@@ -249,10 +250,10 @@ def delete_older(directory: Path, step: int, retention: Retention) -> None:
     doomed = superfluous([entry for entry, _ in listed], retention, step)
     for entry, path in listed:
         if entry.step in doomed:
-            _discard(path)
+            discard(path)
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Deletes a checkpoint. Renamed first: a deletion cut short leaves nothing that looks like one, and the next writer clears it away."""
     doomed = path.with_name(path.name + LEFTOVER)
     if doomed.exists():

@@ -1,0 +1,113 @@
+"""What lies in a run's `checkpoints`: listed, verified, pruned. Nothing outside that directory is ever touched."""
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.reader import Checkpoint, finished
+from train.checkpoint.retention import Listed, Retention, superfluous
+from train.checkpoint.writer import LEFTOVER, discard
+
+NAME = re.compile(r"step-(\d+)(\.old)?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A directory whose name is a checkpoint's. tokens: None where its manifest cannot be read; seconds_old: since it was finished; size: of its
+    files, in bytes; problem: why it is not valid, None where it is."""
+
+    name: str
+    step: int
+    tokens: int | None
+    seconds_old: float
+    size: int
+    milestone: str | None
+    problem: str | None
+
+
+def take(directory: Path, *, verify: bool = False) -> list[Entry]:
+    """Every checkpoint in `directory`, the newest first. verify: compare checksums, which reads every file; sizes are compared always."""
+    return [_entry(directory / name, verify) for name in finished(directory)]
+
+
+def unfinished(directory: Path) -> list[str]:
+    """Names of what is being written, or was left by a writer that was cut off."""
+    return sorted(path.name for path in directory.glob(f"step-*{LEFTOVER}"))
+
+
+def _entry(path: Path, verify: bool) -> Entry:
+    match = NAME.fullmatch(path.name)
+    assert match is not None, path
+    step = int(match[1])
+    if path.is_symlink():
+        return Entry(path.name, step, None, 0.0, 0, None, f"a link to {os.readlink(path)}, left alone")
+    files = [file.lstat() for file in path.iterdir()] if path.is_dir() else []
+    seconds_old = max(0.0, time.time() - max((file.st_mtime for file in files), default=path.lstat().st_mtime))
+    size = sum(file.st_size for file in files)
+    try:
+        checkpoint = Checkpoint(path)
+        problem = None
+        if verify:
+            checkpoint.verify()
+    except CheckpointError as error:
+        problem = str(error)
+        try:
+            milestone = Checkpoint(path).milestone
+        except CheckpointError:
+            milestone = None
+        return Entry(path.name, step, None, seconds_old, size, milestone, problem)
+    return Entry(path.name, step, checkpoint.tokens, seconds_old, size, checkpoint.milestone, problem)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """doomed: names of what goes, the oldest first; spared: the newest valid checkpoint, where it would have gone by its age alone."""
+
+    doomed: tuple[str, ...]
+    spared: str | None
+    size: int
+    """bytes that become free"""
+
+
+def plan_pruning(directory: Path, retention: Retention) -> Pruning:
+    """What `retention` lets go, by the same rule as a run's own; links stay, and so does, whatever its age, the newest one whose checksums are right."""
+    entries = [entry for entry in take(directory) if not (directory / entry.name).is_symlink()]
+    steps = superfluous([Listed(entry.step, entry.problem is None, entry.milestone) for entry in entries], retention)
+    doomed = [entry for entry in reversed(entries) if entry.step in steps]
+    newest = _newest_valid(directory, entries) if doomed else None
+    spared = newest if any(entry.name == newest for entry in doomed) else None
+    doomed = [entry for entry in doomed if entry.name != spared]
+    return Pruning(tuple(entry.name for entry in doomed), spared, sum(entry.size for entry in doomed))
+
+
+def _newest_valid(directory: Path, entries: Sequence[Entry]) -> str | None:
+    for entry in entries:
+        if entry.problem is None and _entry(directory / entry.name, verify=True).problem is None:
+            return entry.name
+    return None
+
+
+def prune(directory: Path, pruning: Pruning) -> None:
+    """Deletes what was planned."""
+    for name in pruning.doomed:
+        discard(directory / name)
+
+
+def checkpoints_of(run: str) -> Path:
+    """Where the checkpoints of a run lie; the directory that holds them may be given as well.
+
+    Raises ValueError, in one sentence, where there is none, or where a link would lead out of the run's directory.
+    """
+    path = Path(run)
+    inner = path / "checkpoints"
+    if inner.is_dir():
+        if not inner.resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"{inner} leads to {inner.resolve()}, outside the run's directory: name that directory if it is meant")
+        return inner
+    if path.is_dir() and any(NAME.fullmatch(child.name) for child in path.iterdir()):
+        return path
+    raise ValueError(f"{run} holds no checkpoints: name the directory of a run that saved one")
