@@ -112,6 +112,7 @@ class Training:
         self.failed_saves = int(state.get("failed_saves", 0))
         hardware = [] if self.utilisation is None else [self.utilisation.line]
         self.observers.on_start(_info(self.run, self.directory, self.step, self._table(self.step).text, hardware))
+        self._tell_of_damage()
         self.elapsed = float(state.get("elapsed", 0.0))
         self.started = time.perf_counter() - self.elapsed
 
@@ -126,6 +127,13 @@ class Training:
             load_weights(open_checkpoint(source), self.run.chunks)
             self.run.engine.reload_masters()
         return {}
+
+    def _tell_of_damage(self) -> None:
+        """Checkpoints newer than the one just restored that are not what was written."""
+        for line in self.checkpointer.passed_over:
+            self.observers.on_alert(
+                Alert("checkpoint", self.step, f"{line.rstrip('.')}; the run goes on from step {self.step}", severe=True)
+            )
 
     def _look(self) -> None:
         """Has some rank received a signal?"""

@@ -64,6 +64,8 @@ class Checkpointer:
     host memory has room for a copy. shard_bytes: size limit of a file. report: gets a line, on rank 0, for each checkpoint that is passed over,
     and where auto decides against a copy. saved: hears, on every rank, of a step whose checkpoint is complete, and where it is. failed: hears of a
     step whose checkpoint could not be written, or of older ones that could not be deleted, and why; nothing that was complete before is lost.
+
+    passed_over: what `report` said, on rank 0, of the checkpoints that the last `load_newest` found damaged.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Checkpointer:
         self._retention, self._shard_bytes, self._report = retention or Retention(), shard_bytes, report
         self._asynchronous, self._staging = asynchronous, Staging()
         self._saved, self._failed = saved, failed
+        self.passed_over: list[str] = []
         self._plan: Plan | None = None
         self._under_way: UnderWay | None = None
         self._deleting: tuple[int, Task[None]] | None = None
@@ -179,7 +182,8 @@ class Checkpointer:
         """
         self.wait()
         clear_leftovers(self.directory)
-        checkpoint = latest(self.directory, verify=verify, report=self._report)
+        self.passed_over = []
+        checkpoint = latest(self.directory, verify=verify, report=self._pass_over)
         if checkpoint is not None:
             self.load(checkpoint)
         elif any(together(lambda: len(finished(self.directory)) if rank_and_size()[0] == 0 else 0, f"cannot read {self.directory}")):
@@ -188,6 +192,10 @@ class Checkpointer:
                 "run.dir"
             )
         return checkpoint
+
+    def _pass_over(self, line: str) -> None:
+        self.passed_over.append(line)
+        self._report(line)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fills model and optimizer from this checkpoint (see `load_newest`)."""

@@ -108,7 +108,7 @@ def type_in_words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(str(arg) for arg in args)
     if origin is tuple:
-        if dataclasses.is_dataclass(args[0]):
+        if dataclasses.is_dataclass(args[0]) and args[0] is not Duration:
             return "list of groups"
         number = "" if args[-1] is Ellipsis else f"{len(args)} "
         return f"list of {number}{type_in_words(args[0])}" + "s" * (args[0] in WORDS)
