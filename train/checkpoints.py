@@ -125,7 +125,9 @@ def _merge(run: str, values: dict[str, Any]) -> int:
     checkpoints, weights = _chosen(run, values), _weights(values)
     to = values.get("to")
     if not isinstance(to, str) or not to:
-        raise ValueError(f"to=... is missing, the directory that is made for the merged checkpoint: {EXAMPLE} merge=[240,480] to=runs/merged")
+        raise ValueError(
+            f"to=... is missing, the directory that is made for the merged checkpoint: {EXAMPLE} merge=[240,480] to=runs/merged"
+        )
     if (Path(to) / CHECKPOINTS).exists():
         raise ValueError(f"to={to} holds checkpoints already: choose a new directory")
     evaluate = _truth(values, "evaluate", True)

@@ -74,7 +74,7 @@ class Pruning:
 
 
 def plan_pruning(directory: Path, retention: Retention) -> Pruning:
-    """What `retention` lets go, by the same rule as a run's own; links stay, and so does, whatever its age, the newest one whose checksums are right."""
+    """What `retention` lets go, by the rule of a run's own deletions. Links stay, and so does the newest one whose checksums are right."""
     entries = [entry for entry in take(directory) if not (directory / entry.name).is_symlink()]
     steps = superfluous([Listed(entry.step, entry.problem is None, entry.milestone) for entry in entries], retention)
     doomed = [entry for entry in reversed(entries) if entry.step in steps]
