@@ -20,6 +20,7 @@ from data.documents import DataError
 from data.indexed import token_dtype
 
 END_OF_DOCUMENT = "<|endoftext|>"
+LARGEST_VOCABULARY = 1 << 24
 
 
 class Tokenizer(Protocol):
@@ -118,6 +119,10 @@ class FileTokenizer:
         self.tokenizer.no_padding()
         self.name, self.end_of_document = end_of_document, int(found)
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())  # ids may have gaps
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise DataError(
+                f"data.tokenizer.path={str(path)!r} has ids up to {self.vocab_size - 1:,}, which no embedding holds: number them from 0"
+            )
         self.key = f"{hashlib.sha256(raw).hexdigest()[:16]}-{found}"
         self._dtype = token_dtype(self.vocab_size)
 
@@ -132,7 +137,10 @@ class FileTokenizer:
                 raise
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"the tokenizer.json of data.tokenizer cannot encode text ({reason}): use another, or repair it") from None
-        return [np.asarray(encoding.ids, dtype=self._dtype) for encoding in encodings]
+        ids = [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+        if any(len(some) and some.max() >= self.vocab_size for some in ids):
+            raise DataError("the tokenizer.json of data.tokenizer gives ids that are not in its vocabulary: use another, or repair it")
+        return [some.astype(self._dtype) for some in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))

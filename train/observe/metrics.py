@@ -45,7 +45,7 @@ def decode_lines(content: bytes) -> list[dict[str, Any]]:
             entry = json.loads(line)
             if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
                 raise ValueError("no step")
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):  # no newline after it: the writer was killed in the middle
                 break
             raise ValueError(f"line {number} is not a JSON object with a whole-number step") from None

@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError
 
 from train.recipe.guard import check_interpolations
 from train.recipe.microbatch import automatic_micro_batch_size
@@ -52,10 +52,9 @@ def plain_values(config: DictConfig) -> dict[str, Any]:
     check_interpolations(config)
     try:
         return _without_missing(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
-    except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, RecipeError):
-            raise RecipeError(f"{error.full_key}: {error.__cause__}") from None
-        raise
+    except InterpolationResolutionError as error:
+        _, _, reason = str(error).splitlines()[0].rpartition("while resolving interpolation: ")
+        raise RecipeError(f"{error.full_key} cannot be resolved: {reason}") from None
 
 
 def _without_missing(values: Any) -> Any:

@@ -153,5 +153,5 @@ def _validate_rest(recipe: Recipe) -> None:
             raise ValueError(f"run.allow=[{key}] cannot be allowed: name some of {', '.join(ALLOWABLE)}")
     if not 0 <= run.seed < 2**63:
         raise ValueError(f"run.seed={run.seed} must lie between 0 and 2^63 - 1")
-    if not run.name.strip() or "/" in run.name:
+    if not run.name.strip() or "/" in run.name or run.name in (".", ".."):
         raise ValueError(f"run.name={run.name!r} must be a plain name without slashes: use run.dir for a place")
