@@ -26,7 +26,16 @@ from train.observe.metrics import read_metrics
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps with a checkpoint and an evaluation after every other, and a milestone at 4."""
     path = tmp_path_factory.mktemp("runs") / "small"
-    asked = ("train.steps=6", "train.eval_every=2", "checkpoint.every=2steps", "checkpoint.keep=null", "checkpoint.milestones=[4steps]")
+    saved = ("checkpoint.every=2steps", "checkpoint.keep=null", "checkpoint.milestones=[4steps]")
+    asked = ("train.steps=6", "train.eval_every=2", "optimizer.warmup=1", "optimizer.decay=2", *saved)
+        "train.steps=6",
+        "optimizer.warmup=1",
+        "optimizer.decay=2",
+        "train.eval_every=2",
+        "checkpoint.every=2steps",
+        "checkpoint.keep=null",
+        "checkpoint.milestones=[4steps]",
+    )
     assert run(recipe(f"run.dir={path}", *asked, "precision=fp32")) == 0
     return path
 
@@ -161,7 +170,10 @@ def test_merges_and_evaluates(small: Path, tmp_path: Path, capsys: pytest.Captur
     assert evaluate.main([f"checkpoint={to}"]) == 0
     assert f"validation loss {said} nats" in capsys.readouterr().out
     further = tmp_path / "further"
-    assert run(recipe(f"run.dir={further}", "train.steps=1", f"checkpoint.initialize_from={to}", "precision=fp32")) == 0
+    assert (
+        run(recipe(f"run.dir={further}", "train.steps=13", "run.stop_after=1steps", f"checkpoint.initialize_from={to}", "precision=fp32"))
+        == 0
+    )
     assert (to / "tokenizer/facts.json").read_bytes() == (small / "tokenizer/facts.json").read_bytes()
 
 
