@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError(f"the run is missing: {EXAMPLE}")
         run, values = arguments[0], key_values(arguments[1:], KEYS)
         if "merge" in values:
-            _only(values, "merge", ("weights", "to", "evaluate"))
+            _only(values, "merge", ("merge", "weights", "to", "evaluate"))
             return _merge(run, values)
         if _truth(values, "prune"):
             _only(values, "prune=true", ("prune", "keep", "keep_every", "dry_run"))
@@ -200,7 +200,7 @@ def _print_results(checkpoints: Sequence[Checkpoint], weights: Sequence[float], 
 
 def _only(values: dict[str, Any], what: str, allowed: Sequence[str]) -> None:
     for key in values:
-        if key not in (*allowed, "merge" if what == "merge" else ""):
+        if key not in allowed:
             raise ValueError(f"{key}={values[key]} says nothing about {what}: leave it out")
 
 

@@ -28,14 +28,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "small"
     saved = ("checkpoint.every=2steps", "checkpoint.keep=null", "checkpoint.milestones=[4steps]")
     asked = ("train.steps=6", "train.eval_every=2", "optimizer.warmup=1", "optimizer.decay=2", *saved)
-        "train.steps=6",
-        "optimizer.warmup=1",
-        "optimizer.decay=2",
-        "train.eval_every=2",
-        "checkpoint.every=2steps",
-        "checkpoint.keep=null",
-        "checkpoint.milestones=[4steps]",
-    )
     assert run(recipe(f"run.dir={path}", *asked, "precision=fp32")) == 0
     return path
 
