@@ -20,6 +20,7 @@ from train.checkpoint.checkpointer import CHECKPOINTS, load_weights
 from train.checkpoint.inventory import Entry, checkpoints_of, plan_pruning, prune, take, unfinished
 from train.checkpoint.merge import merge
 from train.checkpoint.reader import Checkpoint, open_checkpoint
+from train.checkpoint.remote import Place
 from train.checkpoint.retention import Retention
 from train.evaluation import measure
 from train.lock import Locked, RunLock
@@ -84,9 +85,9 @@ def _row(entry: Entry, losses: dict[int, float], good: str) -> tuple[str, ...]:
     )
 
 
-def _losses(run_dir: Path) -> dict[int, float]:
+def _losses(run_dir: Place) -> dict[int, float]:
     """eval/loss by step, where the run's metrics hold it."""
-    if not (run_dir / FILE_NAME).is_file():
+    if not isinstance(run_dir, Path) or not (run_dir / FILE_NAME).is_file():
         return {}
     return {int(entry["step"]): float(entry["eval/loss"]) for entry in read_metrics(run_dir) if "eval/loss" in entry}
 
@@ -97,9 +98,10 @@ def _losses(run_dir: Path) -> dict[int, float]:
 def _prune(run: str, values: dict[str, Any]) -> int:
     retention = Retention(_whole(values, "keep", 1), _whole(values, "keep_every", 0) if "keep_every" in values else 0)
     directory, dry_run = checkpoints_of(run), _truth(values, "dry_run")
-    lock = RunLock(directory.parent)
+    # Nothing can be locked in an object store; what a run goes on from stays in either case, and deleting twice does no harm there.
+    lock = RunLock(directory.parent) if isinstance(directory, Path) and not dry_run else None
     try:
-        if not dry_run:
+        if lock is not None:
             lock.acquire()
         pruning = plan_pruning(directory, retention)
         if pruning.spared:
@@ -113,7 +115,8 @@ def _prune(run: str, values: dict[str, Any]) -> int:
     except Locked as error:
         raise ValueError(f"{error}; the run deletes old checkpoints by itself, see checkpoint.keep") from None
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
     return 0
 
 

@@ -24,6 +24,7 @@ import yaml
 from data.tokenizer import Tokenizer
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import Checkpoint, open_checkpoint
+from train.checkpoint.remote import Place
 from train.lock import RunLock
 from train.observe.metrics import FILE_NAME, decode_lines
 from train.observe.redact import without_secrets
@@ -35,7 +36,7 @@ from train.recipe.tree import Recipe
 T = TypeVar("T")
 
 
-def run_dir_of(checkpoint: Checkpoint) -> Path:
+def run_dir_of(checkpoint: Checkpoint) -> Place:
     """The run a checkpoint belongs to: <run>/checkpoints/step-N."""
     return checkpoint.path.parent.parent
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import Checkpoint, finished
+from train.checkpoint.remote import Place, Stat, place
 from train.checkpoint.retention import Listed, Retention, superfluous
-from train.checkpoint.writer import LEFTOVER, discard
+from train.checkpoint.storage import LEFTOVER, open_storage
 
 NAME = re.compile(r"step-(\d+)(\.old)?")
 
@@ -29,24 +30,24 @@ class Entry:
     problem: str | None
 
 
-def take(directory: Path, *, verify: bool = False) -> list[Entry]:
+def take(directory: Place, *, verify: bool = False) -> list[Entry]:
     """Every checkpoint in `directory`, the newest first. verify: compare checksums, which reads every file; sizes are compared always."""
     return [_entry(directory / name, verify) for name in finished(directory)]
 
 
-def unfinished(directory: Path) -> list[str]:
+def unfinished(directory: Place) -> list[str]:
     """Names of what is being written, or was left by a writer that was cut off."""
     return sorted(path.name for path in directory.glob(f"step-*{LEFTOVER}"))
 
 
-def _entry(path: Path, verify: bool) -> Entry:
+def _entry(path: Place, verify: bool) -> Entry:
     match = NAME.fullmatch(path.name)
     assert match is not None, path
     step = int(match[1])
-    if path.is_symlink():
-        return Entry(path.name, step, None, 0.0, 0, None, f"a link to {os.readlink(path)}, left alone")
-    files = [file.lstat() for file in path.iterdir()] if path.is_dir() else []
-    seconds_old = max(0.0, time.time() - max((file.st_mtime for file in files), default=path.lstat().st_mtime))
+    if isinstance(path, Path) and path.is_symlink():
+        return Entry(path.name, step, None, 0.0, 0, None, f"a link to {path.readlink()}, left alone")
+    files = _files(path)
+    seconds_old = max(0.0, time.time() - max((file.st_mtime for file in files), default=time.time()))
     size = sum(file.st_size for file in files)
     try:
         checkpoint = Checkpoint(path)
@@ -63,6 +64,12 @@ def _entry(path: Path, verify: bool) -> Entry:
     return Entry(path.name, step, checkpoint.tokens, seconds_old, size, checkpoint.milestone, problem)
 
 
+def _files(path: Place) -> Sequence[Stat | os.stat_result]:
+    if isinstance(path, Path):
+        return [file.lstat() for file in path.iterdir()] if path.is_dir() else []
+    return list(path.objects().values())
+
+
 @dataclass(frozen=True)
 class Pruning:
     """doomed: names of what goes, the oldest first; spared: the newest valid checkpoint, where it would have gone by its age alone."""
@@ -73,7 +80,7 @@ class Pruning:
     """bytes that become free"""
 
 
-def plan_pruning(directory: Path, retention: Retention) -> Pruning:
+def plan_pruning(directory: Place, retention: Retention) -> Pruning:
     """What `retention` lets go, by the rule of a run's own deletions. Links stay, and so does the newest one whose checksums are right."""
     entries = [entry for entry in take(directory) if not (directory / entry.name).is_symlink()]
     steps = superfluous([Listed(entry.step, entry.problem is None, entry.milestone) for entry in entries], retention)
@@ -84,28 +91,29 @@ def plan_pruning(directory: Path, retention: Retention) -> Pruning:
     return Pruning(tuple(entry.name for entry in doomed), spared, sum(entry.size for entry in doomed))
 
 
-def _newest_valid(directory: Path, entries: Sequence[Entry]) -> str | None:
+def _newest_valid(directory: Place, entries: Sequence[Entry]) -> str | None:
     for entry in entries:
         if entry.problem is None and _entry(directory / entry.name, verify=True).problem is None:
             return entry.name
     return None
 
 
-def prune(directory: Path, pruning: Pruning) -> None:
+def prune(directory: Place, pruning: Pruning) -> None:
     """Deletes what was planned."""
+    storage = open_storage(directory)
     for name in pruning.doomed:
-        discard(directory / name)
+        storage.delete(name)
 
 
-def checkpoints_of(run: str) -> Path:
+def checkpoints_of(run: str) -> Place:
     """Where the checkpoints of a run lie; the directory that holds them may be given as well.
 
     Raises ValueError, in one sentence, where there is none, or where a link would lead out of the run's directory.
     """
-    path = Path(run)
+    path = place(run)
     inner = path / "checkpoints"
     if inner.is_dir():
-        if not inner.resolve().is_relative_to(path.resolve()):
+        if isinstance(inner, Path) and isinstance(path, Path) and not inner.resolve().is_relative_to(path.resolve()):
             raise ValueError(f"{inner} leads to {inner.resolve()}, outside the run's directory: name that directory if it is meant")
         return inner
     if path.is_dir() and any(NAME.fullmatch(child.name) for child in path.iterdir()):

@@ -5,7 +5,6 @@ stored in. One file is made at a time, so memory holds no more than a file and a
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,11 +14,12 @@ from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.parts import Part
 from train.checkpoint.plan import Plan
 from train.checkpoint.reader import Checkpoint
+from train.checkpoint.remote import Place
 from train.checkpoint.state import MASTER, MODEL
 from train.checkpoint.writer import GIBIBYTE, begin
 
 
-def merge(checkpoints: Sequence[Checkpoint], weights: Sequence[float], directory: Path, *, shard_bytes: int = GIBIBYTE) -> Path:
+def merge(checkpoints: Sequence[Checkpoint], weights: Sequence[float], directory: Place, *, shard_bytes: int = GIBIBYTE) -> Place:
     """Writes the mean as a checkpoint of the last one's step under `directory`; returns its path.
 
     weights: one for each checkpoint, positive; only their ratios count. Every rank of the default process group calls this, and the first one
