@@ -20,12 +20,13 @@ from train.checkpoint.checkpointer import CHECKPOINTS, load_weights
 from train.checkpoint.inventory import Entry, checkpoints_of, plan_pruning, prune, take, unfinished
 from train.checkpoint.merge import merge
 from train.checkpoint.reader import Checkpoint, open_checkpoint
-from train.checkpoint.remote import Place
+from train.checkpoint.remote import is_url, locate
 from train.checkpoint.retention import Retention
 from train.evaluation import measure
 from train.lock import Locked, RunLock
 from train.observe.lines import duration
 from train.observe.metrics import FILE_NAME, read_metrics
+from train.recipe.guard import read_yaml
 from train.recipe.load import read_recipe
 from train.refusal import refuse
 from train.rendezvous import adopt
@@ -60,8 +61,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _list(run: str, verify: bool) -> int:
-    directory = checkpoints_of(run)
-    entries, losses = take(directory, verify=verify), _losses(directory.parent)
+    directory = checkpoints_of(_home(run))
+    entries, losses = take(directory, verify=verify), _losses(run)
     rows = [_row(entry, losses, "valid" if verify else "complete") for entry in entries]
     print(f"{directory}: {_counted(len(entries), 'checkpoint')}, {_bytes(sum(entry.size for entry in entries))}")
     _print_table(("step", "tokens", "age", "bytes", "eval/loss", "milestone", "state"), rows, left=2)
@@ -85,8 +86,9 @@ def _row(entry: Entry, losses: dict[int, float], good: str) -> tuple[str, ...]:
     )
 
 
-def _losses(run_dir: Place) -> dict[int, float]:
-    """eval/loss by step, where the run's metrics hold it."""
+def _losses(run: str) -> dict[int, float]:
+    """eval/loss by step, where the run's metrics hold it; a store has none."""
+    run_dir = locate(run)
     if not isinstance(run_dir, Path) or not (run_dir / FILE_NAME).is_file():
         return {}
     return {int(entry["step"]): float(entry["eval/loss"]) for entry in read_metrics(run_dir) if "eval/loss" in entry}
@@ -97,9 +99,9 @@ def _losses(run_dir: Place) -> dict[int, float]:
 
 def _prune(run: str, values: dict[str, Any]) -> int:
     retention = Retention(_whole(values, "keep", 1), _whole(values, "keep_every", 0) if "keep_every" in values else 0)
-    directory, dry_run = checkpoints_of(run), _truth(values, "dry_run")
-    # Nothing can be locked in an object store; what a run goes on from stays in either case, and deleting twice does no harm there.
-    lock = RunLock(directory.parent) if isinstance(directory, Path) and not dry_run else None
+    directory, dry_run = checkpoints_of(_home(run)), _truth(values, "dry_run")
+    # Nothing can be locked by a URL; what a run goes on from stays in either case, and deleting twice does no harm in a store.
+    lock = None if dry_run or is_url(run) else RunLock(Path(run).parent if Path(run) == directory else Path(run))
     try:
         if lock is not None:
             lock.acquire()
@@ -157,7 +159,7 @@ def _chosen(run: str, values: dict[str, Any]) -> list[Checkpoint]:
     names = values["merge"]
     if not isinstance(names, list) or len(names) < 2:
         raise ValueError(f"merge={names} is no list of at least two steps or milestones: write for instance merge=[240,480]")
-    directory = checkpoints_of(run)
+    directory = checkpoints_of(_home(run))
     entries = take(directory)
     chosen: list[Checkpoint] = []
     for name in names:
@@ -196,6 +198,15 @@ def _print_results(checkpoints: Sequence[Checkpoint], weights: Sequence[float], 
         best = min(losses[:-1])
         side = "below" if losses[-1] < best else "above"
         print(f"  its eval/loss is {abs(losses[-1] - best):.4f} {side} that of {names[losses.index(best)]}, the best of its parts")
+
+
+def _home(run: str) -> str:
+    """The run's directory, or where its recipe says that checkpoints lie."""
+    recipe = Path(run) / "recipe.yaml"
+    if is_url(run) or not recipe.is_file():
+        return run
+    stored = read_yaml(recipe.read_bytes(), str(recipe))
+    return str((stored.get("checkpoint") or {}).get("storage") or run)
 
 
 # -- arguments and text -------------------------------------------------------------------------------------------------------------------

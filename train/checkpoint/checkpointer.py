@@ -30,7 +30,7 @@ from train.checkpoint.parts import Part
 from train.checkpoint.plan import Plan
 from train.checkpoint.ranks import everywhere, rank_and_size, together
 from train.checkpoint.reader import Checkpoint, finished, latest
-from train.checkpoint.remote import Place, place
+from train.checkpoint.remote import Location, locate
 from train.checkpoint.retention import Retention
 from train.checkpoint.staging import Staging, shortage
 from train.checkpoint.state import MODEL, make_room, model_parts, number_parts, optimizer_parts
@@ -54,7 +54,7 @@ class UnderWay:
         return self.finishing or self.task
 
 
-def ignore(step: int, path: Place) -> None:
+def ignore(step: int, path: Location) -> None:
     """Nobody wants to know that a checkpoint is complete."""
 
 
@@ -66,7 +66,8 @@ def refuse(step: int, trouble: str) -> None:
 class Checkpointer:
     """Checkpoints of the run in `run_dir`, in `run_dir/checkpoints`.
 
-    chunks: this rank's model chunks. storage: a directory or URL that takes `run_dir`'s place. retention: which checkpoints remain after each save. asynchronous: write beside the training; auto: where
+    chunks: this rank's model chunks. storage: a directory or URL that takes the place of `run_dir`.
+    retention: which checkpoints remain after each save. asynchronous: write beside the training; auto: where
     host memory has room for a copy. shard_bytes: size limit of a file. report: gets a line, on rank 0, for each checkpoint that is passed over,
     and where auto decides against a copy. saved: hears, on every rank, of a step whose checkpoint is complete, and where it is. failed: hears of a
     step whose checkpoint could not be written, or of older ones that could not be deleted, and why; nothing that was complete before is lost.
@@ -85,10 +86,10 @@ class Checkpointer:
         asynchronous: bool | Literal["auto"] = False,
         shard_bytes: int = GIBIBYTE,
         report: Callable[[str], None] = print,
-        saved: Callable[[int, Place], None] = ignore,
+        saved: Callable[[int, Location], None] = ignore,
         failed: Callable[[int, str], None] = refuse,
     ):
-        self.directory: Place = place(run_dir if storage is None else storage) / CHECKPOINTS
+        self.directory: Location = locate(run_dir if storage is None else storage) / CHECKPOINTS
         self._engine, self._chunks = engine, chunks
         self._retention, self._shard_bytes, self._report = retention or Retention(), shard_bytes, report
         self._asynchronous, self._staging = asynchronous, Staging()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import Checkpoint, finished
-from train.checkpoint.remote import Place, Stat, place
+from train.checkpoint.remote import Location, Stat, locate
 from train.checkpoint.retention import Listed, Retention, superfluous
 from train.checkpoint.storage import LEFTOVER, open_storage
 
@@ -30,17 +30,17 @@ class Entry:
     problem: str | None
 
 
-def take(directory: Place, *, verify: bool = False) -> list[Entry]:
+def take(directory: Location, *, verify: bool = False) -> list[Entry]:
     """Every checkpoint in `directory`, the newest first. verify: compare checksums, which reads every file; sizes are compared always."""
     return [_entry(directory / name, verify) for name in finished(directory)]
 
 
-def unfinished(directory: Place) -> list[str]:
+def unfinished(directory: Location) -> list[str]:
     """Names of what is being written, or was left by a writer that was cut off."""
     return sorted(path.name for path in directory.glob(f"step-*{LEFTOVER}"))
 
 
-def _entry(path: Place, verify: bool) -> Entry:
+def _entry(path: Location, verify: bool) -> Entry:
     match = NAME.fullmatch(path.name)
     assert match is not None, path
     step = int(match[1])
@@ -64,7 +64,7 @@ def _entry(path: Place, verify: bool) -> Entry:
     return Entry(path.name, step, checkpoint.tokens, seconds_old, size, checkpoint.milestone, problem)
 
 
-def _files(path: Place) -> Sequence[Stat | os.stat_result]:
+def _files(path: Location) -> Sequence[Stat | os.stat_result]:
     if isinstance(path, Path):
         return [file.lstat() for file in path.iterdir()] if path.is_dir() else []
     return list(path.objects().values())
@@ -80,7 +80,7 @@ class Pruning:
     """bytes that become free"""
 
 
-def plan_pruning(directory: Place, retention: Retention) -> Pruning:
+def plan_pruning(directory: Location, retention: Retention) -> Pruning:
     """What `retention` lets go, by the rule of a run's own deletions. Links stay, and so does the newest one whose checksums are right."""
     entries = [entry for entry in take(directory) if not (directory / entry.name).is_symlink()]
     steps = superfluous([Listed(entry.step, entry.problem is None, entry.milestone) for entry in entries], retention)
@@ -91,26 +91,26 @@ def plan_pruning(directory: Place, retention: Retention) -> Pruning:
     return Pruning(tuple(entry.name for entry in doomed), spared, sum(entry.size for entry in doomed))
 
 
-def _newest_valid(directory: Place, entries: Sequence[Entry]) -> str | None:
+def _newest_valid(directory: Location, entries: Sequence[Entry]) -> str | None:
     for entry in entries:
         if entry.problem is None and _entry(directory / entry.name, verify=True).problem is None:
             return entry.name
     return None
 
 
-def prune(directory: Place, pruning: Pruning) -> None:
+def prune(directory: Location, pruning: Pruning) -> None:
     """Deletes what was planned."""
     storage = open_storage(directory)
     for name in pruning.doomed:
         storage.delete(name)
 
 
-def checkpoints_of(run: str) -> Place:
+def checkpoints_of(run: str) -> Location:
     """Where the checkpoints of a run lie; the directory that holds them may be given as well.
 
     Raises ValueError, in one sentence, where there is none, or where a link would lead out of the run's directory.
     """
-    path = place(run)
+    path = locate(run)
     inner = path / "checkpoints"
     if inner.is_dir():
         if isinstance(inner, Path) and isinstance(path, Path) and not inner.resolve().is_relative_to(path.resolve()):

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from train.checkpoint.boxes import Box, tiling_error
-from train.checkpoint.remote import Place
+from train.checkpoint.remote import Location
 
 FORMAT = "nibble-checkpoint"
 VERSION = 1
@@ -137,7 +137,7 @@ def check_tiling(tensors: Mapping[str, StoredTensor]) -> None:
             raise CheckpointError(f"tensor {name} {problem}")
 
 
-def read_manifest(directory: Place) -> Manifest:
+def read_manifest(directory: Location) -> Manifest:
     """The checked manifest of a checkpoint directory; CheckpointError if there is none or it is damaged."""
     path = directory / MANIFEST
     try:

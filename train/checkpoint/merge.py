@@ -14,12 +14,12 @@ from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.parts import Part
 from train.checkpoint.plan import Plan
 from train.checkpoint.reader import Checkpoint
-from train.checkpoint.remote import Place
+from train.checkpoint.remote import Location
 from train.checkpoint.state import MASTER, MODEL
 from train.checkpoint.writer import GIBIBYTE, begin
 
 
-def merge(checkpoints: Sequence[Checkpoint], weights: Sequence[float], directory: Place, *, shard_bytes: int = GIBIBYTE) -> Place:
+def merge(checkpoints: Sequence[Checkpoint], weights: Sequence[float], directory: Location, *, shard_bytes: int = GIBIBYTE) -> Location:
     """Writes the mean as a checkpoint of the last one's step under `directory`; returns its path.
 
     weights: one for each checkpoint, positive; only their ratios count. Every rank of the default process group calls this, and the first one

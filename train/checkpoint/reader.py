@@ -21,7 +21,7 @@ from train.checkpoint.boxes import Box
 from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, StoredTensor, read_manifest
 from train.checkpoint.parts import Part
 from train.checkpoint.ranks import exchange, rank_and_size, together
-from train.checkpoint.remote import Place, place
+from train.checkpoint.remote import Location, locate
 from train.checkpoint.tensors import most_at_once, open_tensors
 
 
@@ -30,9 +30,9 @@ class Checkpoint:
     the checksums).
     """
 
-    def __init__(self, path: Place | str):
+    def __init__(self, path: Location | str):
         """path: of a directory, or a URL. Raises CheckpointError if that is not a complete checkpoint."""
-        self.path = place(path)
+        self.path = locate(path)
         self.manifest: Manifest = read_manifest(self.path)
         sizes = _sizes(self.path, self.manifest.files)
         for name, file in self.manifest.files.items():
@@ -135,7 +135,7 @@ class Checkpoint:
                 raise CheckpointError(f"cannot read {self.path / name}: {error}") from None
 
 
-def _sizes(directory: Place, names: Iterable[str]) -> dict[str, int]:
+def _sizes(directory: Location, names: Iterable[str]) -> dict[str, int]:
     """In bytes, of the files that are there."""
     if not isinstance(directory, Path):
         try:
@@ -153,7 +153,7 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def size_problem(path: Place) -> str | None:
+def size_problem(path: Location) -> str | None:
     """Why this directory is not a complete checkpoint, judged by manifest and file sizes; None if it is."""
     try:
         Checkpoint(path)
@@ -162,7 +162,7 @@ def size_problem(path: Place) -> str | None:
     return None
 
 
-def finished(directory: Place) -> list[str]:
+def finished(directory: Location) -> list[str]:
     """Names of the checkpoints that a writer once finished, damaged since or not, the newest first.
 
     Of one step, the one with its final name comes before that which made room for it (`.old`). What carries any other name, above all
@@ -172,14 +172,14 @@ def finished(directory: Place) -> list[str]:
     return [name for _, _, name in sorted(((int(match[1]), match[2] is None, name) for match, name in found if match), reverse=True)]
 
 
-def latest(directory: Place | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint | None:
+def latest(directory: Location | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint | None:
     """The newest valid checkpoint under `directory` (`RUN/checkpoints`), or None.
 
     Candidates are tried from the newest step down; each that is not valid is reported, by rank 0, with the reason.
     With a process group every rank calls this; they share the verification of the files and agree on the answer.
     verify: compare checksums, which reads every file; sizes are compared always.
     """
-    directory = place(directory)
+    directory = locate(directory)
     rank, size = rank_and_size()
     names = together(lambda: finished(directory) if rank == 0 else [], f"cannot look for checkpoints in {directory}")[0]
     for name in names:
@@ -198,13 +198,13 @@ def latest(directory: Place | str, *, verify: bool = True, report: Callable[[str
     return None
 
 
-def open_checkpoint(path: Place | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint:
+def open_checkpoint(path: Location | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint:
     """The checkpoint meant by a path: a step's directory, or the newest valid one of a run's directory or its
     `checkpoints`.
 
     Raises CheckpointError if there is none.
     """
-    path = place(path)
+    path = locate(path)
     if re.fullmatch(r"step-\d+(\.old)?", path.name):
         try:
             checkpoint = Checkpoint(path)

@@ -1,7 +1,7 @@
 """Object stores through fsspec: a place in one behaves like a `pathlib.Path`, as far as checkpoints need it.
 
-    place("runs/x/checkpoints")      Path
-    place("s3://bucket/runs/x")      RemotePath, where s3fs is installed
+    locate("runs/x/checkpoints")      Path
+    locate("s3://bucket/runs/x")      RemotePath, where s3fs is installed
 
 Whatever goes wrong in a store's client is an OSError here, as on a disk. Credentials come from the environment, or from where the client finds them
 by itself; they are never part of a URL.
@@ -63,7 +63,7 @@ def url_problem(url: str) -> str | None:
     return None
 
 
-def place(where: "str | Place") -> "Place":
+def locate(where: "str | Location") -> "Location":
     """A directory or a URL. Raises OSError where nothing is installed that reads the URL."""
     if not isinstance(where, str):
         return where
@@ -228,4 +228,4 @@ def _stat(entry: Mapping[str, Any]) -> Stat:
     return Stat(int(entry["size"] or 0), changed.timestamp() if isinstance(changed, datetime) else float(changed))
 
 
-Place = Path | RemotePath
+Location = Path | RemotePath

@@ -18,7 +18,7 @@ from typing import BinaryIO, Protocol
 
 from train.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest, sync_directory
 from train.checkpoint.reader import size_problem, step_name
-from train.checkpoint.remote import Place, RemotePath, place
+from train.checkpoint.remote import Location, RemotePath, locate
 
 LEFTOVER = ".partial"
 """ends the name of a directory that is being written or deleted, and that nobody will finish once its writer is gone"""
@@ -49,9 +49,9 @@ class Storage(Protocol):
         """Removes what writers that were cut off left behind; none may be at work."""
 
 
-def open_storage(directory: str | Place) -> Storage:
+def open_storage(directory: str | Location) -> Storage:
     """directory: a path or URL of `checkpoints`."""
-    directory = place(directory)
+    directory = locate(directory)
     return ObjectStorage(directory) if isinstance(directory, RemotePath) else DiskStorage(directory)
 
 
@@ -71,8 +71,9 @@ class DiskStorage:
         return final.with_name(final.name + LEFTOVER)
 
     def begin(self, step: int) -> str:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        sync_directory(self._directory.parent)
+        if not self._directory.is_dir():
+            self._directory.mkdir(parents=True)
+            sync_directory(self._directory.parent)
         self.clear()
         self._partial(step).mkdir()
         return ""

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from train.checkpoint.manifest import DTYPES
-from train.checkpoint.remote import BLOCK, Place, RemotePath
+from train.checkpoint.remote import BLOCK, Location, RemotePath
 
 LONGEST_HEADER = 100 << 20
 """bytes of the header of a safetensors file, the format's own limit"""
 
 
 @contextmanager
-def open_tensors(source: Place) -> Iterator[Any]:
+def open_tensors(source: Location) -> Iterator[Any]:
     """Something with `get_slice(key)`, whose result has `get_shape()`, `get_dtype()` and an index of slices.
 
     Raises OSError or SafetensorError for what is no such file.
@@ -33,7 +33,7 @@ def open_tensors(source: Place) -> Iterator[Any]:
         yield RemoteTensors(source)
 
 
-def most_at_once(source: Place, itemsize: int) -> int | None:
+def most_at_once(source: Location, itemsize: int) -> int | None:
     """Elements to ask for at a time, lest what is read fill the memory; None: a mapped file takes none."""
     return None if isinstance(source, Path) else max(1, BLOCK // itemsize)
 

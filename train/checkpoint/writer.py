@@ -25,7 +25,7 @@ from train.checkpoint.parts import Part
 from train.checkpoint.plan import Plan, describe
 from train.checkpoint.ranks import exchange, rank_and_size, together
 from train.checkpoint.reader import Checkpoint, step_name
-from train.checkpoint.remote import Place, place
+from train.checkpoint.remote import Location, locate
 from train.checkpoint.retention import Listed, Retention, superfluous
 from train.checkpoint.storage import Storage, open_storage
 
@@ -48,7 +48,7 @@ class Draft:
     attempt: what the storage adds to the names of this attempt's files, the same on every rank.
     """
 
-    directory: Place
+    directory: Location
     storage: Storage
     step: int
     tokens: int
@@ -60,7 +60,7 @@ class Draft:
     _abandoned: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def final(self) -> Place:
+    def final(self) -> Location:
         return self.directory / step_name(self.step)
 
     @property
@@ -137,7 +137,7 @@ class Draft:
 
 
 def begin(
-    directory: Place | str,
+    directory: Location | str,
     step: int,
     parts: Iterable[Part],
     state: Mapping[str, Any],
@@ -147,7 +147,7 @@ def begin(
     before: Plan | None = None,
 ) -> Draft:
     """The first half of `save`, which see. before: the plan of an earlier save, used again where nothing has changed."""
-    directory = place(directory)
+    directory = locate(directory)
     storage = open_storage(directory)
     rank, _ = rank_and_size()
     held = [part for part in parts if part.box.elements]
@@ -240,9 +240,9 @@ def _blocks(header: bytes, entries: Iterable[tuple[str, Tensor]]) -> Iterable[An
             yield rows.cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def delete_older(directory: Place | str, step: int, retention: Retention) -> None:
+def delete_older(directory: Location | str, step: int, retention: Retention) -> None:
     """Deletes what is not to stay of the checkpoints up to and including `step`; one process at a time does it."""
-    directory = place(directory)
+    directory = locate(directory)
     listed: list[tuple[Listed, str]] = []
     for path in directory.glob("step-*"):
         if match := re.fullmatch(r"step-(\d+)(\.old)?", path.name):
@@ -258,7 +258,7 @@ def delete_older(directory: Place | str, step: int, retention: Retention) -> Non
             storage.delete(name)
 
 
-def tidy(directory: Place | str, step: int, retention: Retention) -> None:
+def tidy(directory: Location | str, step: int, retention: Retention) -> None:
     """`delete_older`; in a store also what saves that failed have left there, which on a disk the next save clears away."""
     delete_older(directory, step, retention)
     storage = open_storage(directory)
@@ -266,7 +266,7 @@ def tidy(directory: Place | str, step: int, retention: Retention) -> None:
         storage.clear()
 
 
-def clear_leftovers(directory: Place | str) -> None:
+def clear_leftovers(directory: Location | str) -> None:
     """Removes what a writer that was killed left behind; every rank of the default process group calls this, and no writer is at work."""
     action = open_storage(directory).clear if rank_and_size()[0] == 0 else (lambda: None)
     together(action, f"cannot clear unfinished checkpoints out of {directory}")

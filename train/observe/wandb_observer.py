@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from train.checkpoint.remote import Location
 from train.observe.base import Alert, Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.redact import without_secrets
 from train.signals import STOPPED
@@ -65,7 +66,7 @@ class WandbObserver(Observer):
         level = "ERROR" if alert.severe else "WARN"
         self._later("send an alert", lambda run: run.alert(f"{alert.kind} at step {alert.step}", alert.text, level=level))
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
+    def on_checkpoint(self, step: int, path: Location) -> None:
         # W&B writes a row when the next one begins. A run resumed from here begins after this row, so it must be on
         # disk.
         if step == self._step:
