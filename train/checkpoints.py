@@ -163,7 +163,7 @@ def _chosen(run: str, values: dict[str, Any]) -> list[Checkpoint]:
     entries = take(directory)
     chosen: list[Checkpoint] = []
     for name in names:
-        found = next((entry for entry in entries if name in (entry.step, entry.milestone)), None)
+        found = next((entry for entry in entries if name == entry.step or _bare(name) == _bare(entry.milestone)), None)
         if found is None:
             known = ", ".join(str(entry.step) + (f" ({entry.milestone})" if entry.milestone else "") for entry in reversed(entries))
             raise ValueError(f"merge={name} names no checkpoint of {directory}: it holds {known}")
@@ -171,6 +171,11 @@ def _chosen(run: str, values: dict[str, Any]) -> list[Checkpoint]:
             raise ValueError(f"merge={name} names step {found.step} twice: give it a larger weight instead")
         chosen.append(open_checkpoint(directory / found.name))
     return chosen
+
+
+def _bare(milestone: Any) -> str:
+    """`4 steps` and `4steps` are one name."""
+    return "" if milestone is None else "".join(str(milestone).split())
 
 
 def _weights(values: dict[str, Any]) -> list[float]:

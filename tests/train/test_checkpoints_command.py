@@ -54,7 +54,7 @@ def test_lists_what_there_is(small: Path, capsys: pytest.CaptureFixture[str]) ->
     assert rows.keys() == {"step", "2", "4", "6"}
     for step in (2, 4, 6):
         assert f"{losses[step]:.4f}" in rows[str(step)] and f"{step * 8 * 64:,}" in rows[str(step)] and "complete" in rows[str(step)]
-    assert "4steps" in rows["4"] and "4steps" not in rows["6"]
+    assert "4 steps" in rows["4"] and "4 steps" not in rows["6"]
 
 
 def test_verifies(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +66,7 @@ def test_verifies(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "its file rank-00000-000.safetensors does not match its checksum" in out
     assert "it has no manifest.json" in out and "step-00000008.partial is being written" in out
     assert [entry.problem is None for entry in take(small / "checkpoints", verify=True)] == [True, False, False]
-    assert take(small / "checkpoints", verify=True)[1].milestone == "4steps"
+    assert take(small / "checkpoints", verify=True)[1].milestone == "4 steps"
 
 
 @pytest.mark.parametrize(
