@@ -7,6 +7,7 @@ Whatever goes wrong in a store's client is an OSError here, as on a disk. Creden
 by itself; they are never part of a URL.
 """
 
+import contextlib
 import fnmatch
 import importlib.util
 import io
@@ -16,10 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.registry import known_implementations
+
+from train.checkpoint.background import Task
 
 T = TypeVar("T")
 
@@ -27,10 +30,13 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 BLOCK = 32 << 20
 """bytes sent, or asked for, at a time"""
 
-# A request is given up after so long; s3fs itself tries five times, with pauses of up to a second between.
+REQUEST_SECONDS = 120.0
+"""after which a request is given up, with whatever the client tries again in that time. Clients' own limits have holes: aiohttp waits for
+`100 Continue` for ever"""
+# s3fs tries five times, with pauses of up to a second between.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "s3": {
-        "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 1}},
+        "config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}},
         "default_block_size": BLOCK,
         "default_fill_cache": False,
         "use_listings_cache": False,
@@ -76,11 +82,13 @@ def locate(where: "str | Location") -> "Location":
     return RemotePath(fs, path.rstrip("/"))
 
 
-@contextmanager
-def told(where: object) -> Iterator[None]:
-    """Errors of a store's client leave as OSErrors that name the place."""
+def asked(where: object, action: Callable[[], T]) -> T:
+    """What the action returns, within the time a request has. Errors of a store's client leave as OSErrors that name the place."""
+    task = Task(action, "store")  # which is left behind where it does not end
+    if not task.wait(REQUEST_SECONDS):
+        raise OSError(f"{where}: no answer within {REQUEST_SECONDS:g} seconds")
     try:
-        yield
+        return task.result()
     except FileNotFoundError:
         raise FileNotFoundError(f"{where} does not exist") from None
     except Exception as error:
@@ -179,17 +187,15 @@ class RemotePath:
         self._ask(lambda: self.fs.pipe_file(self.path, content))
 
     @contextmanager
-    def create(self) -> Iterator[BinaryIO]:
+    def create(self) -> Iterator["Upload"]:
         """A file to write; it exists when the block ends, and not at all when it ends with an error."""
-        with told(self):
-            file = self.fs.open(self.path, "wb", block_size=BLOCK)
-            try:
-                yield file
-            except BaseException:
-                file.discard()
-                file.closed = True  # its own end would complete what was begun
-                raise
-            file.close()
+        upload = Upload(self)
+        try:
+            yield upload
+        except BaseException:
+            upload.discard()
+            raise
+        upload.finish()
 
     def open(self, mode: str) -> io.RawIOBase:
         assert mode == "rb", mode
@@ -199,8 +205,28 @@ class RemotePath:
         self._ask(lambda: self.fs.rm_file(self.path))
 
     def _ask(self, action: Callable[[], T]) -> T:
-        with told(self):
-            return action()
+        return asked(self, action)
+
+
+class Upload:
+    """An object that is being written, sent a block at a time."""
+
+    def __init__(self, to: RemotePath):
+        self._to = to
+        self._file = asked(to, lambda: to.fs.open(to.path, "wb", block_size=BLOCK))
+
+    def write(self, content: Any) -> int:
+        return asked(self._to, lambda: int(self._file.write(content)))
+
+    def finish(self) -> None:
+        asked(self._to, self._file.close)
+
+    def discard(self) -> None:
+        """What was sent is given up, also where the store does not hear of it."""
+        with contextlib.suppress(OSError):
+            asked(self._to, self._file.discard)
+        with contextlib.suppress(AttributeError):  # not every client's file needs it
+            self._file.closed = True  # or its end would complete what was begun
 
 
 class Ranges(io.RawIOBase):

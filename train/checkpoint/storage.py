@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, Protocol
 
 from train.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest, sync_directory
 from train.checkpoint.reader import size_problem, step_name
@@ -22,6 +22,13 @@ from train.checkpoint.remote import Location, RemotePath, locate
 
 LEFTOVER = ".partial"
 """ends the name of a directory that is being written or deleted, and that nobody will finish once its writer is gone"""
+
+
+class Output(Protocol):
+    """A file that is being written."""
+
+    def write(self, content: Any, /) -> int | None:
+        """How many bytes of the buffer were taken."""
 
 
 class Storage(Protocol):
@@ -33,7 +40,7 @@ class Storage(Protocol):
     def begin(self, step: int) -> str:
         """Makes room for the checkpoint of this step; by rank 0. Returns what names of this attempt's files have in common; may be empty."""
 
-    def create(self, step: int, file: str) -> AbstractContextManager[BinaryIO]:
+    def create(self, step: int, file: str) -> AbstractContextManager[Output]:
         """A file to write, unbuffered; it is safe when the block ends."""
 
     def commit(self, step: int, manifest: bytes) -> None:
@@ -79,9 +86,9 @@ class DiskStorage:
         return ""
 
     @contextmanager
-    def create(self, step: int, file: str) -> Iterator[BinaryIO]:
+    def create(self, step: int, file: str) -> Iterator[Output]:
         with open(self._partial(step) / file, "xb", buffering=0) as out:
-            yield out  # type: ignore[misc]  # a FileIO is one, as far as it is used
+            yield out
             os.fsync(out.fileno())
 
     def commit(self, step: int, manifest: bytes) -> None:
@@ -145,7 +152,7 @@ class ObjectStorage:
     def begin(self, step: int) -> str:
         return secrets.token_hex(4)
 
-    def create(self, step: int, file: str) -> AbstractContextManager[BinaryIO]:
+    def create(self, step: int, file: str) -> AbstractContextManager[Output]:
         return (self._final(step) / file).create()
 
     def commit(self, step: int, manifest: bytes) -> None:

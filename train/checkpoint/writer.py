@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from train.checkpoint.ranks import exchange, rank_and_size, together
 from train.checkpoint.reader import Checkpoint, step_name
 from train.checkpoint.remote import Location, locate
 from train.checkpoint.retention import Listed, Retention, superfluous
-from train.checkpoint.storage import Storage, open_storage
+from train.checkpoint.storage import Output, Storage, open_storage
 
 GIBIBYTE = 1 << 30
 CHUNK = 32 << 20
@@ -203,7 +203,7 @@ def save(
     return Path(directory) / step_name(step)
 
 
-def write_safetensors(file: BinaryIO, entries: Sequence[tuple[str, Tensor]], go_on: Callable[[], None] = lambda: None) -> StoredFile:
+def write_safetensors(file: Output, entries: Sequence[tuple[str, Tensor]], go_on: Callable[[], None] = lambda: None) -> StoredFile:
     """A safetensors file, streamed in chunks (the library's own writer wants every tensor contiguous and in host
     memory at once).
 
@@ -226,7 +226,7 @@ def write_safetensors(file: BinaryIO, entries: Sequence[tuple[str, Tensor]], go_
         digest.update(block)
         view = memoryview(block)
         while len(view):
-            view = view[file.write(view) :]
+            view = view[file.write(view) or 0 :]
     return StoredFile(8 + len(text) + position, digest.hexdigest())
 
 
