@@ -14,11 +14,12 @@ from tests.train.test_checkpointer import Engine, Model
 from train import evaluate
 from train.checkpoint.boxes import Box
 from train.checkpoint.checkpointer import Checkpointer
+from train.checkpoint.manifest import StorageError
 from train.checkpoint.parts import Part
 from train.checkpoint.reader import latest, open_checkpoint
 from train.checkpoint.remote import locate, url_problem
 from train.checkpoint.retention import Retention
-from train.checkpoint.writer import begin
+from train.checkpoint.writer import begin, delete_older
 from train.checkpoints import main
 from train.loop import run
 from train.observe.metrics import read_metrics
@@ -143,6 +144,31 @@ def test_an_outage_in_the_middle_of_an_upload(store: Store) -> None:
     saving.close()
     assert saved == [1, 3] and len(failed) == 1
     assert {step_of(name) for name in store.names("run/checkpoints/")} == {1, 3}
+
+
+def test_an_outage_is_no_reason_to_delete_or_to_go_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A milestone that cannot be read right now stays one, and a run does not go on from an older checkpoint because the newest is out of reach."""
+    model = Model()
+    saving = checkpointer(model)
+    saving.save(1, {}, milestone="first")
+    for step in (2, 3):
+        saving.save(step, {})
+    reading = locate("s3://checkpoints/run").__class__.read_bytes
+
+    def failing(self: Any) -> bytes:
+        if bad in str(self):
+            raise OSError("the store is down")
+        return reading(self)
+
+    monkeypatch.setattr("train.checkpoint.remote.RemotePath.read_bytes", failing)
+    bad = "step-00000001"
+    with pytest.raises(StorageError, match="the store is down"):
+        delete_older("s3://checkpoints/run/checkpoints", 3, Retention(keep=1))
+    assert main(["s3://checkpoints/run", "prune=true", "keep=1"]) == 2
+    assert {step_of(name) for name in store.names("run/checkpoints/")} == {1, 2, 3}
+    bad = "step-00000003"
+    with pytest.raises(StorageError, match=r"cannot read checkpoint .*step-00000003.*start the same command again when the store answers"):
+        checkpointer(model).load_newest()
 
 
 def test_training_does_not_wait_for_a_slow_store(store: Store) -> None:

@@ -198,7 +198,7 @@ class Checkpointer:
         (step, task), self._deleting = self._deleting, None
         try:
             task.result()
-        except OSError as error:
+        except (OSError, StorageError) as error:
             self._failed(step, f"cannot delete checkpoints older than that of step {step}: {error}")
 
     def load_newest(self, *, verify: bool = True) -> Checkpoint | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.manifest import CheckpointError, StorageError
 from train.checkpoint.reader import Checkpoint, finished
 from train.checkpoint.remote import Location, Stat, locate
 from train.checkpoint.retention import Listed, Retention, superfluous
@@ -19,7 +19,7 @@ NAME = re.compile(r"step-(\d+)(\.old)?")
 @dataclass(frozen=True)
 class Entry:
     """A directory whose name is a checkpoint's. tokens: None where its manifest cannot be read; seconds_old: since it was finished; size: of its
-    files, in bytes; problem: why it is not valid, None where it is."""
+    files, in bytes; problem: why it is not valid, None where it is; unread: it may well be, but the disk or the store failed."""
 
     name: str
     step: int
@@ -28,6 +28,7 @@ class Entry:
     size: int
     milestone: str | None
     problem: str | None
+    unread: bool = False
 
 
 def take(directory: Location, *, verify: bool = False) -> list[Entry]:
@@ -60,7 +61,7 @@ def _entry(path: Location, verify: bool) -> Entry:
             milestone = Checkpoint(path).milestone
         except CheckpointError:
             milestone = None
-        return Entry(path.name, step, None, seconds_old, size, milestone, problem)
+        return Entry(path.name, step, None, seconds_old, size, milestone, problem, isinstance(error, StorageError))
     return Entry(path.name, step, checkpoint.tokens, seconds_old, size, checkpoint.milestone, problem)
 
 
@@ -83,6 +84,8 @@ class Pruning:
 def plan_pruning(directory: Location, retention: Retention) -> Pruning:
     """What `retention` lets go, by the rule of a run's own deletions. Links stay, and so does the newest one whose checksums are right."""
     entries = [entry for entry in take(directory) if not (directory / entry.name).is_symlink()]
+    if unread := next((entry for entry in entries if entry.unread), None):
+        raise StorageError(f"{directory / unread.name} cannot be judged, and nothing was deleted: {unread.problem}")
     steps = superfluous([Listed(entry.step, entry.problem is None, entry.milestone) for entry in entries], retention)
     doomed = [entry for entry in reversed(entries) if entry.step in steps]
     newest = _newest_valid(directory, entries) if doomed else None

@@ -149,7 +149,9 @@ def read_manifest(directory: Location) -> Manifest:
         raise CheckpointError(f"it has no {MANIFEST}, so it was never finished") from None
     except CheckpointError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise StorageError(f"its {MANIFEST} cannot be read ({error})") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its {MANIFEST} cannot be read ({error})") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"its {MANIFEST} is not that of a {FORMAT}")

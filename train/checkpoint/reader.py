@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from train.checkpoint.boxes import Box
-from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, StoredTensor, read_manifest
+from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, StorageError, StoredTensor, read_manifest
 from train.checkpoint.parts import Part
 from train.checkpoint.ranks import exchange, rank_and_size, together
 from train.checkpoint.remote import Location, locate
@@ -80,8 +80,10 @@ class Checkpoint:
         try:
             with (self.path / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise CheckpointError(f"its file {name} is missing") from None
         except OSError as error:
-            raise CheckpointError(f"its file {name} cannot be read ({error.strerror or error})") from None
+            raise StorageError(f"its file {name} cannot be read ({error.strerror or error})") from None
 
     def stored(self, name: str) -> StoredTensor:
         """Dtype, shape and parts of a tensor; CheckpointError if there is none of this name."""
@@ -141,7 +143,7 @@ def _sizes(directory: Location, names: Iterable[str]) -> dict[str, int]:
         try:
             return {name: stat.st_size for name, stat in directory.objects().items()}
         except OSError as error:
-            raise CheckpointError(f"its files cannot be listed ({error})") from None
+            raise StorageError(f"its files cannot be listed ({error})") from None
     sizes = {}
     for name in names:
         with contextlib.suppress(OSError):
@@ -178,6 +180,7 @@ def latest(directory: Location | str, *, verify: bool = True, report: Callable[[
     Candidates are tried from the newest step down; each that is not valid is reported, by rank 0, with the reason.
     With a process group every rank calls this; they share the verification of the files and agree on the answer.
     verify: compare checksums, which reads every file; sizes are compared always.
+    Raises StorageError where an object store fails meanwhile: that says nothing about the checkpoint, and an older one would lose steps.
     """
     directory = locate(directory)
     rank, size = rank_and_size()
@@ -189,12 +192,15 @@ def latest(directory: Location | str, *, verify: bool = True, report: Callable[[
             if verify:
                 checkpoint.verify(sorted(checkpoint.manifest.files)[rank::size])
         except CheckpointError as error:
-            problem = f"{error} (rank {rank})" if size > 1 else str(error)
+            unreachable = isinstance(error, StorageError) and not isinstance(directory, Path)
+            problem = (f"{error} (rank {rank})" if size > 1 else str(error), unreachable)
         problems = [p for p in exchange(problem) if p]
         if not problems:
             return checkpoint
+        if gone := next((text for text, unreachable in problems if unreachable), None):
+            raise StorageError(f"cannot read checkpoint {directory / name}: {gone}: start the same command again when the store answers")
         if rank == 0:
-            report(f"Skipping checkpoint {directory / name}: {problems[0]}.")
+            report(f"Skipping checkpoint {directory / name}: {problems[0][0]}.")
     return None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, StoredFile, StoredTensor
+from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, StorageError, StoredFile, StoredTensor
 from train.checkpoint.parts import Part
 from train.checkpoint.plan import Plan, describe
 from train.checkpoint.ranks import exchange, rank_and_size, together
@@ -241,13 +241,17 @@ def _blocks(header: bytes, entries: Iterable[tuple[str, Tensor]]) -> Iterable[An
 
 
 def delete_older(directory: Location | str, step: int, retention: Retention) -> None:
-    """Deletes what is not to stay of the checkpoints up to and including `step`; one process at a time does it."""
+    """Deletes what is not to stay of the checkpoints up to and including `step`; one process at a time does it.
+
+    Raises OSError or StorageError, and deletes nothing more, where the disk or the store fails."""
     directory = locate(directory)
     listed: list[tuple[Listed, str]] = []
     for path in directory.glob("step-*"):
         if match := re.fullmatch(r"step-(\d+)(\.old)?", path.name):
             try:
                 entry = Listed(int(match[1]), True, Checkpoint(path).milestone)
+            except StorageError:
+                raise  # it may be whole, or a milestone
             except CheckpointError:
                 entry = Listed(int(match[1]), complete=False)
             listed.append((entry, path.name))
