@@ -32,7 +32,7 @@ from train.observe.metrics import FILE_NAME, decode_lines
 from train.observe.redact import redacted, without_secrets
 from train.recipe.guard import read_yaml
 from train.recipe.reading import RecipeError, plain
-from train.recipe.resume import changed_keys
+from train.recipe.resume import changed_keys, continued
 from train.recipe.tree import Recipe
 
 T = TypeVar("T")
@@ -68,11 +68,12 @@ def copy_description(checkpoint: Checkpoint, to: Path) -> None:
 class RunDirectory:
     """The directory of a run that is about to start, or to go on.
 
-    changes: {key: (old value, new value)} of what this start changes of the recipe; done: steps of its newest complete checkpoint, as far as
-    file sizes tell; finished: the summary, when there is nothing left to do.
+    recipe: as it is from now on (see `train.recipe.phases`). changes: {key: (old value, new value)} of what this start changes of the recipe.
+    done: steps of its newest complete checkpoint, as far as file sizes tell. finished: the summary, when there is nothing left to do.
     """
 
     path: Path
+    recipe: Recipe
     changes: Mapping[str, tuple[Any, Any]]
     done: int
     finished: Mapping[str, Any] | None
@@ -95,7 +96,7 @@ class RunDirectory:
     def store_tokenizer(self, tokenizer: Tokenizer) -> None:
         """What an export or a later evaluation needs to read this run's tokens."""
         directory = self.path / "tokenizer"
-        if not (directory / "facts.json").exists():
+        if not (directory / "facts.json").exists() or not self.done:  # until then the data may be changed, on which a bpe is trained
             directory.mkdir(parents=True, exist_ok=True)
             tokenizer.save(directory)
             facts = {"end_of_document": tokenizer.end_of_document, "vocab_size": tokenizer.vocab_size}
@@ -134,10 +135,11 @@ def opened(recipe: Recipe, rank: int) -> Iterator[RunDirectory]:
         stored, done = _stored(path) or _stored(home), _steps_done(home)
         _refuse_moved(recipe, stored, path, done)
         changes = {} if stored is None else changed_keys(stored, recipe, done)
+        current = recipe if stored is None else continued(stored, recipe, done)
         finished = _finished(recipe, path)
         if finished is None:
             _check_metrics(path)
-        return RunDirectory(path, changes, done, finished)
+        return RunDirectory(path, current, changes, done, finished)
 
     try:
         yield _on_first_rank(look, rank, path)

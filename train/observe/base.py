@@ -56,7 +56,11 @@ class MonitorConfig:
     wandb_entity: str | None = None
     """User or team the W&B run belongs to; null: the account's default."""
     wandb_timeout_seconds: float = 60.0
-    """Seconds W&B may keep a run waiting, at its start and at its end."""
+    """Seconds W&B may keep the end of a run waiting; a start is given up and tried again after as many."""
+    wandb_artifacts: bool = False
+    """Name each checkpoint to W&B as an artifact that says where it lies (its path or URL is sent; its bytes are neither read nor sent)."""
+    wandb_report: bool = False
+    """Draw the whole report when the run finishes and show it in W&B too; false: only the picture of the losses."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, below <run>/tensorboard."""
     picture: bool = True
@@ -105,7 +109,8 @@ class RunInfo:
 
     `step` is the last step already done (0 for a new run); `tokens_per_step` counts the tokens of one global batch;
     `description` holds lines for a person (data, layout, device); `precision_table` is the text of
-    `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack.
+    `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack;
+    `facts` are those of `train.run_facts`: layout, plan, code.
     """
 
     recipe: dict[str, Any]
@@ -119,6 +124,7 @@ class RunInfo:
     description: tuple[str, ...] = ()
     precision_table: str = ""
     layers: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Each line is written and flushed whole, so a killed run loses at most the line being written. An evaluation joins the
 line of its step. JSON has no NaN or infinity: a non-finite number is written as the string "NaN", "Infinity" or
-"-Infinity", which `float` reads back. A run resumed at step s keeps the lines up to s and drops the rest: the file is
-always one series with rising steps.
+"-Infinity", which `float` reads back. A run resumed at step s keeps the lines up to s and drops the rest, and so does
+one that goes back to a checkpoint: the file is always one series with rising steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,13 +78,14 @@ class MetricsFile(Observer):
     """Writes <run>/metrics.jsonl."""
 
     def __init__(self) -> None:
+        self._path: Path | None = None
         self._file: BinaryIO | None = None
         self._last: dict[str, Any] = {}
         self._last_offset = 0
 
     def on_start(self, run: RunInfo) -> None:
         run.run_dir.mkdir(parents=True, exist_ok=True)
-        path = run.run_dir / FILE_NAME
+        path = self._path = run.run_dir / FILE_NAME
         kept: list[dict[str, Any]] = []
         if path.exists():
             try:
@@ -92,6 +93,17 @@ class MetricsFile(Observer):
             except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}): restore or remove it before resuming") from None
             kept = [entry for entry in entries if entry["step"] <= run.step]
+        self._begin_with(kept)
+
+    def on_rewind(self, step: int, to: int) -> None:
+        if self._path is not None:
+            self.close()
+            self._begin_with([entry for entry in decode_lines(self._path.read_bytes()) if entry["step"] <= to])
+
+    def _begin_with(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """Goes on behind these lines, which alone stay in the file."""
+        assert self._path is not None
+        path = self._path
         lines = [encode_line(entry) for entry in kept]
         temporary = path.with_name(path.name + ".new")
         with temporary.open("wb") as file:
@@ -101,7 +113,7 @@ class MetricsFile(Observer):
         os.replace(temporary, path)
         self._file = path.open("r+b", buffering=0)
         self._file.seek(0, os.SEEK_END)
-        self._last = kept[-1] if kept else {}
+        self._last = dict(kept[-1]) if kept else {}
         self._last_offset = self._file.tell() - (len(lines[-1]) if lines else 0)
 
     def on_step(self, metrics: Metrics) -> None:

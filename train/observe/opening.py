@@ -116,17 +116,15 @@ class Observers(Observer):
                 _to_stderr(line)
 
 
-def open_observers(config: MonitorConfig, draw: Callable[[Path], Path]) -> Observers:
-    """The observers of one run; call on rank 0 only (other ranks use `Observers(())`). draw: see `LossPicture`.
+def open_observers(config: MonitorConfig, draw: Callable[[Path], Path], draw_report: Callable[[Path], Path] | None = None) -> Observers:
+    """The observers of one run; call on rank 0 only (other ranks use `Observers(())`). draw: see `LossPicture`; draw_report: see `WandbObserver`.
 
-    The order is that of the last moment: the metrics file is complete before the picture is drawn from it, and the
-    console speaks last.
+    The order is that of the last moment: the metrics file is complete before the picture is drawn from it, W&B is sent both, and the console
+    speaks last.
     """
     picture = LossPicture(draw) if config.picture else None
     console = Console(picture)
     chosen: list[Observer] = [MetricsFile(), FactsFile(), IncidentsFile()]
-    if config.wandb != "disabled":
-        chosen.append(WandbObserver(config, say=console.say))
     if config.tensorboard:
         chosen.append(TensorBoard())
     if config.profile.steps:
@@ -135,5 +133,7 @@ def open_observers(config: MonitorConfig, draw: Callable[[Path], Path]) -> Obser
     if picture is not None:
         picture.say = console.say
         chosen.append(picture)
+    if config.wandb != "disabled":
+        chosen.append(WandbObserver(config, console.say, draw_report))
     chosen.append(console)
     return Observers(chosen, say=console.say)

@@ -18,9 +18,12 @@ from train.evaluation import EvaluationConfig
 from train.observe import MonitorConfig
 from train.optimizer import OptimizerConfig
 
-ALLOWABLE = tuple(
-    f"optimizer.{name}"
-    for name in ("learning_rate", "min_learning_rate", "warmup", "decay", "decay_style", "weight_decay", "clip", "betas", "eps")
+ALLOWABLE = (
+    *(
+        f"optimizer.{name}"
+        for name in ("learning_rate", "min_learning_rate", "warmup", "decay", "decay_style", "weight_decay", "clip", "betas", "eps")
+    ),
+    "data.phases",
 )
 """What run.allow may name."""
 
@@ -38,7 +41,8 @@ class RunConfig:
     stop_after: Duration | None = None
     """End early, with a checkpoint, without changing the schedule; null: at the last step."""
     allow: tuple[str, ...] = ()
-    """Keys of the optimizer that a run which goes on may change on purpose, from its next step on, as in [optimizer.learning_rate]."""
+    """Keys of the optimizer, or data.phases, that a run which goes on may change on purpose, from its next step on, as in
+    [optimizer.learning_rate]."""
 
 
 @dataclass(frozen=True)
