@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.remote import Location
+
 Metrics = Mapping[str, float | int]
 
 
@@ -188,7 +190,7 @@ class Observer:
     def on_evaluation(self, metrics: Metrics) -> None:
         """An evaluation: `step`, `tokens`, and what the evaluators measured, such as `eval/loss`."""
 
-    def on_checkpoint(self, step: int, path: Path) -> None: ...
+    def on_checkpoint(self, step: int, path: Location) -> None: ...
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The run finished, or stopped in good order. `summary` may hold `step`, `tokens`, `eval/loss`, `baseline/trigram`, `seconds`,

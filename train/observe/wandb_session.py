@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from train.checkpoint.remote import Location
 from train.observe.base import Alert, MonitorConfig, RunInfo
 from train.observe.redact import without_secrets
 from train.observe.wandb_records import RecordReader, files_of, last_step, last_step_written
@@ -134,12 +135,13 @@ class WandbSession:
     def summarise(self, numbers: Mapping[str, float | int]) -> None:
         self._run.summary.update(dict(numbers))
 
-    def point_to(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    def point_to(self, checkpoint: Location, facts: Mapping[str, Any]) -> None:
         """An artifact that says where a checkpoint lies: no byte of it is read or sent."""
         import wandb
 
         artifact = wandb.Artifact(f"checkpoint-{self._id}", type="checkpoint", metadata=dict(facts))
-        artifact.add_reference(checkpoint.absolute().as_uri(), checksum=False)
+        where = checkpoint.absolute().as_uri() if isinstance(checkpoint, Path) else str(checkpoint)
+        artifact.add_reference(where, checksum=False)
         self._run.log_artifact(artifact, aliases=["latest", f"step-{facts['step']}"])
 
     def preempted(self) -> None:
