@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from parallel.layout import Layout
 from train.build import Run
 from train.checkpoint.checkpointer import Checkpointer, load_weights
 from train.checkpoint.reader import open_checkpoint
+from train.checkpoint.remote import Location
 from train.evaluation import measure
 from train.failures import RunFailed
 from train.goodput import FILE_NAME, Ledger
@@ -57,6 +57,7 @@ class Training:
             run.run_dir,
             run.engine,
             run.chunks,
+            storage=self.recipe.checkpoint.storage,
             retention=self.recipe.retention,
             asynchronous=self.recipe.checkpoint.asynchronous,
             report=report,
@@ -111,6 +112,7 @@ class Training:
         if self.is_main:
             self.directory.store_recipe(self.recipe, self.step)
             self.directory.store_tokenizer(self.run.data.tokenizer)
+            self.directory.describe_in(self.recipe.checkpoint.storage)
         self.signals.only_remember()
         self.observers.load_state(state.get("observers", {}))
         self.owed = bool(state.get("evaluation_owed", False))
@@ -244,14 +246,14 @@ class Training:
         self.seconds_saving += time.perf_counter() - begin
         self.ledger.spend("checkpoint")
 
-    def _saved(self, step: int, path: Path) -> None:
+    def _saved(self, step: int, path: Location) -> None:
         self.committed = step
         self.observers.on_checkpoint(step, path)
 
     def _save_failed(self, step: int, trouble: str) -> None:
         """A disk may be full for an hour: the run goes on, and says so."""
         self.failed_saves += 1
-        self.trouble = trouble
+        trouble = self.trouble = redacted(trouble)
         newest = f"the newest checkpoint is that of step {self.committed}" if self.committed else "there is no checkpoint yet"
         self.observers.on_alert(
             Alert("checkpoint", self.step, f"{trouble}; nothing that was written before is lost, {newest}", severe=True)

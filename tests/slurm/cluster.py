@@ -56,7 +56,7 @@ class Cluster:
         """Until it is up, also again after `kill_node`."""
         self._start(node, "-D", "-N", node, program="slurmd")
         up = ("idle", "mixed", "allocated", "completing")  # but neither down nor unreachable (`idle*`)
-        self.wait(lambda: self.ask("sinfo", "-h", "-n", node, "-o", "%T").strip() in up, 60, f"{node} did not come up")
+        self.wait(lambda: self.ask("sinfo", "-h", "-n", node, "-o", "%T").strip() in up, 120, f"{node} did not come up")
 
     def kill_node(self, node: str) -> None:
         """As when its power fails: slurmd, the shepherds of its steps and all they started get SIGKILL at once."""
@@ -96,7 +96,7 @@ class Cluster:
                 process.wait()
 
     def ask(
-        self, *line: str, check: bool = True, timeout: float = 60, environment: Mapping[str, str] | None = None, cwd: Path | None = None
+        self, *line: str, check: bool = True, timeout: float = 120, environment: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> str:
         """What a command prints."""
         done = subprocess.run(

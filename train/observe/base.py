@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.remote import Location
+
 Metrics = Mapping[str, float | int]
 
 
@@ -102,13 +104,29 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """Where a branch comes from.
+
+    run_dir: of the run it left; checkpoint: the one it began at, after `step` steps; wandb_id: of that run, where it has one; changes: {key: [the
+    parent's value, the branch's]}.
+    """
+
+    run_dir: str
+    checkpoint: str
+    step: int
+    wandb_id: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What is known about a run before its first step.
 
     `step` is the last step already done (0 for a new run); `tokens_per_step` counts the tokens of one global batch;
     `description` holds lines for a person (data, layout, device); `precision_table` is the text of
     `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack;
-    `facts` are those of `train.run_facts`: layout, plan, code.
+    `facts` are those of `train.run_facts`: layout, plan, code; `parent` is
+    that of a branch.
     """
 
     recipe: dict[str, Any]
@@ -123,6 +141,7 @@ class RunInfo:
     precision_table: str = ""
     layers: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +190,7 @@ class Observer:
     def on_evaluation(self, metrics: Metrics) -> None:
         """An evaluation: `step`, `tokens`, and what the evaluators measured, such as `eval/loss`."""
 
-    def on_checkpoint(self, step: int, path: Path) -> None: ...
+    def on_checkpoint(self, step: int, path: Location) -> None: ...
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The run finished, or stopped in good order. `summary` may hold `step`, `tokens`, `eval/loss`, `baseline/trigram`, `seconds`,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.remote import Location
 from train.observe.base import OBSERVERS, Alert, Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.console import Console
 from train.observe.facts import FactsFile
@@ -62,7 +63,7 @@ class Observers(Observer):
     def on_evaluation(self, metrics: Metrics) -> None:
         self._tell("on_evaluation", lambda observer: observer.on_evaluation(metrics))
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
+    def on_checkpoint(self, step: int, path: Location) -> None:
         self._tell("on_checkpoint", lambda observer: observer.on_checkpoint(step, path))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.remote import Location
 from train.observe.base import Alert, Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.metrics_tail import MetricsTail
 from train.observe.redact import redacted
@@ -101,7 +102,7 @@ class WandbObserver(Observer):
         )
         self.on_alert(Alert("rewind", step, text, severe=True))
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
+    def on_checkpoint(self, step: int, path: Location) -> None:
         if self.config.wandb_artifacts:
             self._later("name a checkpoint", lambda session: session.point_to(path, {"step": step}))
 

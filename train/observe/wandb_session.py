@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from train.checkpoint.remote import Location
 from train.observe.base import Alert, MonitorConfig, RunInfo
 from train.observe.redact import without_secrets
 from train.observe.wandb_records import RecordReader, files_of, last_step, last_step_written
@@ -67,6 +68,8 @@ class WandbSession:
             entity=config.wandb_entity,
             name=str((run.recipe.get("run") or {}).get("name") or run.run_dir.name),
             id=run_id,
+            group=run_id if run.parent is None else run.parent.wandb_id,  # a run and its branches
+            job_type="train" if run.parent is None else "branch",
             resume="allow",
             reinit="create_new",
             config=_config(run),
@@ -132,12 +135,13 @@ class WandbSession:
     def summarise(self, numbers: Mapping[str, float | int]) -> None:
         self._run.summary.update(dict(numbers))
 
-    def point_to(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    def point_to(self, checkpoint: Location, facts: Mapping[str, Any]) -> None:
         """An artifact that says where a checkpoint lies: no byte of it is read or sent."""
         import wandb
 
         artifact = wandb.Artifact(f"checkpoint-{self._id}", type="checkpoint", metadata=dict(facts))
-        artifact.add_reference(checkpoint.absolute().as_uri(), checksum=False)
+        where = checkpoint.absolute().as_uri() if isinstance(checkpoint, Path) else str(checkpoint)
+        artifact.add_reference(where, checksum=False)
         self._run.log_artifact(artifact, aliases=["latest", f"step-{facts['step']}"])
 
     def preempted(self) -> None:
@@ -203,7 +207,10 @@ def _wait_for_a_new_name(run_dir: Path, run_id: str) -> None:
 
 def _config(run: RunInfo) -> dict[str, Any]:
     counted = {"parameters": run.parameters, "active_parameters": run.active_parameters}
-    return without_secrets({**run.recipe, **counted, **run.facts, "precision_table": run.precision_table})
+    config = {**run.recipe, **counted, **run.facts, "precision_table": run.precision_table}
+    if run.parent is not None:
+        config["parent"] = {"wandb_id": run.parent.wandb_id, "step": run.parent.step, "changes": dict(run.parent.changes)}
+    return without_secrets(config)
 
 
 def _settings(config: MonitorConfig) -> Any:

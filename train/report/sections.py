@@ -50,8 +50,9 @@ SECTIONS = (
         ("speed", "mfu", "phases", "goodput"),
         (
             Panel("Tokens per second", "tokens_per_second"),
-            Panel("MFU", "mfu", "of the peak"),
-            Panel("Goodput", "goodput.*", "share of the time"),
+            Panel("MFU", "mfu|goodput/mfu", "of the peak"),
+            Panel("Goodput", "goodput/percent", "% of the time"),
+            Panel("Seconds by use", "goodput/.*_seconds", "seconds"),
             Panel("Time of a step", "step_seconds|seconds/.*", "seconds"),
             Panel("Memory", "memory_peak_bytes", "bytes"),
         ),
@@ -79,7 +80,7 @@ SECTIONS = (
         "What a person should have known at once; incidents.jsonl has all of it.",
         ("incidents",),
         (
-            Panel("Skipped steps, spikes, rewinds", "(incidents|watch|spikes?)/.*"),
+            Panel("Rewinds, samples left out", "rewinds|data/skipped_samples"),
             Panel("Stragglers", "stragglers?/.*", "slowest / median"),
         ),
     ),

@@ -17,7 +17,7 @@ import pytest
 
 from tests.train.observe.examples import RECIPE, metrics_of, run_info
 from train.observe import MonitorConfig, Observers, wandb_observer, wandb_session
-from train.observe.base import Alert
+from train.observe.base import Alert, Parent
 from train.observe.metrics import MetricsFile, read_metrics
 from train.observe.redact import REMOVED
 from train.observe.wandb_observer import WandbObserver
@@ -286,6 +286,22 @@ def test_a_full_disk_of_its_own_is_noticed_and_made_up_for(tmp_path: Path, monke
     check_one_line(tmp_path)
     assert watched.slowest < 0.2
     assert any("did not reach its file, the disk may be full" in line for line in watched.said)
+
+
+def test_a_branch_stands_beside_its_parent(tmp_path: Path) -> None:
+    parent = Watched(tmp_path / "parent")
+    parent.train(4)
+    parent.end(stopped="run.stop_after=4")
+    changes = {"precision.default": ["nvfp4", "bf16"]}
+    branch = Watched(tmp_path / "branch", 4, parent=Parent("/runs/parent", "/runs/parent/checkpoints/4", 4, parent.wandb.id, changes))
+    branch.train(10)
+    branch.end()
+    (first,), (second,) = ((wandb_run(path) for path in (tmp_path / name / "wandb").glob("offline-run-*")) for name in ("parent", "branch"))
+    assert first.run_id != second.run_id and first.run_group == second.run_group == first.run_id
+    assert (first.job_type, second.job_type) == ("train", "branch")
+    config = {item.key: json.loads(item.value_json) for item in second.config.update}
+    assert config["parent"] == {"wandb_id": first.run_id, "step": 4, "changes": changes}
+    check_one_line(tmp_path / "branch")
 
 
 def test_checkpoints_are_named_and_not_read(tmp_path: Path) -> None:
