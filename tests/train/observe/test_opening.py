@@ -141,7 +141,8 @@ def test_the_same_complaint_is_said_once_until_it_works_again() -> None:
         def on_evaluation(self, metrics: Metrics) -> None:
             self.on_step(metrics)
 
-    disk, said = Disk(), []
+    said: list[str] = []
+    disk = Disk()
     observers = Observers([disk], said.append)
     for full in (True, False, True):
         disk.full = full
