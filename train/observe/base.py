@@ -98,12 +98,28 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """Where a branch comes from.
+
+    run_dir: of the run it left; checkpoint: the one it began at, after `step` steps; wandb_id: of that run, where it has one; changes: {key: [the
+    parent's value, the branch's]}.
+    """
+
+    run_dir: str
+    checkpoint: str
+    step: int
+    wandb_id: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What is known about a run before its first step.
 
     `step` is the last step already done (0 for a new run); `tokens_per_step` counts the tokens of one global batch;
     `description` holds lines for a person (data, layout, device); `precision_table` is the text of
-    `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack.
+    `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack; `parent` is
+    that of a branch.
     """
 
     recipe: dict[str, Any]
@@ -117,6 +133,7 @@ class RunInfo:
     description: tuple[str, ...] = ()
     precision_table: str = ""
     layers: tuple[str, ...] = ()
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)
