@@ -22,6 +22,7 @@ PROGRAMS = r"(?:[A-Z_]+=\S+ +)*(?:python3?|torchrun|make|pytest|pip|git|ruff|myp
 QUICK = "train.steps=2 train.sequence_length=64 monitor.wandb=disabled data.validation_fraction=0.001 data.cache={cache}"
 FIRST = "python -m train -cn tiny train.steps=200 run.dir=runs/first"
 EXPORT = "python -m train.export checkpoint=runs/first to=exported"
+BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
 SWEEP = "python -m train -cn nvfp4_gap -m"
 
 
@@ -55,6 +56,9 @@ WAYS: dict[str, Way] = {
     "python -m experiments.nvfp4_gap to=docs/nvfp4_gap": Way(after=(SWEEP,), makes=("docs/nvfp4_gap/gap.png",), slow=True),
     EXPORT: Way(after=(FIRST,), makes=("exported/config.json",), slow=True),
     "python -m train.import_hf checkpoint=exported to=runs/imported": Way(after=(FIRST, EXPORT), makes=("runs/imported",), slow=True),
+    BLEND: Way(QUICK, says="stop_after", slow=True),
+    'python -m train -cn tiny run.dir=runs/blend \'data.phases=[{blend:[{path:"corpus:austen",weight:3},{path:"corpus:jargon",weight:1}]}]\' '
+    "run.allow=[data.phases]": Way(QUICK, after=(BLEND,), says="data phase 2: 75% corpus:austen, 25% corpus:jargon", slow=True),
     "python -m train.report runs=[runs/a,runs/b] to=runs/report": Way(copies=("runs/a", "runs/b"), makes=("runs/report/loss.png",)),
     "python -m data.prepare input=texts/ tokenizer=bytes to=prepared/texts": Way(
         makes=("prepared/texts.bin", "prepared/texts.idx"), slow=True
