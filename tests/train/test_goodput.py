@@ -95,7 +95,7 @@ def test_a_real_run_killed_and_left_alone(tmp_path: Path) -> None:
     subprocess.run(command, stdout=subprocess.DEVNULL, env=one_thread, check=True, timeout=200)
     end = time.time()
     spent = seconds_of(read_starts(tmp_path / "run"))
-    assert sum(spent.values()) == pytest.approx(end - begin, abs=2.5)
+    assert sum(spent.values()) == pytest.approx(end - begin, abs=6)  # an interpreter takes a while to leave
     assert 4 <= spent["evaluation"] < 7 and spent["idle"] >= 6 and spent["recomputed"] > 0 and spent["startup"] > 2
     last = read_metrics(tmp_path / "run")[-1]
     assert last["step"] == 60 and 0 < last["goodput/percent"] < 100
