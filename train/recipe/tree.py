@@ -81,6 +81,8 @@ class CheckpointConfig:
     """Moments of the run, as in [50%, 2000steps], whose checkpoints are saved under that name, and stay for ever."""
     asynchronous: bool | Literal["auto"] = "auto"
     """Write beside the training, which waits only for a copy into host memory; auto: where that has room for the copy."""
+    storage: str | None = None
+    """Where checkpoints lie: a directory of this run alone, or an fsspec URL such as s3://bucket/runs/first; null: the run directory."""
     initialize_from: str | None = None
     """A run or checkpoint whose weights a new run starts from; null: random weights."""
 
