@@ -134,6 +134,11 @@ def step_directory(directory: Path | str, step: int) -> Path:
     return Path(directory) / f"step-{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint by one of the names that `finished` gives."""
+    return int(name.removeprefix("step-").removesuffix(".old"))
+
+
 def size_problem(path: Path) -> str | None:
     """Why this directory is not a complete checkpoint, judged by manifest and file sizes; None if it is."""
     try:
@@ -153,8 +158,10 @@ def finished(directory: Path) -> list[str]:
     return [name for _, _, name in sorted(((int(match[1]), match[2] is None, name) for match, name in found if match), reverse=True)]
 
 
-def latest(directory: Path | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest valid checkpoint under `directory` (`RUN/checkpoints`), or None.
+def latest(
+    directory: Path | str, *, verify: bool = True, report: Callable[[str], None] = print, newest: int | None = None
+) -> Checkpoint | None:
+    """The newest valid checkpoint under `directory` (`RUN/checkpoints`), or None. newest: consider none of a later step.
 
     Candidates are tried from the newest step down; each that is not valid is reported, by rank 0, with the reason.
     With a process group every rank calls this; they share the verification of the files and agree on the answer.
@@ -164,6 +171,8 @@ def latest(directory: Path | str, *, verify: bool = True, report: Callable[[str]
     rank, size = rank_and_size()
     names = together(lambda: finished(directory) if rank == 0 else [], f"cannot look for checkpoints in {directory}")[0]
     for name in names:
+        if newest is not None and step_of(name) > newest:
+            continue
         checkpoint, problem = None, None
         try:
             checkpoint = Checkpoint(directory / name)

@@ -26,7 +26,7 @@ from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, St
 from train.checkpoint.parts import Part
 from train.checkpoint.plan import Plan, describe
 from train.checkpoint.ranks import exchange, rank_and_size, together
-from train.checkpoint.reader import Checkpoint, size_problem, step_directory
+from train.checkpoint.reader import Checkpoint, finished, size_problem, step_directory, step_of
 from train.checkpoint.retention import Listed, Retention, superfluous
 
 GIBIBYTE = 1 << 30
@@ -251,6 +251,13 @@ def delete_older(directory: Path, step: int, retention: Retention) -> None:
     for entry, path in listed:
         if entry.step in doomed:
             _discard(path)
+
+
+def delete_later(directory: Path, step: int) -> None:
+    """Deletes the checkpoints of steps after `step`, the newest first; one process does it, while no save is under way."""
+    for name in finished(directory):
+        if step_of(name) > step:
+            _discard(directory / name)
 
 
 def _discard(path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Each line is written and flushed whole, so a killed run loses at most the line being written. An evaluation joins the
 line of its step. JSON has no NaN or infinity: a non-finite number is written as the string "NaN", "Infinity" or
-"-Infinity", which `float` reads back. A run resumed at step s keeps the lines up to s and drops the rest: the file is
-always one series with rising steps.
+"-Infinity", which `float` reads back. A run resumed at step s, or gone back to it, keeps the lines up to s and drops the rest: the file
+is always one series with rising steps.
 """
 
 from __future__ import annotations
@@ -79,19 +79,24 @@ class MetricsFile(Observer):
 
     def __init__(self) -> None:
         self._file: BinaryIO | None = None
+        self._path: Path | None = None
         self._last: dict[str, Any] = {}
         self._last_offset = 0
 
     def on_start(self, run: RunInfo) -> None:
         run.run_dir.mkdir(parents=True, exist_ok=True)
         path = run.run_dir / FILE_NAME
+        self._path = path
+        self._keep(path, run.step)
+
+    def _keep(self, path: Path, step: int) -> None:
         kept: list[dict[str, Any]] = []
         if path.exists():
             try:
                 entries = decode_lines(path.read_bytes())
             except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}): restore or remove it before resuming") from None
-            kept = [entry for entry in entries if entry["step"] <= run.step]
+            kept = [entry for entry in entries if entry["step"] <= step]
         lines = [encode_line(entry) for entry in kept]
         temporary = path.with_name(path.name + ".new")
         with temporary.open("wb") as file:
@@ -103,6 +108,12 @@ class MetricsFile(Observer):
         self._file.seek(0, os.SEEK_END)
         self._last = kept[-1] if kept else {}
         self._last_offset = self._file.tell() - (len(lines[-1]) if lines else 0)
+
+    def on_rewind(self, step: int, to: int) -> None:
+        """Drops the lines after step `to`."""
+        if self._path is not None:
+            self.close()
+            self._keep(self._path, to)
 
     def on_step(self, metrics: Metrics) -> None:
         self._write(metrics)
