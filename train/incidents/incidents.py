@@ -59,7 +59,7 @@ class Incidents:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.streak, self.rewinds = int(state.get("streak", 0)), int(state.get("rewinds", 0))
-        self.run.plan = replace(self.run.plan, skipped=()).skipping(state.get("skipped_samples", ()))
+        self.run.plan = self.run.plan.skipping(state.get("skipped_samples", ()))
         self.watches.load_state(state.get("watches", {}))
 
     def metrics(self) -> dict[str, int]:
@@ -133,9 +133,9 @@ class Incidents:
         checkpoint = self.checkpointer.go_back(newest)
         if checkpoint is None:
             self._stop(incident, f"there is no checkpoint of step {newest} or before to go back to: set checkpoint.every")
-        rewinds, plan = self.rewinds + 1, self.run.plan.skipping(incident.samples)
+        rewinds = self.rewinds + 1
         self.load_state(checkpoint.state.get("incidents", {}))
-        self.streak, self.rewinds, self.run.plan = 0, rewinds, plan
+        self.streak, self.rewinds, self.run.plan = 0, rewinds, self.run.plan.skipping(incident.samples)
         skipped = sum(end - begin for begin, end in incident.samples)
         passing = f", passing over {skipped} samples" if skipped else ""
         path = self._report(incident, f"the run went back to step {checkpoint.step}{passing} (rewind {rewinds} of {self.config.rewinds})")
