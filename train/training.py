@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,10 @@ from parallel.layout import Layout
 from train.build import Run
 from train.checkpoint.checkpointer import Checkpointer, load_weights
 from train.checkpoint.reader import open_checkpoint
+from train.checkpoint.remote import Location
 from train.evaluation import measure
 from train.failures import RunFailed
+from train.goodput import FILE_NAME, Ledger
 from train.incidents.incidents import Incidents, Rewind
 from train.observe import Observers, RunInfo
 from train.observe.base import Alert
@@ -31,6 +32,7 @@ from train.recipe.reading import plain
 from train.recipe.resume import lines
 from train.recipe.tree import Recipe
 from train.run_directory import RunDirectory
+from train.run_facts import run_facts
 from train.signals import STOPPED, StopSignals, name_of
 from train.step_failure import Place
 from train.timing import Stopwatch
@@ -54,6 +56,7 @@ class Training:
             run.run_dir,
             run.engine,
             run.chunks,
+            storage=self.recipe.checkpoint.storage,
             retention=self.recipe.retention,
             asynchronous=self.recipe.checkpoint.asynchronous,
             report=report,
@@ -70,6 +73,7 @@ class Training:
         self.evaluated: dict[str, float] | None = None
         self.elapsed = self.seconds_saving = 0.0
         self.started = time.perf_counter()
+        self.ledger = Ledger(run.run_dir / FILE_NAME if self.is_main else None)
 
     def train(self) -> int:
         """Returns the exit status."""
@@ -78,6 +82,8 @@ class Training:
         except BaseException:
             self.checkpointer.abandon()
             raise
+        finally:
+            self.ledger.close()
 
     def _train(self) -> int:
         self._begin()
@@ -106,6 +112,7 @@ class Training:
         if self.is_main:
             self.directory.store_recipe(self.recipe, self.step)
             self.directory.store_tokenizer(self.run.data.tokenizer)
+            self.directory.describe_in(self.recipe.checkpoint.storage)
         self.signals.only_remember()
         self.observers.load_state(state.get("observers", {}))
         self.owed = bool(state.get("evaluation_owed", False))
@@ -148,15 +155,18 @@ class Training:
         self.place.doing, self.place.step = "step", self.step + 1
         self.place.samples = tuple(index for samples in self.run.plan.samples(self.step) for index in samples)
         self.observers.on_step_begin(self.step + 1)
+        self.ledger.spend("other")
         begin, clock = time.perf_counter(), Stopwatch(self.layout.device)
         metrics = train_step(self.run, self.step, clock)
         self.step += 1
         seconds = time.perf_counter() - begin
+        used = {} if self.utilisation is None else self.utilisation.metrics(table.shares, seconds)
+        self.ledger.spend_step(self.step, clock.host_seconds("data"), used.get("mfu", 0.0) * seconds)
         self.place.samples = ()
         if not self._follow(self.incidents.after_step(self.step, metrics)):
             return False
         if self._log_due() or formats_change:
-            self._log(metrics, table, seconds, clock)
+            self._log({**metrics, **used}, table, seconds, clock)
         return True
 
     def _follow(self, rewind: Rewind | None) -> bool:
@@ -181,9 +191,16 @@ class Training:
         times = _pace(self.run, seconds, clock) | ({"seconds/checkpoint": self.seconds_saving} if self.seconds_saving else {})
         self.seconds_saving = 0.0
         failures = {"checkpoint/failures": self.failed_saves} if self.failed_saves else {}
-        used = {} if self.utilisation is None else self.utilisation.metrics(table.shares, seconds)
         self.observers.on_step(
-            {**_at(self.recipe, self.step), **metrics, **times, **used, **table.metrics(), **failures, **self.incidents.metrics()}
+            {
+                **_at(self.recipe, self.step),
+                **metrics,
+                **times,
+                **table.metrics(),
+                **failures,
+                **self.ledger.metrics(),
+                **self.incidents.metrics(),
+            }
         )
 
     def _evaluation_due(self) -> bool:
@@ -192,8 +209,10 @@ class Training:
 
     def _evaluate(self) -> None:
         self.place.doing, self.owed = "evaluation after step", False
+        self.ledger.spend("other")
         begin = time.perf_counter()
         self.evaluated = measure(self.run, self.evaluators, self.step)
+        self.ledger.spend("evaluation")
         if self.evaluated:
             seconds = time.perf_counter() - begin
             self.observers.on_evaluation({**_at(self.recipe, self.step), **self.evaluated, "seconds/evaluation": seconds})
@@ -241,18 +260,20 @@ class Training:
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
         """Training waits for a checkpoint meanwhile."""
+        self.ledger.spend("other")
         begin = time.perf_counter()
         yield
         self.seconds_saving += time.perf_counter() - begin
+        self.ledger.spend("checkpoint")
 
-    def _saved(self, step: int, path: Path) -> None:
+    def _saved(self, step: int, path: Location) -> None:
         self.committed = step
         self.observers.on_checkpoint(step, path)
 
     def _save_failed(self, step: int, trouble: str) -> None:
         """A disk may be full for an hour: the run goes on, and says so."""
         self.failed_saves += 1
-        self.trouble = trouble
+        trouble = self.trouble = redacted(trouble)
         newest = f"the newest checkpoint is that of step {self.committed}" if self.committed else "there is no checkpoint yet"
         self.observers.on_alert(
             Alert("checkpoint", self.step, f"{trouble}; nothing that was written before is lost, {newest}", severe=True)
@@ -263,7 +284,9 @@ class Training:
         recipe, step = self.recipe, self.step
         self.place.doing = "the end, after step"
         seconds = time.perf_counter() - self.started
+        self.ledger.close()
         summary: dict[str, Any] = {**_at(recipe, step), "seconds": seconds, "session_seconds": seconds - self.elapsed}
+        summary |= self.ledger.metrics()
         if (self.stop and step < recipe.total_steps) or self.owed:
             self.observers.on_end({**summary, "stopped": "a signal", "signal": name_of(self.stop)})
             return STOPPED
@@ -321,6 +344,7 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
         description=tuple(redacted(line) for line in description),
         precision_table=table,
         layers=tuple(MIXERS[letter].name for letter in recipe.model.layers),
+        facts=run_facts(recipe, run.layout),
     )
 
 

@@ -19,6 +19,7 @@ class Faulty:
     rank: int = 0
     step: int = 2
     what: str = "raise"
+    seconds: float = 120.0
 
     def evaluate(self, run: Measured, step: int) -> Mapping[str, float]:
         if (run.layout.rank, step) == (self.rank, self.step):
@@ -30,7 +31,7 @@ class Faulty:
                 os.kill(os.getpid(), signal.SIGTERM)
             if self.what == "hang":
                 print("hanging", flush=True)
-                time.sleep(120)
+                time.sleep(self.seconds)
         return {"eval/zero": 0.0}
 
 

@@ -208,3 +208,27 @@ def test_what_one_thread_cannot_write_no_rank_commits(ranks: Any, tmp_path: Path
     assert first == second and first[1:] == ["complete", "complete"]
     assert "No space left on device: rank-00001-000.safetensors (rank 1)" in first[0]
     assert steps(tmp_path) == ["step-00000003"]
+
+
+def test_copies_are_the_values_in_as_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "BLOCK", 1024)
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(3, 5).t(),
+        torch.tensor(7),
+        torch.tensor([True, False, True]),
+        torch.randn(100).bfloat16(),
+        torch.randn(30, 20),  # larger than a block
+        torch.randn(17, dtype=torch.float64),
+    ]
+    area = staging.Staging()
+    first = area.copy(tensors)
+    where = [copy.data_ptr() for copy in first]
+    assert all(torch.equal(copy, tensor) and copy.is_contiguous() for copy, tensor in zip(first, tensors, strict=True))
+    assert not {copy.data_ptr() for copy in first} & {tensor.data_ptr() for tensor in tensors}
+    for tensor in tensors:
+        tensor.copy_(tensor.logical_not() if tensor.dtype == torch.bool else tensor + 1)
+    assert not any(torch.equal(copy, tensor) for copy, tensor in zip(first, tensors, strict=True))
+    second = area.copy(tensors)
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(second, tensors, strict=True))
+    assert [copy.data_ptr() for copy in second] == where  # the same memory again

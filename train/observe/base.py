@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.remote import Location
 from train.observe.incident_settings import IncidentsConfig, ReplicasConfig
 
 Metrics = Mapping[str, float | int]
@@ -56,7 +57,11 @@ class MonitorConfig:
     wandb_entity: str | None = None
     """User or team the W&B run belongs to; null: the account's default."""
     wandb_timeout_seconds: float = 60.0
-    """Seconds W&B may keep a run waiting, at its start and at its end."""
+    """Seconds W&B may keep the end of a run waiting; a start is given up and tried again after as many."""
+    wandb_artifacts: bool = False
+    """Name each checkpoint to W&B as an artifact that says where it lies (its path or URL is sent; its bytes are neither read nor sent)."""
+    wandb_report: bool = False
+    """Draw the whole report when the run finishes and show it in W&B too; false: only the picture of the losses."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, below <run>/tensorboard."""
     picture: bool = True
@@ -106,12 +111,29 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """Where a branch comes from.
+
+    run_dir: of the run it left; checkpoint: the one it began at, after `step` steps; wandb_id: of that run, where it has one; changes: {key: [the
+    parent's value, the branch's]}.
+    """
+
+    run_dir: str
+    checkpoint: str
+    step: int
+    wandb_id: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What is known about a run before its first step.
 
     `step` is the last step already done (0 for a new run); `tokens_per_step` counts the tokens of one global batch;
     `description` holds lines for a person (data, layout, device); `precision_table` is the text of
-    `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack.
+    `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack;
+    `facts` are those of `train.run_facts`: layout, plan, code; `parent` is
+    that of a branch.
     """
 
     recipe: dict[str, Any]
@@ -125,6 +147,8 @@ class RunInfo:
     description: tuple[str, ...] = ()
     precision_table: str = ""
     layers: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +197,7 @@ class Observer:
     def on_evaluation(self, metrics: Metrics) -> None:
         """An evaluation: `step`, `tokens`, and what the evaluators measured, such as `eval/loss`."""
 
-    def on_checkpoint(self, step: int, path: Path) -> None: ...
+    def on_checkpoint(self, step: int, path: Location) -> None: ...
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The run finished, or stopped in good order. `summary` may hold `step`, `tokens`, `eval/loss`, `baseline/trigram`, `seconds`,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
+from train.checkpoint.remote import Location
+from train.goodput import summary_line
 from train.observe.base import Alert, Metrics, Observer, RunInfo
 from train.observe.lines import beside, count, duration, evaluation_line, loss_text, recipe_lines, step_column, step_line
 from train.observe.picture import LossPicture
@@ -109,7 +110,7 @@ class Console(Observer):
         self._evaluated.update(metrics)
         self.say(evaluation_line(metrics, self._run))
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
+    def on_checkpoint(self, step: int, path: Location) -> None:
         self.say(f"{step_column({'step': step}, self._run)}  checkpoint {path}")
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -136,6 +137,8 @@ class Console(Observer):
         last = {**self._evaluated, **summary}
         if "eval/loss" in last:
             self.say(f"  validation loss  {loss_text(last)}{beside(last)}")
+        if (line := summary_line(last)) is not None:
+            self.say(f"  goodput          {line}")
         if self._picture is not None and self._picture.path is not None:
             self.say(f"  loss curves      {self._picture.path}")
         self.say(f"  run directory    {run.run_dir}")

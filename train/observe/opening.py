@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.remote import Location
 from train.observe.base import OBSERVERS, Alert, Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.console import Console
 from train.observe.facts import FactsFile
@@ -62,7 +63,7 @@ class Observers(Observer):
     def on_evaluation(self, metrics: Metrics) -> None:
         self._tell("on_evaluation", lambda observer: observer.on_evaluation(metrics))
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
+    def on_checkpoint(self, step: int, path: Location) -> None:
         self._tell("on_checkpoint", lambda observer: observer.on_checkpoint(step, path))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -115,17 +116,15 @@ class Observers(Observer):
                 _to_stderr(line)
 
 
-def open_observers(config: MonitorConfig, draw: Callable[[Path], Path]) -> Observers:
-    """The observers of one run; call on rank 0 only (other ranks use `Observers(())`). draw: see `LossPicture`.
+def open_observers(config: MonitorConfig, draw: Callable[[Path], Path], draw_report: Callable[[Path], Path] | None = None) -> Observers:
+    """The observers of one run; call on rank 0 only (other ranks use `Observers(())`). draw: see `LossPicture`; draw_report: see `WandbObserver`.
 
-    The order is that of the last moment: the metrics file is complete before the picture is drawn from it, and the
-    console speaks last.
+    The order is that of the last moment: the metrics file is complete before the picture is drawn from it, W&B is sent both, and the console
+    speaks last.
     """
     picture = LossPicture(draw) if config.picture else None
     console = Console(picture)
     chosen: list[Observer] = [MetricsFile(), FactsFile(), IncidentsFile()]
-    if config.wandb != "disabled":
-        chosen.append(WandbObserver(config, say=console.say))
     if config.tensorboard:
         chosen.append(TensorBoard())
     if config.profile.steps:
@@ -134,5 +133,7 @@ def open_observers(config: MonitorConfig, draw: Callable[[Path], Path]) -> Obser
     if picture is not None:
         picture.say = console.say
         chosen.append(picture)
+    if config.wandb != "disabled":
+        chosen.append(WandbObserver(config, console.say, draw_report))
     chosen.append(console)
     return Observers(chosen, say=console.say)

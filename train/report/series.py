@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from train.goodput import Start, read_starts
 from train.observe.facts import read_facts
 from train.observe.metrics import read_metrics
 
@@ -22,6 +23,8 @@ class Series:
     baseline: float | None = None
     """Nats per token of a trigram count model on the validation text."""
     facts: dict[str, Any] = field(default_factory=dict)
+    starts: Sequence[Start] = ()
+    """the processes of the run, and where their time went"""
 
     def of(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and finite values of a metric, both fp64 [n]."""
@@ -71,4 +74,4 @@ def load_run(run_dir: Path, name: str | None = None) -> Series:
     run_dir = Path(run_dir)
     entries = read_metrics(run_dir)
     facts = read_facts(run_dir)
-    return Series(name or run_dir.resolve().name, entries, facts.get("baseline/trigram"), facts)
+    return Series(name or run_dir.resolve().name, entries, facts.get("baseline/trigram"), facts, read_starts(run_dir))
