@@ -133,14 +133,10 @@ def test_a_spike_is_told_and_can_be_passed_over(reaction: str, tmp_path: Path) -
 @pytest.mark.parametrize("reaction", ["stop", "rewind"])
 def test_a_bit_that_flips_in_one_replica_is_found_and_named(reaction: str, tmp_path: Path, ranks: Callable[..., Any]) -> None:
     name, world = "layers.0.mixer.in_proj.weight", 3
-    overrides: tuple[str, ...] = (
-        "train.steps=8",
-        "train.global_batch_size=6",
-        "train.micro_batch_size=1",
-        "checkpoint.every=4",
-        "monitor.replicas.every=2",
+    overrides = (
+        *("train.steps=8", "train.global_batch_size=6", "train.micro_batch_size=1", "checkpoint.every=4"),
+        *("monitor.replicas.every=2", f"monitor.replicas.on_mismatch={reaction}"),
     )
-    overrides = (*overrides, f"monitor.replicas.on_mismatch={reaction}")
     status = ranks(world)(runs.on_ranks, tmp_path / "run", world, overrides, "flip_a_bit", (1, name, 5))
     assert status == [1 if reaction == "stop" else 0] * world
     (report,) = reports(tmp_path / "run")

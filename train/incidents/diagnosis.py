@@ -80,6 +80,7 @@ class _Watch:
     def hooks(self) -> Iterator[Any]:
         for chunk in self.run.chunks:
             yield chunk.register_forward_pre_hook(self._begins)
+            yield chunk.register_forward_hook(self._after("", chunk))
             owners = {id(weight): module for module in chunk.modules() for weight in module.parameters(recurse=False)}
             for name, module in chunk.named_modules():
                 if name:
@@ -109,7 +110,8 @@ class _Watch:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             for value in output if isinstance(output, tuple) else (output,):
                 if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-                    self.note("forward", name, "its output", self.forwards, self.formats(module))
+                    phase, what = ("forward", "its output") if name else ("loss", "the summed loss")
+                    self.note(phase, name or "loss", what, self.forwards, self.formats(module))
 
         return hook
 
@@ -163,8 +165,6 @@ def diagnose(run: Run, step: int) -> Finding | None:
             agreed=lambda: False,
         )
     end_step(run.chunks, update=False)
-    if not losses.finite():
-        watch.note("loss", "loss", "the summed loss", len(parts) - 1, {})
     found = [finding for finding in exchange(watch.found) if finding is not None]
     return min(found, key=lambda finding: finding.order, default=None)
 
