@@ -77,14 +77,10 @@ WAYS: dict[str, Way] = {
 KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m train\.evaluate checkpoint=runs/first\b", Way(after=(FIRST,), says="nats per token", slow=True)),
     (
-        r"python -m train\.checkpoints runs/first( verify=true| prune=true .*)?$",
-        Way(after=(FIRST,), says="checkpoints/step-|checkpoint", slow=True),
-    ),
-    (
         r"python -m train\.checkpoints runs/first merge=",
         Way("merge=[1,2]", after=(FIRST,), makes=("runs/merged/recipe.yaml",), says="merged"),
     ),
-    (r"python -m train\.checkpoints runs/first", Way(after=(FIRST,), says="runs/first/checkpoints")),
+    (r"python -m train\.checkpoints runs/first", Way(after=(FIRST,), says="runs/first/checkpoints", slow=True)),
     (r"python -m train\.count -cn \w+$", Way(says="active per token", slow=True)),
     (r"python -m train -cn tiny \S*precision\.schedule=", Way(f"{QUICK} run.dir=runs/schedule", says="Finished 2 steps", slow=True)),
     (r"python -m train\.report\.compare", Way(f"{QUICK} to=runs/compare", makes=("runs/compare/report/gap.png",), slow=True)),
