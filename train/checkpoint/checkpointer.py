@@ -34,7 +34,7 @@ from train.checkpoint.remote import Location, locate
 from train.checkpoint.retention import Retention
 from train.checkpoint.staging import Staging, shortage
 from train.checkpoint.state import MODEL, make_room, model_parts, number_parts, optimizer_parts
-from train.checkpoint.writer import GIBIBYTE, Draft, Files, begin, clear_leftovers, tidy
+from train.checkpoint.writer import GIBIBYTE, Draft, Files, begin, clear_leftovers, delete_later, tidy
 
 CHECKPOINTS = "checkpoints"
 LOOK = 0.05  # seconds between two looks at a save that is waited for
@@ -219,6 +219,18 @@ class Checkpointer:
                 f"{self.directory.parent} holds checkpoints, but none of them is valid (see the reasons above): repair one, or choose another "
                 "run.dir"
             )
+        return checkpoint
+
+    def go_back(self, newest: int) -> Checkpoint | None:
+        """Fills model and optimizer from the newest valid checkpoint of at most step `newest`, and deletes all later ones, so that nothing goes on
+        from them; None, and nothing has changed, where there is none. A save under way is committed before. Collective."""
+        self.wait()
+        checkpoint = latest(self.directory, report=self._report, newest=newest)
+        if checkpoint is None:
+            return None
+        later = partial(delete_later, self.directory, checkpoint.step) if rank_and_size()[0] == 0 else lambda: None
+        together(later, f"cannot delete the checkpoints after step {checkpoint.step} in {self.directory}")
+        self.load(checkpoint)
         return checkpoint
 
     def _pass_over(self, line: str) -> None:
