@@ -189,6 +189,7 @@ class Training:
         self.committed = self.step
         self.owed, self.evaluated = bool(rewind.state.get("evaluation_owed", False)), None
         self.observers.on_rewind(before, self.step)
+        self._tell_of_damage()
         if self._table(before - 1) is not self._table(self.step):
             self.observers.on_formats(self.step + 1, self._table(self.step).text)
         self._save()
