@@ -24,6 +24,7 @@ from train.evaluation import measure
 from train.failures import RunFailed
 from train.goodput import FILE_NAME, Ledger
 from train.incidents.incidents import Incidents, Rewind
+from train.lineage import begin_branch, read_parent
 from train.observe import Observers, RunInfo
 from train.observe.base import Alert
 from train.observe.redact import redacted, without_secrets
@@ -130,11 +131,22 @@ class Training:
         if checkpoint is not None:
             self.step = checkpoint.step
             return dict(checkpoint.state)
+        if self.recipe.run.parent is not None:
+            return self._restore_parent(self.recipe.run.parent)
         source = self.recipe.checkpoint.initialize_from
         if source is not None:
             load_weights(open_checkpoint(source), self.run.chunks)
             self.run.engine.reload_masters()
         return {}
+
+    def _restore_parent(self, source: str) -> dict[str, Any]:
+        """A branch goes on where its parent was; what the parent's observers and its disk remembered stays with the parent."""
+        checkpoint = open_checkpoint(source)
+        self.checkpointer.load(checkpoint)
+        self.step = checkpoint.step
+        if self.is_main:
+            begin_branch(self.run.run_dir, checkpoint, self.recipe)
+        return {key: value for key, value in checkpoint.state.items() if key not in ("observers", "elapsed", "failed_saves", "milestone")}
 
     def _tell_of_damage(self) -> None:
         """Checkpoints newer than the one just restored that are not what was written."""
@@ -331,7 +343,9 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
     """What observers are told before the first step."""
     recipe, counted = run.recipe, count(run.recipe.model)
     changes = (f"changed since the run began: {line}" for line in lines(directory.changes))
-    description = (run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
+    parent = read_parent(run.run_dir)
+    branch = () if parent is None else (f"branch of {parent.run_dir} after step {parent.step:,}", *lines(parent.changes))
+    description = (*branch, run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
     return RunInfo(
         recipe=without_secrets(plain(recipe)),
         run_dir=run.run_dir,
@@ -340,10 +354,11 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
         step=step,
         total_steps=recipe.total_steps,
         tokens_per_step=recipe.tokens_per_step,
-        resumed=step > 0,
+        resumed=step > (0 if parent is None else parent.step),
         description=tuple(redacted(line) for line in description),
         precision_table=table,
         layers=tuple(MIXERS[letter].name for letter in recipe.model.layers),
+        parent=parent,
         facts=run_facts(recipe, run.layout),
     )
 
