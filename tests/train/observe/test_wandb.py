@@ -471,6 +471,7 @@ def online(script: str, run_dir: Path, timeout: float = 60) -> subprocess.Comple
     return done
 
 
+@pytest.mark.slow
 def test_online_a_run_continues_where_the_server_is(tmp_path: Path) -> None:
     """Also where it was away in between; the answer to what it has is the server's."""
     script = """
