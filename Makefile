@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 KERNELS := $(VENV)/.kernels
 TESTED := $(VENV)/.ready-test
 
-.PHONY: train test test-slow test-gpu test-slurm compare setup lint types clean
+.PHONY: train test test-slow test-survival test-gpu test-slurm compare setup lint types clean
 
 train: $(KERNELS)
 	$(BIN)/python -m train -cn tiny $(ARGS)
@@ -22,6 +22,10 @@ test: $(TESTED) lint types
 
 test-slow: $(TESTED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+# A hundred kills, which take an hour or two; SURVIVAL_KILLS, SURVIVAL_SEED and SURVIVAL_TO as tests/survival/test_survival.py says.
+test-survival: $(TESTED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m survival -s $(ARGS)
 
 test-gpu: $(TESTED)
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -65,8 +65,8 @@ def status(directory: Path, now: float) -> Iterator[tuple[str, str]]:
     yield "checkpoint", _checkpoint(directory, now)
     alert = next(iter(_last_lines(directory / INCIDENTS)), None)
     yield "last alert", "none" if alert is None else f"step {alert['step']} ({alert['kind']}, {alert['time']}): {alert['text']}"
-    if last is not None and "goodput" in last:
-        yield "goodput", f"{last['goodput']:.1%}"
+    if last is not None and "goodput/percent" in last:
+        yield "goodput", f"{last['goodput/percent']:.1f}%"
 
 
 def _job(directory: Path) -> str:

@@ -23,6 +23,8 @@ from train.checkpoint.remote import Location
 from train.evaluation import measure
 from train.failures import RunFailed
 from train.goodput import FILE_NAME, Ledger
+from train.incidents.incidents import Incidents, Rewind
+from train.lineage import begin_branch, read_parent
 from train.observe import Observers, RunInfo
 from train.observe.base import Alert
 from train.observe.redact import redacted, without_secrets
@@ -37,8 +39,6 @@ from train.step_failure import Place
 from train.timing import Stopwatch
 from train.train_step import train_step
 from train.utilisation import open_utilisation
-
-MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run gives up
 
 
 class Training:
@@ -64,12 +64,13 @@ class Training:
             saved=self._saved,
             failed=self._save_failed,
         )
+        self.incidents = Incidents(run, self.checkpointer, observers)
         self.evaluators = self.recipe.evaluation.chosen()
         self.tables = precision_tables(self.recipe)
         self.utilisation = open_utilisation(self.recipe, self.layout.device, self.layout.world_size) if self.is_main else None
-        self.step = self.saved = self.committed = self.skipped = self.stop = 0
+        self.step = self.saved = self.committed = self.stop = 0
         self.failed_saves, self.trouble = 0, ""
-        self.owed = False
+        self.owed = self.save_owed = False
         self.evaluated: dict[str, float] | None = None
         self.elapsed = self.seconds_saving = 0.0
         self.started = time.perf_counter()
@@ -89,15 +90,15 @@ class Training:
         self._begin()
         self._look()
         while (self.step < self.recipe.last_step or self.owed) and not self.stop:
-            if not self.owed:
-                self._take_step()
+            if not self.owed and not self._take_step():
+                continue
             self._look()
             self.owed = self.owed or self._evaluation_due()
             if self.owed and not self.stop:
                 self._evaluate()
                 self._look()
             self._commit()
-            if self._save_due():
+            if self._save_due() and self._follow(self.incidents.before_save(self.step)):
                 self._save()
                 self._look()
         self._finish_saving()
@@ -117,6 +118,7 @@ class Training:
         self.observers.load_state(state.get("observers", {}))
         self.owed = bool(state.get("evaluation_owed", False))
         self.failed_saves = int(state.get("failed_saves", 0))
+        self.incidents.load_state(state.get("incidents", {}))
         hardware = [] if self.utilisation is None else [self.utilisation.line]
         self.observers.on_start(_info(self.run, self.directory, self.step, self._table(self.step).text, hardware))
         self._tell_of_damage()
@@ -129,11 +131,22 @@ class Training:
         if checkpoint is not None:
             self.step = checkpoint.step
             return dict(checkpoint.state)
+        if self.recipe.run.parent is not None:
+            return self._restore_parent(self.recipe.run.parent)
         source = self.recipe.checkpoint.initialize_from
         if source is not None:
             load_weights(open_checkpoint(source), self.run.chunks)
             self.run.engine.reload_masters()
         return {}
+
+    def _restore_parent(self, source: str) -> dict[str, Any]:
+        """A branch goes on where its parent was; what the parent's observers and its disk remembered stays with the parent."""
+        checkpoint = open_checkpoint(source)
+        self.checkpointer.load(checkpoint)
+        self.step = checkpoint.step
+        if self.is_main:
+            begin_branch(self.run.run_dir, checkpoint, self.recipe)
+        return {key: value for key, value in checkpoint.state.items() if key not in ("observers", "elapsed", "failed_saves", "milestone")}
 
     def _tell_of_damage(self) -> None:
         """Checkpoints newer than the one just restored that are not what was written."""
@@ -146,7 +159,8 @@ class Training:
         """Has some rank received a signal?"""
         self.stop = self.stop or _stop_wanted(self.signals, self.layout)
 
-    def _take_step(self) -> None:
+    def _take_step(self) -> bool:
+        """False: it made the run go back."""
         table, formats_change = self._table(self.step), self._formats_change()
         if formats_change:
             self.observers.on_formats(self.step + 1, table.text)
@@ -161,20 +175,25 @@ class Training:
         used = {} if self.utilisation is None else self.utilisation.metrics(table.shares, seconds)
         self.ledger.spend_step(self.step, clock.host_seconds("data"), used.get("mfu", 0.0) * seconds)
         self.place.samples = ()
-        self._check(metrics)
+        if not self._follow(self.incidents.after_step(self.step, metrics)):
+            return False
         if self._log_due() or formats_change:
             self._log({**metrics, **used}, table, seconds, clock)
+        return True
 
-    def _check(self, metrics: dict[str, float]) -> None:
-        """What is done about gradients that are not finite."""
-        self.skipped = 0 if metrics.pop("taken") else self.skipped + 1
-        if self.skipped:
-            self.observers.on_skipped(self.step, metrics["grad_norm"])
-        if self.skipped >= MAX_SKIPPED:
-            raise RunFailed(
-                f"gradients were not finite in {self.skipped} consecutive steps, the last one step {self.step}; weights are those of step "
-                f"{self.step - self.skipped}: resume with a lower optimizer.learning_rate in a new run.dir"
-            )
+    def _follow(self, rewind: Rewind | None) -> bool:
+        """Whether the run goes on from where it is. Where it was taken back, its checkpoint there is written again with what is known since."""
+        if rewind is None:
+            return True
+        before, self.step = self.step, rewind.step
+        self.committed = self.step
+        self.owed, self.evaluated = bool(rewind.state.get("evaluation_owed", False)), None
+        self.observers.on_rewind(before, self.step)
+        self._tell_of_damage()
+        if self._table(before - 1) is not self._table(self.step):
+            self.observers.on_formats(self.step + 1, self._table(self.step).text)
+        self._save()
+        return False
 
     def _log_due(self) -> bool:
         every = self.recipe.train.log_every
@@ -185,7 +204,17 @@ class Training:
         times = _pace(self.run, seconds, clock) | ({"seconds/checkpoint": self.seconds_saving} if self.seconds_saving else {})
         self.seconds_saving = 0.0
         failures = {"checkpoint/failures": self.failed_saves} if self.failed_saves else {}
-        self.observers.on_step({**_at(self.recipe, self.step), **metrics, **times, **table.metrics(), **failures, **self.ledger.metrics()})
+        self.observers.on_step(
+            {
+                **_at(self.recipe, self.step),
+                **metrics,
+                **times,
+                **table.metrics(),
+                **failures,
+                **self.ledger.metrics(),
+                **self.incidents.metrics(),
+            }
+        )
 
     def _evaluation_due(self) -> bool:
         every = self.recipe.train.eval_every
@@ -202,16 +231,20 @@ class Training:
             self.observers.on_evaluation({**_at(self.recipe, self.step), **self.evaluated, "seconds/evaluation": seconds})
 
     def _save_due(self) -> bool:
-        return (self.recipe.save_due(self.step) or bool(self.stop)) and self.saved != self.step
+        """A checkpoint waits for a step that is taken, unless the run ends here."""
+        last = bool(self.stop) or self.step == self.recipe.last_step
+        self.save_owed = (self.save_owed or last or self.recipe.save_due(self.step)) and self.saved != self.step
+        return self.save_owed and (last or not self.incidents.streak)
 
     def _save(self) -> None:
         """Begins a checkpoint; `_saved` or `_save_failed` hears what became of it, now or at a later step."""
-        self.place.doing, self.saved = "checkpoint after step", self.step
+        self.place.doing, self.saved, self.save_owed = "checkpoint after step", self.step, False
         state = {
             "elapsed": time.perf_counter() - self.started,
             "observers": self.observers.state(),
             "evaluation_owed": self.owed,
             "failed_saves": self.failed_saves,
+            "incidents": self.incidents.state(),
         }
         tokens, milestone = self.step * self.recipe.tokens_per_step, self.recipe.milestone(self.step)
         with self._standing_still():
@@ -311,7 +344,9 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
     """What observers are told before the first step."""
     recipe, counted = run.recipe, count(run.recipe.model)
     changes = (f"changed since the run began: {line}" for line in lines(directory.changes))
-    description = (run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
+    parent = read_parent(run.run_dir)
+    branch = () if parent is None else (f"branch of {parent.run_dir} after step {parent.step:,}", *lines(parent.changes))
+    description = (*branch, run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
     return RunInfo(
         recipe=without_secrets(plain(recipe)),
         run_dir=run.run_dir,
@@ -320,10 +355,11 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
         step=step,
         total_steps=recipe.total_steps,
         tokens_per_step=recipe.tokens_per_step,
-        resumed=step > 0,
+        resumed=step > (0 if parent is None else parent.step),
         description=tuple(redacted(line) for line in description),
         precision_table=table,
         layers=tuple(MIXERS[letter].name for letter in recipe.model.layers),
+        parent=parent,
         facts=run_facts(recipe, run.layout),
     )
 

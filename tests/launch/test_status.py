@@ -56,6 +56,10 @@ def test_a_run_without_a_scheduler(run: Path) -> None:
     (run / "incidents.jsonl").write_text('{"time": "T", "step": 57, "kind": "spike", "severe": false, "text": "it rose"}\n')
     (run / "lock").write_text(json.dumps({"process": 12, "host": "a", "since": "now"}))
     found = told(run)
+    assert "goodput" not in found
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 101, "goodput/percent": 87.25}\n')
+    assert told(run)["goodput"] == "87.2%" and told(run)["speed"] == "unknown"
     assert found["last alert"] == "step 57 (spike, T): it rose" and found["job"] == "process 12 on host a"
 
 

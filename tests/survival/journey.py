@@ -37,8 +37,8 @@ GIVEN = (
     "data.validation_fraction=0.0005",
 )
 """What makes a run short, and measures and saves often."""
-TINY = ()
-"""The shipped `tiny` as it is: weights, batches, formats, W&B."""
+BARE = ("monitor.wandb=disabled", "monitor.picture=false")
+"""The shipped `tiny` without W&B and pictures, as are most here, whose processes take longest to start."""
 LITTLE = tuple(
     value for value in SMALL if not value.startswith(("train.steps", "train.log", "train.eval", "checkpoint", "data", "optimizer"))
 )
@@ -70,11 +70,11 @@ KINDS = (
     Kind("tiny, 1 rank", 1),
     Kind("data 2", 2, "torchrun", (*LITTLE, "parallel.distributed_optimizer=true")),
     Kind("1 rank", 1, "python", LITTLE),
-    Kind("tensor 2 x expert 2", 4, "torchrun", (*LITTLE, "parallel.tensor=2", "parallel.expert=2")),
-    Kind("tiny, 1 rank", 1, "python", (*TINY, "checkpoint.asynchronous=false")),
-    Kind("tensor 2", 2, "local", (*LITTLE, "parallel.tensor=2")),
+    Kind("tensor 2 x expert 2", 4, "torchrun", (*BARE, "parallel.tensor=2", "parallel.expert=2")),
+    Kind("tiny, 1 rank", 1, "python", ("checkpoint.asynchronous=false",)),
+    Kind("tensor 2", 2, "local", (*BARE, "parallel.tensor=2")),
     Kind("1 rank", 1, "python", LITTLE),
-    Kind("tiny, pipeline 2", 2, "torchrun", (*TINY, "parallel.pipeline=2")),
+    Kind("pipeline 2", 2, "torchrun", (*BARE, "parallel.pipeline=2")),
     Kind("data 4", 4, "local", (*LITTLE, "parallel.distributed_optimizer=true")),
 )
 """Journeys go through these, one after the other."""

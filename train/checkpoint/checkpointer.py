@@ -34,7 +34,7 @@ from train.checkpoint.remote import Location, locate
 from train.checkpoint.retention import Retention
 from train.checkpoint.staging import Staging, shortage
 from train.checkpoint.state import MODEL, make_room, model_parts, number_parts, optimizer_parts
-from train.checkpoint.writer import GIBIBYTE, Draft, Files, begin, clear_leftovers, tidy
+from train.checkpoint.writer import GIBIBYTE, Draft, Files, begin, clear_leftovers, delete_later, tidy
 
 CHECKPOINTS = "checkpoints"
 LOOK = 0.05  # seconds between two looks at a save that is waited for
@@ -72,7 +72,7 @@ class Checkpointer:
     and where auto decides against a copy. saved: hears, on every rank, of a step whose checkpoint is complete, and where it is. failed: hears of a
     step whose checkpoint could not be written, or of older ones that could not be deleted, and why; nothing that was complete before is lost.
 
-    passed_over: what `report` said, on rank 0, of the checkpoints that the last `load_newest` found damaged.
+    passed_over: what `report` said, on rank 0, of the checkpoints that the last `load_newest` or `go_back` found damaged.
     """
 
     def __init__(
@@ -219,6 +219,19 @@ class Checkpointer:
                 f"{self.directory.parent} holds checkpoints, but none of them is valid (see the reasons above): repair one, or choose another "
                 "run.dir"
             )
+        return checkpoint
+
+    def go_back(self, newest: int) -> Checkpoint | None:
+        """Fills model and optimizer from the newest valid checkpoint of at most step `newest`, and deletes all later ones, so that nothing goes on
+        from them; None, and nothing has changed, where there is none. A save under way is committed before. Collective."""
+        self.wait()
+        self.passed_over = []
+        checkpoint = latest(self.directory, report=self._pass_over, newest=newest)
+        if checkpoint is None:
+            return None
+        later = partial(delete_later, self.directory, checkpoint.step) if rank_and_size()[0] == 0 else lambda: None
+        together(later, f"cannot delete the checkpoints after step {checkpoint.step} in {self.directory}")
+        self.load(checkpoint)
         return checkpoint
 
     def _pass_over(self, line: str) -> None:

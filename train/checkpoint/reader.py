@@ -151,6 +151,11 @@ def _sizes(directory: Location, names: Iterable[str]) -> dict[str, int]:
     return sizes
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint by one of the names that `finished` gives."""
+    return int(name.removeprefix("step-").removesuffix(".old"))
+
+
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -174,8 +179,10 @@ def finished(directory: Location) -> list[str]:
     return [name for _, _, name in sorted(((int(match[1]), match[2] is None, name) for match, name in found if match), reverse=True)]
 
 
-def latest(directory: Location | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest valid checkpoint under `directory` (`RUN/checkpoints`), or None.
+def latest(
+    directory: Location | str, *, verify: bool = True, report: Callable[[str], None] = print, newest: int | None = None
+) -> Checkpoint | None:
+    """The newest valid checkpoint under `directory` (`RUN/checkpoints`), or None. newest: consider none of a later step.
 
     Candidates are tried from the newest step down; each that is not valid is reported, by rank 0, with the reason.
     With a process group every rank calls this; they share the verification of the files and agree on the answer.
@@ -186,6 +193,8 @@ def latest(directory: Location | str, *, verify: bool = True, report: Callable[[
     rank, size = rank_and_size()
     names = together(lambda: finished(directory) if rank == 0 else [], f"cannot look for checkpoints in {directory}")[0]
     for name in names:
+        if newest is not None and step_of(name) > newest:
+            continue
         checkpoint, problem = None, None
         try:
             checkpoint = Checkpoint(directory / name)

@@ -24,7 +24,7 @@ from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, St
 from train.checkpoint.parts import Part
 from train.checkpoint.plan import Plan, describe
 from train.checkpoint.ranks import exchange, rank_and_size, together
-from train.checkpoint.reader import Checkpoint, step_name
+from train.checkpoint.reader import Checkpoint, finished, step_name, step_of
 from train.checkpoint.remote import Location, locate
 from train.checkpoint.retention import Listed, Retention, superfluous
 from train.checkpoint.storage import Output, Storage, open_storage
@@ -259,6 +259,14 @@ def delete_older(directory: Location | str, step: int, retention: Retention) -> 
     storage = open_storage(directory)
     for entry, name in listed:
         if entry.step in doomed:
+            storage.delete(name)
+
+
+def delete_later(directory: Location | str, step: int) -> None:
+    """Deletes the checkpoints of steps after `step`, the newest first; one process does it, while no save is under way."""
+    storage = open_storage(directory)
+    for name in finished(locate(directory)):
+        if step_of(name) > step:
             storage.delete(name)
 
 

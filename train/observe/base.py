@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.remote import Location
+from train.observe.incident_settings import IncidentsConfig, ReplicasConfig
 
 Metrics = Mapping[str, float | int]
 
@@ -65,6 +66,10 @@ class MonitorConfig:
     """Write the metrics for TensorBoard too, below <run>/tensorboard."""
     picture: bool = True
     """Draw <run>/report/loss.png when the run ends."""
+    incidents: IncidentsConfig = field(default_factory=IncidentsConfig)
+    """Numbers that go wrong, and what is done about them."""
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    """The comparison of what several ranks hold."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     """Health of quantisation, measured every so many steps."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -82,6 +87,8 @@ class MonitorConfig:
             raise ValueError(
                 f"monitor.wandb_timeout_seconds={self.wandb_timeout_seconds} must lie above 0 and within a day: use for instance 60"
             )
+        self.incidents.validate()
+        self.replicas.validate()
         if self.quantization.every < 0:
             raise ValueError(f"monitor.quantization.every={self.quantization.every} is negative: use 0 for never, or for instance 50")
         if self.profile.start < 1:
@@ -179,7 +186,7 @@ class Observer:
         """A logged step (every `train.log_every` steps)."""
 
     def on_skipped(self, step: int, grad_norm: float) -> None:
-        """A step that was not taken, because its gradients were not finite."""
+        """A step that was not taken, because its loss or gradients were not finite."""
 
     def on_alert(self, alert: Alert) -> None:
         """Something happened that a person should know of at once."""

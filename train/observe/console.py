@@ -95,7 +95,9 @@ class Console(Observer):
         self.say(step_line(metrics, self._run.total_steps, self._seconds_left(step)))
 
     def on_skipped(self, step: int, grad_norm: float) -> None:
-        self.say(f"step {step}: gradients are not finite (norm {grad_norm}); no weight was changed, the step's samples are passed over")
+        self.say(
+            f"step {step}: loss or gradients are not finite (norm {grad_norm}); no weight was changed, the step's samples are passed over"
+        )
 
     def on_alert(self, alert: Alert) -> None:
         self.say(f"{step_column({'step': alert.step}, self._run)}  ALERT ({alert.kind}): {alert.text}")

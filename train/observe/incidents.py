@@ -26,6 +26,9 @@ class IncidentsFile(Observer):
     def on_alert(self, alert: Alert) -> None:
         self._write(alert.step, alert.kind, alert.severe, alert.text)
 
+    def on_skipped(self, step: int, grad_norm: float) -> None:
+        self._write(step, "skipped", False, f"step {step} was not taken: loss or gradients are not finite (gradient norm {grad_norm})")
+
     def on_rewind(self, step: int, to: int) -> None:
         self._write(step, "rewind", True, f"went back from step {step} to the checkpoint of step {to}")
 

@@ -21,14 +21,23 @@ class MetricsTail:
         self._path = run_dir / FILE_NAME
         self._after = after
         self._offset = 0
+        self._file = self._files = 0  # which one is read, and how often it was shortened
 
     def rewind(self) -> None:
-        """The file was shortened: it is read again from its start, and gives no row twice."""
-        self._offset = 0
+        """The file was shortened, and nothing is behind that yet: it is read again from its start, and gives no row twice. From any thread."""
+        self._files += 1
 
     def rows(self, last: bool = False) -> Iterator[dict[str, Any]]:
         """The final rows that are new, in order; last: the last one is final as well."""
-        while chunk := self._chunk(last):
+        while True:
+            file = self._files
+            if file != self._file:
+                self._file, self._offset = file, 0
+            chunk = self._chunk(last)
+            if file != self._files:  # shortened while it was read
+                continue
+            if not chunk:
+                return
             for row in decode_lines(chunk):
                 if row["step"] > self._after:
                     self._after = row["step"]

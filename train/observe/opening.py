@@ -29,14 +29,14 @@ class Observers(Observer):
 
     An observer that raises is reported in one line, and the others hear of the moment all the same. One that cannot even start is left out
     from then on; any other is told of the next moment as usual, because a disk that was full may have room again, and the same complaint is
-    said once. `close` reaches every observer, once. say: receives the lines.
+    said once until it works again. `close` reaches every observer, once. say: receives the lines.
     """
 
     def __init__(self, observers: Sequence[Observer], say: Callable[[str], None] = _to_stderr) -> None:
         self.observers = tuple(observers)
         self._say = say
         self._silent: set[Observer] = set()
-        self._said: dict[Observer, str] = {}
+        self._failing: dict[Observer, dict[str, str]] = {}  # by moment, why
         self._closed = False
 
     def on_start(self, run: RunInfo) -> None:
@@ -101,14 +101,18 @@ class Observers(Observer):
                 if moment == "on_start":
                     self._silent.add(observer)
                 self._report(observer, moment, error)
+            else:
+                self._failing.get(observer, {}).pop(moment, None)
 
     def _report(self, observer: Observer, moment: str, error: Exception) -> None:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         consequence = "the run goes on without it" if moment == "on_start" else "the run goes on"
         line = f"observer {type(observer).__name__} failed in {moment} ({type(error).__name__}: {reason}): {consequence}"
-        if self._said.get(observer) == line:
+        failing = self._failing.setdefault(observer, {})
+        known = reason in failing.values()
+        failing[moment] = reason
+        if known:
             return
-        self._said[observer] = line
         try:
             self._say(line)
         except Exception:  # the console may be the one that fails

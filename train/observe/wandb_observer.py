@@ -66,7 +66,6 @@ class WandbObserver(Observer):
         self._lines: collections.deque[str] = collections.deque(maxlen=_MOST_WAITING)  # of the worker, said by the next hook
         self._worker: threading.Thread | None = None
         self._wake, self._ending = threading.Event(), threading.Event()
-        self._rewound = False
         self._busy_since: float | None = None  # the worker is inside a call to W&B
         self._complaint = ""  # the last one, which is not said again every ten minutes
 
@@ -95,7 +94,8 @@ class WandbObserver(Observer):
         self._later("send an alert", lambda session: session.alert(alert))
 
     def on_rewind(self, step: int, to: int) -> None:
-        self._rewound = True
+        if self._tail is not None:
+            self._tail.rewind()
         text = (
             f"the run went back from step {step} to its checkpoint of step {to}; the rows between them show the steps as they were taken first, "
             "metrics.jsonl as they were taken again"
@@ -160,7 +160,7 @@ class WandbObserver(Observer):
     # -- the worker -----------------------------------------------------------------------------------------------------------------------
 
     def _work(self, run: RunInfo, run_id: str) -> None:
-        wait, opened = FIRST_RETRY_SECONDS, 0
+        wait, opened, ended = FIRST_RETRY_SECONDS, 0, False
         while True:
             session: WandbSession | None = None
             began = time.monotonic()
@@ -181,7 +181,9 @@ class WandbObserver(Observer):
                 self._complain(_sentence("start" if session is None else "go on", error, "the run goes on, and W&B is tried again"))
                 abandon_services()
             if self._ending.is_set():
-                return
+                if session is None or ended:
+                    return
+                ended = True  # one more time, for the last rows
             if time.monotonic() - began > LAST_RETRY_SECONDS:  # it worked for long
                 wait = FIRST_RETRY_SECONDS
             self._ending.wait(wait)
@@ -189,12 +191,9 @@ class WandbObserver(Observer):
 
     def _serve(self, session: WandbSession, run: RunInfo) -> None:
         """Sends what there is until the run ends."""
-        tail = MetricsTail(run.run_dir, session.written)
+        tail = self._tail = MetricsTail(run.run_dir, session.written)
         while not self._ending.is_set():
             self._wake.clear()
-            if self._rewound:
-                self._rewound = False
-                tail.rewind()
             for row in tail.rows():
                 self._timed(partial(session.log, row))
             self._deliver(session)

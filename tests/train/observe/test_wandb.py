@@ -19,6 +19,7 @@ from tests.train.observe.examples import RECIPE, metrics_of, run_info
 from train.observe import MonitorConfig, Observers, wandb_observer, wandb_session
 from train.observe.base import Alert, Parent
 from train.observe.metrics import MetricsFile, read_metrics
+from train.observe.metrics_tail import MetricsTail
 from train.observe.redact import REMOVED
 from train.observe.wandb_observer import WandbObserver
 from train.observe.wandb_records import RecordReader, files_of, last_step_written, row_of
@@ -223,6 +224,20 @@ def test_after_a_rewind_no_step_is_written_twice(tmp_path: Path) -> None:
     rows = written(tmp_path)
     assert [row["_step"] for row in rows] == list(range(1, 11))
     assert [row["loss/lm"] for row in rows[4:8]] == [1.0, 5 / 6, 1.0, 1.0]  # 6 was sent before; 7 waited for the next
+
+
+def test_a_file_that_is_shortened_is_read_again(tmp_path: Path) -> None:
+    """Also where the reader stands behind what is left, and the rows that follow are shorter."""
+    file, tail = MetricsFile(), MetricsTail(tmp_path, 0)
+    file.on_start(run_info(tmp_path))
+    for step in range(1, 8):
+        file.on_step(metrics_of(step))
+    assert [row["step"] for row in tail.rows()] == [1, 2, 3, 4, 5, 6]
+    file.on_rewind(7, 3)
+    tail.rewind()
+    for step in range(4, 10):
+        file.on_step({"step": step})
+    assert list(tail.rows()) == [{"step": 7}, {"step": 8}] and list(tail.rows(last=True)) == [{"step": 9}]
 
 
 def test_wandb_failures_are_said_once_and_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,6 +471,7 @@ def online(script: str, run_dir: Path, timeout: float = 60) -> subprocess.Comple
     return done
 
 
+@pytest.mark.slow
 def test_online_a_run_continues_where_the_server_is(tmp_path: Path) -> None:
     """Also where it was away in between; the answer to what it has is the server's."""
     script = """
