@@ -22,6 +22,7 @@ PROGRAMS = r"(?:[A-Z_]+=\S+ +)*(?:python3?|torchrun|make|pytest|pip|git|ruff|myp
 QUICK = "train.steps=2 train.sequence_length=64 monitor.wandb=disabled data.validation_fraction=0.001 data.cache={cache}"
 FIRST = "python -m train -cn tiny train.steps=200 run.dir=runs/first"
 EXPORT = "python -m train.export checkpoint=runs/first to=exported"
+BRANCH = "python -m train.branch checkpoint=runs/x precision=bf16 run.dir=runs/bf16"
 BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
 SUBMIT = "python -m launch.slurm -cn nemotron3_super cluster=b200"
 SWEEP = "python -m train -cn nvfp4_gap -m"
@@ -67,6 +68,13 @@ WAYS: dict[str, Way] = {
     'python -m train -cn tiny run.dir=runs/blend \'data.phases=[{blend:[{path:"corpus:austen",weight:3},{path:"corpus:jargon",weight:1}]}]\' '
     "run.allow=[data.phases]": Way(QUICK, after=(BLEND,), says="data phase 2: 75% corpus:austen, 25% corpus:jargon", slow=True),
     "python -m train.report runs=[runs/a,runs/b] to=runs/report": Way(copies=("runs/a", "runs/b"), makes=("runs/report/loss.png",)),
+    BRANCH: Way("train.steps=3 run.dir=runs/bf16", copies=("runs/x",), makes=("runs/bf16/finished.json",), slow=True),
+    "python -m train.report runs=[runs/x,runs/bf16]": Way(
+        copies=("runs/x",), after=(BRANCH,), makes=("runs/x/report/loss.png",), slow=True
+    ),
+    "python -m train.branch checkpoint=runs/x branch=[bf16,fp32] every=240steps": Way(
+        "every=2steps train.steps=3", copies=("runs/x",), says="2 branches, 2 finished", slow=True
+    ),
     "python -m train.dashboard run=runs/first": Way(after=(FIRST,), makes=("runs/first/report/index.html",), says="No W&B workspace"),
     "python -m data.prepare input=texts/ tokenizer=bytes to=prepared/texts": Way(
         makes=("prepared/texts.bin", "prepared/texts.idx"), slow=True

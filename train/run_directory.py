@@ -4,6 +4,7 @@ recipe.yaml              the recipe as it is now, without secrets
 recipe.before-00000240.yaml  the one before, when a start after step 240 changed it
 history.jsonl            one line for every start that changed something: when, after which step, {key: [old, new]}
 tokenizer/               what reads this run's tokens
+branch.json              of a branch: where it comes from, see `train.lineage`
 finished.json            the summary of a run that has taken its last step
 lock                     whose the directory is while a run writes there, see `train.lock`
 """

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from model.count import count, linear_modules
 from model.mixer import MIXERS
+from parallel.collectives import COLLECTIVES
 from parallel.layout import Layout
 from train.build import Run
 from train.checkpoint.checkpointer import Checkpointer, load_weights
@@ -24,6 +25,7 @@ from train.evaluation import measure
 from train.failures import RunFailed
 from train.goodput import FILE_NAME, Ledger
 from train.incidents.incidents import Incidents, Rewind
+from train.lineage import begin_branch, read_parent
 from train.observe import Observers, RunInfo
 from train.observe.base import Alert
 from train.observe.redact import redacted, without_secrets
@@ -35,6 +37,7 @@ from train.run_directory import RunDirectory
 from train.run_facts import run_facts
 from train.signals import STOPPED, StopSignals, name_of
 from train.step_failure import Place
+from train.stragglers import PHASES, Stragglers, Times
 from train.timing import Stopwatch
 from train.train_step import train_step
 from train.utilisation import open_utilisation
@@ -63,6 +66,7 @@ class Training:
             saved=self._saved,
             failed=self._save_failed,
         )
+        self.stragglers = Stragglers(self.recipe.monitor.stragglers, self.layout)
         self.incidents = Incidents(run, self.checkpointer, observers)
         self.evaluators = self.recipe.evaluation.chosen()
         self.tables = precision_tables(self.recipe)
@@ -130,11 +134,22 @@ class Training:
         if checkpoint is not None:
             self.step = checkpoint.step
             return dict(checkpoint.state)
+        if self.recipe.run.parent is not None:
+            return self._restore_parent(self.recipe.run.parent)
         source = self.recipe.checkpoint.initialize_from
         if source is not None:
             load_weights(open_checkpoint(source), self.run.chunks)
             self.run.engine.reload_masters()
         return {}
+
+    def _restore_parent(self, source: str) -> dict[str, Any]:
+        """A branch goes on where its parent was; what the parent's observers and its disk remembered stays with the parent."""
+        checkpoint = open_checkpoint(source)
+        self.checkpointer.load(checkpoint)
+        self.step = checkpoint.step
+        if self.is_main:
+            begin_branch(self.run.run_dir, checkpoint, self.recipe)
+        return {key: value for key, value in checkpoint.state.items() if key not in ("observers", "elapsed", "failed_saves", "milestone")}
 
     def _tell_of_damage(self) -> None:
         """Checkpoints newer than the one just restored that are not what was written."""
@@ -156,17 +171,21 @@ class Training:
         self.place.samples = tuple(index for samples in self.run.plan.samples(self.step) for index in samples)
         self.observers.on_step_begin(self.step + 1)
         self.ledger.spend("other")
-        begin, clock = time.perf_counter(), Stopwatch(self.layout.device)
+        begin, clock, waited = time.perf_counter(), Stopwatch(self.layout.device), COLLECTIVES.seconds
         metrics = train_step(self.run, self.step, clock)
         self.step += 1
         seconds = time.perf_counter() - begin
+        own = Times(seconds - (COLLECTIVES.seconds - waited), *(clock.host_seconds(phase) for phase in PHASES))
         used = {} if self.utilisation is None else self.utilisation.metrics(table.shares, seconds)
         self.ledger.spend_step(self.step, clock.host_seconds("data"), used.get("mfu", 0.0) * seconds)
         self.place.samples = ()
         if not self._follow(self.incidents.after_step(self.step, metrics)):
             return False
         if self._log_due() or formats_change:
-            self._log({**metrics, **used}, table, seconds, clock)
+            ranks, alert = self.stragglers.measure(self.step, own)
+            self._log({**metrics, **used, **ranks}, table, seconds, clock)
+            if alert is not None:
+                self.observers.on_alert(alert)
         return True
 
     def _follow(self, rewind: Rewind | None) -> bool:
@@ -177,6 +196,7 @@ class Training:
         self.committed = self.step
         self.owed, self.evaluated = bool(rewind.state.get("evaluation_owed", False)), None
         self.observers.on_rewind(before, self.step)
+        self._tell_of_damage()
         if self._table(before - 1) is not self._table(self.step):
             self.observers.on_formats(self.step + 1, self._table(self.step).text)
         self._save()
@@ -331,7 +351,9 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
     """What observers are told before the first step."""
     recipe, counted = run.recipe, count(run.recipe.model)
     changes = (f"changed since the run began: {line}" for line in lines(directory.changes))
-    description = (run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
+    parent = read_parent(run.run_dir)
+    branch = () if parent is None else (f"branch of {parent.run_dir} after step {parent.step:,}", *lines(parent.changes))
+    description = (*branch, run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
     return RunInfo(
         recipe=without_secrets(plain(recipe)),
         run_dir=run.run_dir,
@@ -340,10 +362,11 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
         step=step,
         total_steps=recipe.total_steps,
         tokens_per_step=recipe.tokens_per_step,
-        resumed=step > 0,
+        resumed=step > (0 if parent is None else parent.step),
         description=tuple(redacted(line) for line in description),
         precision_table=table,
         layers=tuple(MIXERS[letter].name for letter in recipe.model.layers),
+        parent=parent,
         facts=run_facts(recipe, run.layout),
     )
 

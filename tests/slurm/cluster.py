@@ -116,9 +116,10 @@ class Cluster:
             assert time.monotonic() < end, f"{what} within {seconds:g} s\n{self._tails()}"
             time.sleep(0.2)
 
-    def start_soon(self, job: str) -> None:
-        """Slurm waits two minutes before a requeued job may start; a test does not."""
-        self.wait(lambda: self.state(job)["JobState"] in ("PENDING", "RUNNING"), 120, f"job {job} is not back in the queue")
+    def start_soon(self, job: str, restarts: int) -> None:
+        """Once it has been requeued so often: Slurm waits two minutes before such a job may start, and a test does not."""
+        self.wait(lambda: self.state(job)["Restarts"] == str(restarts), 600, f"job {job} is not put back into the queue")
+        self.wait(lambda: self.state(job)["JobState"] in ("PENDING", "RUNNING"), 600, f"job {job} does not end before it starts again")
         self.ask("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)  # of one that runs already it cannot be changed
 
     def _start(self, name: str, *arguments: str, program: str | None = None) -> None:

@@ -89,7 +89,7 @@ def test_a_run_of_four_ranks_survives_and_keeps_its_numbers(slurm: Cluster, tmp_
     job = run.submit()
     run.reach(20)
     slurm.ask("scancel", "--batch", "--signal=USR1", job)  # what Slurm does before the time limit
-    slurm.start_soon(job)
+    slurm.start_soon(job, 1)
     assert "Stopped by SIGUSR1" in (run.directory / "log.txt").read_text()
     stopped_at = run.step()
 
@@ -107,7 +107,7 @@ def test_a_run_of_four_ranks_survives_and_keeps_its_numbers(slurm: Cluster, tmp_
     slurm.kill_node("n1")
     slurm.wait(lambda: slurm.state(job)["Restarts"] == "2", LONG, f"Slurm did not requeue the job of a lost node\n{run.logs()}")
     slurm.start_node("n1")
-    slurm.start_soon(job)
+    slurm.start_soon(job, 2)
     run.finish(job)
 
     assert run.numbers() == alone.numbers()

@@ -151,6 +151,20 @@ def test_a_rewind_while_a_checkpoint_is_written_reads_that_one(tmp_path: Path, l
     assert torch.equal(model.fused, expected) and steps(tmp_path) == ["step-00000002"]
 
 
+def test_a_rewind_names_the_damaged_one_it_passes_over(tmp_path: Path) -> None:
+    model = Model()
+    engine = Engine(model)
+    beside = Checkpointer(tmp_path, engine, [model], asynchronous=True, report=lambda line: None)
+    for step in (1, 2, 3):
+        beside.save(step, {})
+    beside.close()
+    (tmp_path / "checkpoints" / "step-00000002" / "rank-00000-000.safetensors").unlink()
+    checkpoint = beside.go_back(2)
+    assert checkpoint is not None and checkpoint.step == 1
+    (line,) = beside.passed_over
+    assert "step-00000002: its file rank-00000-000.safetensors is missing" in line
+
+
 def test_one_that_is_abandoned_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     begun, go_on = threading.Event(), threading.Event()

@@ -31,7 +31,10 @@ def same_end(a: Path, b: Path) -> bool:
 
 
 def reports(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((run_dir / "incidents").glob("*.json"))]
+    return [
+        json.loads(path.read_text())
+        for path in sorted((run_dir / "incidents").glob("*.json"), key=lambda path: (len(path.name), path.name))
+    ]
 
 
 def alerts(run_dir: Path) -> list[dict[str, Any]]:
@@ -117,7 +120,7 @@ def test_without_a_checkpoint_to_go_back_to_it_stops(tmp_path: Path, capsys: pyt
     assert "there is no checkpoint of step 0 or before to go back to" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("reaction", ["alert", "rewind"])
+@pytest.mark.parametrize("reaction", [pytest.param("alert", marks=pytest.mark.slow), "rewind"])
 def test_a_spike_is_told_and_can_be_passed_over(reaction: str, tmp_path: Path) -> None:
     overrides = ("train.steps=42", "checkpoint.every=10", f"monitor.incidents.on_spike={reaction}")
     sample = 36 * 8 + 5  # of step 37
@@ -130,7 +133,7 @@ def test_a_spike_is_told_and_can_be_passed_over(reaction: str, tmp_path: Path) -
         assert same_end(tmp_path / "run", tmp_path / "oracle")
 
 
-@pytest.mark.parametrize("reaction", ["stop", "rewind"])
+@pytest.mark.parametrize("reaction", ["stop", pytest.param("rewind", marks=pytest.mark.slow)])
 def test_a_bit_that_flips_in_one_replica_is_found_and_named(reaction: str, tmp_path: Path, ranks: Callable[..., Any]) -> None:
     name, world = "layers.0.mixer.in_proj.weight", 3
     overrides = (

@@ -72,7 +72,7 @@ class Checkpointer:
     and where auto decides against a copy. saved: hears, on every rank, of a step whose checkpoint is complete, and where it is. failed: hears of a
     step whose checkpoint could not be written, or of older ones that could not be deleted, and why; nothing that was complete before is lost.
 
-    passed_over: what `report` said, on rank 0, of the checkpoints that the last `load_newest` found damaged.
+    passed_over: what `report` said, on rank 0, of the checkpoints that the last `load_newest` or `go_back` found damaged.
     """
 
     def __init__(
@@ -225,7 +225,8 @@ class Checkpointer:
         """Fills model and optimizer from the newest valid checkpoint of at most step `newest`, and deletes all later ones, so that nothing goes on
         from them; None, and nothing has changed, where there is none. A save under way is committed before. Collective."""
         self.wait()
-        checkpoint = latest(self.directory, report=self._report, newest=newest)
+        self.passed_over = []
+        checkpoint = latest(self.directory, report=self._pass_over, newest=newest)
         if checkpoint is None:
             return None
         later = partial(delete_later, self.directory, checkpoint.step) if rank_and_size()[0] == 0 else lambda: None

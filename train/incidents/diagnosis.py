@@ -46,6 +46,8 @@ class Finding:
         where = (
             f"rank {self.rank}, microbatch {self.microbatch}, samples {min(self.samples)} to {max(self.samples)}" if self.samples else ""
         )
+        if self.phase == "loss":
+            return f"the loss itself, behind finite outputs of every module ({where})"
         return f"{self.module}: {self.what} in the {self.phase} pass ({where}{formats})"
 
     def plain(self) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Incidents:
         if self.rewinds >= self.config.rewinds:
             self._stop(
                 incident,
-                f"the run has gone back {self.rewinds} times (monitor.incidents.rewinds={self.config.rewinds}): start it again with a larger "
+                f"the run has gone back as often as it may (monitor.incidents.rewinds={self.config.rewinds}): start it again with a larger "
                 "number, or a new run from an earlier checkpoint with a lower optimizer.learning_rate",
             )
         checkpoint = self.checkpointer.go_back(newest)

@@ -40,6 +40,8 @@ class RunConfig:
     """Of initial weights, data order and random bits."""
     stop_after: Duration | None = None
     """End early, with a checkpoint, without changing the schedule; null: at the last step."""
+    parent: str | None = None
+    """The checkpoint of another run a branch begins at, weights, optimizer and step; set by train.branch; null: no branch."""
     allow: tuple[str, ...] = ()
     """Keys of the optimizer, or data.phases, that a run which goes on may change on purpose, from its next step on, as in
     [optimizer.learning_rate]."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.report.branches import draw_branches, forks
 from train.report.curves import (
     draw_gap,
     draw_gradient_norms,
@@ -63,6 +64,7 @@ PICTURES = (
         "LM loss divided by the first run's at the same step; only steps that both runs logged.",
         draw_gap,
     ),
+    Picture("branches", "Gap of branches", "Faint: every step both logged; strong: running mean; band: of the dashed line.", draw_branches),
     Picture("precision", "Precision", "Linear layers only: fprop, dgrad and wgrad, experts at active FLOPs.",
             draw_precision_shares),
     Picture("sqnr", "Quantisation noise", "Of the first run that measured it; x_t, w_t, dy_t: blocks along the other dimension; grey: not quantised.",
@@ -92,8 +94,8 @@ def draw_loss_curve(run_dir: Path) -> Path:
     return draw_losses([load_run(run_dir)], Path(run_dir) / "report" / "loss.png")
 
 
-def write_report(run_dirs: Sequence[Path], to: Path) -> Path:
-    """Writes the pictures and `index.html` into `to`; returns the page.
+def write_report(run_dirs: Sequence[Path], to: Path, say: Callable[[str], None] = print) -> Path:
+    """Writes the pictures and `index.html` into `to`; returns the page. say: hears one line of every branch whose parent is there too.
 
     A picture whose metric no run logged is left out and named on the page. Raises ValueError, in one sentence, for no
     run, too many, one named twice, or one without metrics.
@@ -112,12 +114,14 @@ def write_report(run_dirs: Sequence[Path], to: Path) -> Path:
     drawn: list[tuple[Picture, Path]] = []
     missing: list[str] = []
     for one in PICTURES:
-        if one.name == "gap" and len(runs) == 1:
+        if (one.name == "gap" and len(runs) == 1) or (one.name == "branches" and not forks(runs)):
             continue
         try:
             drawn.append((one, one.draw(runs, to / f"{one.name}.png")))
         except ValueError as error:
             missing.append(f"{one.title}: {error}.")
+    for fork in forks(runs):
+        say(fork.line)
     index = to / "index.html"
     index.write_text(
         _page(runs, [stored_recipe(run_dir) for run_dir in run_dirs], drawn, missing, incident_rows(run_dirs, runs)), encoding="utf-8"
@@ -166,6 +170,7 @@ def _page(
         parts.append(table(["key", *keys(runs)], differing, text=True))
     elif len(runs) > 1 and all(recipes):
         parts.append("<p>The recipes are the same but for the run's name and directory.</p>")
+    parts += [f"<p>{html.escape(fork.line)}</p>" for fork in forks(runs)]
     parts += _sections(drawn, incidents)
     if missing:
         parts.append("<h2>Not drawn</h2>")

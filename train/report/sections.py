@@ -29,7 +29,7 @@ SECTIONS = (
     Section(
         "Loss and gap",
         "Nats per token. A gap that grows is the sign that a precision does not hold.",
-        ("loss", "gap", "grad_norm", "learning_rate"),
+        ("loss", "gap", "branches", "grad_norm", "learning_rate"),
         (
             Panel("LM loss", "loss/(lm|total)", "nats per token"),
             Panel("Validation", "eval/(loss|bits_per_byte)", "nats per token; bits per byte"),
