@@ -10,7 +10,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from parallel.collectives import COLLECTIVES, watch
 from parallel.layout import Layout, ParallelConfig, world_size
+from parallel.meeting import meet
 from parallel.megatron import cpu
 
 
@@ -18,7 +20,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     """Joins the process group (a group of one when no launcher started this process), builds Megatron's groups.
 
     May be called again after `shutdown`, with another layout. seed: for Megatron's own CUDA random states, which nothing here draws
-    from. Raises ValueError for an impossible layout.
+    from. Raises ValueError for an impossible layout, and NotMet, which names them, when ranks do not come to the start.
     """
     config.validate(world_size())
     cuda = torch.cuda.is_available()
@@ -28,13 +30,9 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     else:
         cpu.apply()
         device = torch.device("cpu")
+    watch()
     if not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=config.timeout_minutes)
-        backend = "nccl" if cuda else "gloo"
-        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
-        else:  # an in-memory store: nothing to collide with
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        _join("nccl" if cuda else "gloo", device if cuda else None, datetime.timedelta(minutes=config.timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -68,6 +66,13 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     )
 
 
+def _join(backend: str, device: torch.device | None, timeout: datetime.timedelta) -> None:
+    """The process group of all ranks; of this one alone where there are no others."""
+    rank, size = int(os.environ.get("RANK", "0")), world_size()
+    store = meet(rank, size, timeout) if size > 1 else dist.HashStore()  # in memory: nothing to collide with
+    dist.init_process_group(backend, store=store, rank=rank if size > 1 else 0, world_size=size, timeout=timeout, device_id=device)
+
+
 def shutdown(*, leave_world: bool = True) -> None:
     """Gives Megatron's groups back and, with `leave_world`, the process group too. Safe to call twice."""
     if not dist.is_initialized():
@@ -80,6 +85,7 @@ def shutdown(*, leave_world: bool = True) -> None:
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         cpu.forget_groups()
+    COLLECTIVES.forget()
     if leave_world:
         dist.destroy_process_group()
     # A group ends its threads with its last reference; models and their hooks hold some in cycles.

@@ -7,7 +7,6 @@ post anything. A rank that learns of a notice reports that instead of its own er
 """
 
 import contextlib
-import itertools
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,8 +35,6 @@ LAST = 90.0  # seconds it may then take to close what it holds
 PATIENCE = 3.0  # seconds a lost connection waits for a notice that explains it
 
 REFUSALS = (RecipeError, DataError, CheckpointError)  # sentences for whoever wrote the recipe
-
-_runs_of_this_process = itertools.count()
 
 
 class RunFailed(Exception):
@@ -89,12 +87,13 @@ class Failures:
 
     def open(self) -> None:
         """Once the process group stands. The store is reached by a connection of our own: the process group's blocks while it waits."""
-        number = next(_runs_of_this_process)
         if self.world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
-            prefix = f"nibble/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{number}"
-            self._store = dist.PrefixStore(prefix, store)
+            # Of this start alone: a launcher's store keeps what the ranks of an earlier one have said.
+            name: list[str] = [uuid.uuid4().hex]
+            dist.broadcast_object_list(name, src=0)
+            self._store = dist.PrefixStore(f"nibble/{name[0]}", store)
             self._store.set(f"process/{self.rank}", str(os.getpid()))
             self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
             self._thread.start()
@@ -132,7 +131,7 @@ class Failures:
             while self.notice is None and time.monotonic() < end:
                 time.sleep(INTERVAL / 5)
         mine = Notice(self.rank, status_of(error), said)
-        if not self._post(mine):
+        if not self.post(mine):
             assert self.notice is not None
             return RankFailed(self.notice)
         if is_defect(error):
@@ -140,14 +139,13 @@ class Failures:
             sys.stderr.flush()
         return error
 
-    def _post(self, notice: Notice) -> bool:
+    def post(self, notice: Notice) -> bool:
         """Whether this notice is the job's: it is when it is the first. A first one is printed."""
         with self._lock:
             if self.notice is not None:
                 return self.notice == notice
             text = json.dumps(asdict(notice))
-            held = self._tell(lambda store: store.compare_set("notice", "", text))
-            self.notice = Notice(**json.loads(held)) if isinstance(held, bytes) and held else notice
+            self.notice = Notice(**json.loads(self.agree("notice", text)))
             if self.notice == notice:
                 leave_for_launcher(notice.sentence)
                 if notice.status == REFUSED:
@@ -161,25 +159,38 @@ class Failures:
             return call(self._store) if self._store is not None else None
         return None
 
-    def _has(self, key: str) -> bool:
+    def has(self, key: str) -> bool:
+        """Whether some rank has put it."""
         return bool(self._tell(lambda store: store.check([key])))
 
+    def put(self, key: str, text: str) -> None:
+        """For every rank to read."""
+        self._tell(lambda store: store.set(key, text))
+
+    def read(self, key: str) -> str:
+        """Empty while nobody has put it."""
+        held = self._tell(lambda store: store.get(key)) if self.has(key) else None
+        return held.decode() if isinstance(held, bytes) else ""
+
+    def agree(self, key: str, text: str) -> str:
+        """What the first rank to say something under this key has said; `text` on that rank, and where the store is gone."""
+        held = self._tell(lambda store: store.compare_set(key, "", text))
+        return held.decode() if isinstance(held, bytes) and held else text
+
     def _watch(self) -> None:
-        neighbours = self._neighbours()
+        neighbours = self.neighbours()
         while not self._closed.wait(INTERVAL):
-            if self._has("notice"):
-                text = self._tell(lambda store: store.get("notice"))
-                if isinstance(text, bytes):
-                    with self._lock:
-                        self.notice = self.notice or Notice(**json.loads(text))
+            if text := self.read("notice"):
+                with self._lock:
+                    self.notice = self.notice or Notice(**json.loads(text))
             for rank in sorted(neighbours):
-                pid = self._process_of(rank)
+                pid = self.process_of(rank)
                 if pid is None or _lives(pid):
                     continue
                 neighbours.discard(rank)
-                if self.notice is None and not self._has(f"left/{rank}"):
+                if self.notice is None and not self.has(f"left/{rank}"):
                     where = f"process {pid} on host {socket.gethostname()}"
-                    self._post(
+                    self.post(
                         Notice(
                             rank, 1, f"error: rank {rank} ({where}) died without a word: it was killed, or the machine ran out of memory"
                         )
@@ -192,17 +203,14 @@ class Failures:
                     os._exit(self.notice.status)  # the main thread waits for a rank that is gone
                 return
 
-    def _neighbours(self) -> set[int]:
+    def neighbours(self) -> set[int]:
         """The other ranks on this machine."""
         first = self.rank - int(os.environ.get("LOCAL_RANK", "0"))
         return set(range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) - {self.rank}
 
-    def _process_of(self, rank: int) -> int | None:
-        key = f"process/{rank}"
-        if not self._has(key):
-            return None
-        held = self._tell(lambda store: store.get(key))
-        return int(held) if isinstance(held, bytes) else None
+    def process_of(self, rank: int) -> int | None:
+        held = self.read(f"process/{rank}")
+        return int(held) if held else None
 
 
 @contextmanager

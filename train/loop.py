@@ -4,15 +4,21 @@ However a run ends (see `train.signals` for what it exits with), observers are c
 left.
 """
 
+import sys
+from pathlib import Path
+
 from data.documents import DataError
 from parallel import groups
 from parallel.layout import Layout
+from parallel.meeting import NotMet
 from train.build import build
 from train.checkpoint.manifest import CheckpointError
 from train.failures import Failures, failing_together
+from train.hang import HangWatch
 from train.observe import Observers, open_observers
 from train.recipe.reading import RecipeError
 from train.recipe.tree import Recipe
+from train.refusal import leave_for_launcher
 from train.report.picture import draw_losses_of, draw_report_of
 from train.run_directory import check_source, opened
 from train.signals import StopSignals
@@ -31,8 +37,10 @@ def run(recipe: Recipe) -> int:
         try:
             layout = groups.initialize(recipe.parallel, recipe.run.seed)
             with failing_together(layout.rank, layout.world_size) as failures:
+                place = Place()
                 try:
-                    failures.status = _run(recipe, layout, signals, failures)
+                    with HangWatch(failures, Path(recipe.run_dir), place, recipe.parallel.timeout_minutes):
+                        failures.status = _run(recipe, layout, signals, failures, place)
                 except BaseException as error:
                     failures.settle(error)  # before the others lose the connection
                     raise
@@ -41,11 +49,16 @@ def run(recipe: Recipe) -> int:
             return failures.status
         except (DataError, CheckpointError) as error:
             raise RecipeError(str(error)) from None
+        except NotMet as error:
+            leave_for_launcher(f"error: {error}")
+            if error.told_here:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
         finally:
             groups.shutdown()
 
 
-def _run(recipe: Recipe, layout: Layout, signals: StopSignals, failures: Failures) -> int:
+def _run(recipe: Recipe, layout: Layout, signals: StopSignals, failures: Failures, place: Place) -> int:
     with opened(recipe, layout.rank) as directory:
         if directory.finished is not None:
             if layout.rank == 0:
@@ -56,7 +69,6 @@ def _run(recipe: Recipe, layout: Layout, signals: StopSignals, failures: Failure
         recipe = directory.recipe
         run = build(recipe, layout)
         observers = open_observers(recipe.monitor, draw_losses_of, draw_report_of) if layout.rank == 0 else Observers(())
-        place = Place()
         try:
             return Training(run, directory, observers, signals, place).train()
         except BaseException as error:

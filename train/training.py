@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from model.count import count, linear_modules
 from model.mixer import MIXERS
+from parallel.collectives import COLLECTIVES
 from parallel.layout import Layout
 from train.build import Run
 from train.checkpoint.checkpointer import Checkpointer, load_weights
@@ -36,6 +37,7 @@ from train.run_directory import RunDirectory
 from train.run_facts import run_facts
 from train.signals import STOPPED, StopSignals, name_of
 from train.step_failure import Place
+from train.stragglers import PHASES, Stragglers, Times
 from train.timing import Stopwatch
 from train.train_step import train_step
 from train.utilisation import open_utilisation
@@ -64,6 +66,7 @@ class Training:
             saved=self._saved,
             failed=self._save_failed,
         )
+        self.stragglers = Stragglers(self.recipe.monitor.stragglers, self.layout)
         self.incidents = Incidents(run, self.checkpointer, observers)
         self.evaluators = self.recipe.evaluation.chosen()
         self.tables = precision_tables(self.recipe)
@@ -168,17 +171,21 @@ class Training:
         self.place.samples = tuple(index for samples in self.run.plan.samples(self.step) for index in samples)
         self.observers.on_step_begin(self.step + 1)
         self.ledger.spend("other")
-        begin, clock = time.perf_counter(), Stopwatch(self.layout.device)
+        begin, clock, waited = time.perf_counter(), Stopwatch(self.layout.device), COLLECTIVES.seconds
         metrics = train_step(self.run, self.step, clock)
         self.step += 1
         seconds = time.perf_counter() - begin
+        own = Times(seconds - (COLLECTIVES.seconds - waited), *(clock.host_seconds(phase) for phase in PHASES))
         used = {} if self.utilisation is None else self.utilisation.metrics(table.shares, seconds)
         self.ledger.spend_step(self.step, clock.host_seconds("data"), used.get("mfu", 0.0) * seconds)
         self.place.samples = ()
         if not self._follow(self.incidents.after_step(self.step, metrics)):
             return False
         if self._log_due() or formats_change:
-            self._log({**metrics, **used}, table, seconds, clock)
+            ranks, alert = self.stragglers.measure(self.step, own)
+            self._log({**metrics, **used, **ranks}, table, seconds, clock)
+            if alert is not None:
+                self.observers.on_alert(alert)
         return True
 
     def _follow(self, rewind: Rewind | None) -> bool:

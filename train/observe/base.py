@@ -47,6 +47,23 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class StragglersConfig:
+    """When a rank counts as slow, see `train.stragglers`."""
+
+    ratio: float = 1.3
+    """Own time of the slowest rank over that of the median one, above which it is slow."""
+    steps: int = 5
+    """Logged steps in a row that the same rank is slow, after which there is an alert; 0: none."""
+
+    def validate(self) -> None:
+        """Raises ValueError, in one sentence, for a value that cannot be used."""
+        if not self.ratio > 1:
+            raise ValueError(f"monitor.stragglers.ratio={self.ratio} must be above 1: use for instance 1.3")
+        if self.steps < 0:
+            raise ValueError(f"monitor.stragglers.steps={self.steps} is negative: use 0 for no alert, or for instance 5")
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     """The recipe's `monitor` group."""
 
@@ -70,6 +87,8 @@ class MonitorConfig:
     """Numbers that go wrong, and what is done about them."""
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     """The comparison of what several ranks hold."""
+    stragglers: StragglersConfig = field(default_factory=StragglersConfig)
+    """Ranks that are slower than the others."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     """Health of quantisation, measured every so many steps."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -89,6 +108,7 @@ class MonitorConfig:
             )
         self.incidents.validate()
         self.replicas.validate()
+        self.stragglers.validate()
         if self.quantization.every < 0:
             raise ValueError(f"monitor.quantization.every={self.quantization.every} is negative: use 0 for never, or for instance 50")
         if self.profile.start < 1:
