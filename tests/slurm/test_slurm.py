@@ -14,10 +14,10 @@ from tests.slurm.cluster import Cluster, missing, running, stopped
 from tests.train.recipes import SMALL
 from train.observe.metrics import read_metrics
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(7200)]
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = re.compile(r"seconds|per_second|memory|mfu|goodput|time")
-LONG = 600  # seconds a machine with two busy cores may take to start four ranks
+LONG = 1800  # seconds; far more than anything takes, so that a busy machine fails no test
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ KINDS = (
     Kind("tiny, 1 rank", 1, "python", ("checkpoint.asynchronous=false",)),
     Kind("tensor 2", 2, "local", (*BARE, "parallel.tensor=2")),
     Kind("1 rank", 1, "python", LITTLE),
-    Kind("pipeline 2", 2, "torchrun", (*BARE, "parallel.pipeline=2")),
+    Kind("pipeline 2", 2, "torchrun", (*LITTLE, "parallel.pipeline=2")),
     Kind("data 4", 4, "local", (*LITTLE, "parallel.distributed_optimizer=true")),
 )
 """Journeys go through these, one after the other."""

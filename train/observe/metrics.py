@@ -88,6 +88,7 @@ class MetricsFile(Observer):
         self._rows: list[dict[str, Any]] = []  # the last one, which an evaluation may join, behind those that could not be written yet
         self._written = b""  # what the file holds of them
         self._start = 0  # where they begin
+        self._remembered: list[dict[str, Any]] = []  # of the checkpoint the run goes on from
 
     def on_start(self, run: RunInfo) -> None:
         run.run_dir.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,16 @@ class MetricsFile(Observer):
             except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}): restore or remove it before resuming") from None
             kept = [entry for entry in entries if entry["step"] <= run.step]
-        self._begin_with(kept)
+        known = {entry["step"] for entry in kept}
+        self._begin_with([*kept, *(row for row in self._remembered if row["step"] <= run.step and row["step"] not in known)])
+
+    def state(self) -> dict[str, Any]:
+        """The last line, which is torn where the writer is killed while an evaluation joins it, and those that wait for room on the disk: the step of
+        the checkpoint is not taken again, so nothing else would bring them back."""
+        return {"lines": [encode_line(row).decode() for row in self._rows]}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._remembered = decode_lines("".join(state.get("lines", ())).encode())
 
     def on_rewind(self, step: int, to: int) -> None:
         if self._path is not None:

@@ -165,3 +165,45 @@ def test_a_rewind_drops_what_came_after(tmp_path: Path) -> None:
     file.close()
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and rows[3]["eval/loss"] == 2.0 and rows[4]["loss/lm"] == 9.0
+
+
+@pytest.mark.parametrize("torn", [30, 5])
+def test_a_line_torn_by_an_evaluation_that_is_made_up_for_comes_back_with_the_checkpoint(tmp_path: Path, torn: int) -> None:
+    """The run was stopped after step 3, whose evaluation was owed; the next start was killed while it wrote that into the line."""
+    first = MetricsFile()
+    first.on_start(run_info(tmp_path))
+    for step in (1, 2, 3):
+        first.on_step({**metrics_of(step), "grad_norm": math.inf})
+    state = json.loads(json.dumps(first.state(), allow_nan=False))
+    first.on_end({})
+    content = (tmp_path / FILE_NAME).read_bytes()
+    (tmp_path / FILE_NAME).write_bytes(content[:-torn])
+    second = MetricsFile()
+    second.load_state(state)
+    second.on_start(run_info(tmp_path, step=3))
+    second.on_evaluation({"step": 3, "tokens": 3 * 2048, "eval/loss": 2.0})
+    second.on_end({})
+    expected = [{**metrics_of(step), "grad_norm": math.inf} for step in (1, 2, 3)]
+    expected[2]["eval/loss"] = 2.0
+    assert read_metrics(tmp_path) == expected
+
+
+def test_lines_that_found_no_room_come_back_with_the_checkpoint(tmp_path: Path) -> None:
+    file = MetricsFile()
+    file.on_start(run_info(tmp_path))
+    file.on_step(metrics_of(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / FILE_NAME).stat().st_size + 10, before[1]))
+    try:
+        for step in (2, 3):
+            with pytest.raises(OSError):
+                file.on_step(metrics_of(step))
+        state = file.state()  # a checkpoint of step 3, elsewhere; then the process is killed
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = MetricsFile()
+    again.load_state(state)
+    again.on_start(run_info(tmp_path, step=3))
+    again.on_step(metrics_of(4))
+    again.on_end({})
+    assert read_metrics(tmp_path) == [metrics_of(step) for step in (1, 2, 3, 4)]
