@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 KERNELS := $(VENV)/.kernels
 TESTED := $(VENV)/.ready-test
 
-.PHONY: train test test-slow test-gpu compare setup lint types clean
+.PHONY: train test test-slow test-survival test-gpu test-slurm compare setup lint types clean
 
 train: $(KERNELS)
 	$(BIN)/python -m train -cn tiny $(ARGS)
@@ -23,8 +23,18 @@ test: $(TESTED) lint types
 test-slow: $(TESTED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
+# A hundred kills, which take an hour or two; SURVIVAL_KILLS, SURVIVAL_SEED and SURVIVAL_TO as tests/survival/test_survival.py says.
+test-survival: $(TESTED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m survival -s $(ARGS)
+
 test-gpu: $(TESTED)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# Against a real Slurm, which root installs (Debian's packages) and starts in a directory of its own.
+test-slurm: $(TESTED)
+	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null; } || { echo "make test-slurm needs Slurm, and root with apt-get to install it: use a container with Debian's slurm-wlm and munge"; exit 2; }
+	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld || DEBIAN_FRONTEND=noninteractive apt-get install -y -q slurm-wlm munge
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 lint: $(TESTED)
 	$(BIN)/ruff check .

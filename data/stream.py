@@ -41,6 +41,12 @@ class Stream:
         document = part if self.owners is None else np.unique(self.owners[part], return_inverse=True)[1]
         return (document - document[0]).astype(np.int32)
 
+    def documents(self, start: int, count: int) -> tuple[int, int]:
+        """The first and the last document, by number, that `count` ids from position `start` belong to."""
+        parts = np.searchsorted(self.ends, [start, start + count - 1], side="right")
+        first, last = parts if self.owners is None else self.owners[parts]
+        return int(first), int(last)
+
     def without_empty(self) -> "Stream | None":
         """The stream without parts of length zero; None where nothing is left."""
         some = self.lengths > 0

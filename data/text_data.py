@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class TextData:
             if reset:
                 documents[row] = source.train.ordinals(window * length, length + 1)
             if not source.trusted:
-                self._check_ids(source, rows[row])
+                self._check_ids(source, rows[row], index)
         return Batch(
             tokens=torch.from_numpy(rows[:, :-1].copy()),
             labels=torch.from_numpy(rows[:, 1:].copy()),
@@ -78,12 +79,19 @@ class TextData:
             step=step,
         )
 
-    def _check_ids(self, source: Source, ids: np.ndarray) -> None:
+    def where(self, index: int) -> dict[str, Any]:
+        """Where sample `index` comes from, for a person: its source, its window there, its first and last training document by number."""
+        place, window = self.order(index)
+        source, length = self.sources[place], self.sequence_length
+        documents = source.train.documents(window * length, length + 1)
+        return {"sample": index, "source": source.path, "window": window, "documents": list(documents)}
+
+    def _check_ids(self, source: Source, ids: np.ndarray, index: int) -> None:
         wrong = ids[(ids < 0) | (ids >= self.tokenizer.vocab_size)]
         if wrong.size:
             raise DataError(
-                f"data source {source.path!r} holds id {wrong[0]}, but data.tokenizer has ids 0 to {self.tokenizer.vocab_size - 1}: use the "
-                "tokenizer it was prepared with"
+                f"data source {source.path!r} holds id {wrong[0]} (in sample {index}), but data.tokenizer has ids 0 to "
+                f"{self.tokenizer.vocab_size - 1}: use the tokenizer it was prepared with"
             )
 
     def validation_batches(self, batch_size: int) -> ValidationBatches:

@@ -1,7 +1,8 @@
 """The hardware a run has, or would have: what launching, planning and the MFU are computed from.
 
 Profiles are YAML files, recipes/cluster/*.yaml: a cluster of your own is one more file there, and `cluster=NAME cluster.nodes=8` takes it. A
-run on GPUs without `cluster` finds the profile by the name CUDA gives its device (see `matching`).
+run on GPUs without `cluster` finds the profile by the name CUDA gives its device (see `matching`). A cluster of your own says there, too, what
+its scheduler is told (`slurm`).
 
 Peaks are FLOP/s of one device for dense matrices, as the manufacturer states them: no run reaches them, and that is their point. Structured
 sparsity, which doubles them in most tables, is not counted.
@@ -10,6 +11,9 @@ sparsity, which doubles them in most tables, is not counted.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+
+from parallel.preflight import PreflightConfig
+from parallel.slurm import SlurmConfig
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,19 @@ class ClusterConfig:
     """Bytes/s a device sends to another node, one direction; null: not known."""
     peak_flops: PeakFlops = field(default_factory=PeakFlops)
     """FLOP/s of a device by format."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """What Slurm is told, by python -m launch.slurm."""
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    """What the nodes of a job must show before it trains."""
+
+    @property
+    def ranks(self) -> int:
+        """Of a run on all its nodes. Raises ValueError where the profile does not say how many a node has."""
+        if self.devices_per_node is None:
+            raise ValueError(
+                "cluster.devices_per_node=null: say how many ranks a node is to have, or choose a profile that does, such as cluster=h100"
+            )
+        return (self.nodes or 1) * self.devices_per_node
 
     def validate(self) -> None:
         """Raises ValueError, in one sentence, for a number that cannot be."""
@@ -57,6 +74,8 @@ class ClusterConfig:
         for key, value in numbers.items():
             if not value > 0:
                 raise ValueError(f"cluster.{key}={value} must be positive: leave it out (null) where it is not known")
+        self.slurm.validate()
+        self.preflight.validate()
 
     def peak(self, format: str) -> float | None:
         """FLOP/s at which this device multiplies operands of `format`, or None when it is not known.

@@ -5,7 +5,7 @@ One optimizer step is
     schedule (microbatches, pipeline) -> reduce gradients -> finite? -> clip -> optimizer on fp32 masters
 
 Gradients are accumulated and reduced in fp32 and only ever added: the loss is normalised over the global batch before the backward pass.
-A step whose gradients are not finite on some rank is taken by no rank.
+A step whose gradients are not finite on some rank, or which some rank objects to, is taken by no rank.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,6 +76,11 @@ def unmarked(phase: str) -> None:
     """Nobody measures the phases of a step."""
 
 
+def always() -> bool:
+    """Nobody objects to a step."""
+    return True
+
+
 class ForwardStep(Protocol):
     """(microbatches, model chunk) -> (output, loss function), called once a microbatch; see `train.step.LossStep`."""
 
@@ -110,9 +115,11 @@ class Engine(Stateful, Protocol):
         micro_batch_size: int,
         learning_rate: float,
         mark: Callable[[str], None] = unmarked,
+        agreed: Callable[[], bool] = always,
     ) -> StepResult:
         """One optimizer step over `microbatches`; every rank of a pipeline passes the same ones. mark: is called with the name of each phase
-        that ends, forward_backward and optimizer."""
+        that ends, forward_backward and optimizer. agreed: is asked once gradients are there; when it says no on any rank, the step is taken
+        by none, as if gradients were not finite."""
         ...
 
     def evaluate(

@@ -22,6 +22,9 @@ PROGRAMS = r"(?:[A-Z_]+=\S+ +)*(?:python3?|torchrun|make|pytest|pip|git|ruff|myp
 QUICK = "train.steps=2 train.sequence_length=64 monitor.wandb=disabled data.validation_fraction=0.001 data.cache={cache}"
 FIRST = "python -m train -cn tiny train.steps=200 run.dir=runs/first"
 EXPORT = "python -m train.export checkpoint=runs/first to=exported"
+BRANCH = "python -m train.branch checkpoint=runs/x precision=bf16 run.dir=runs/bf16"
+BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
+SUBMIT = "python -m launch.slurm -cn nemotron3_super cluster=b200"
 SWEEP = "python -m train -cn nvfp4_gap -m"
 
 
@@ -49,13 +52,30 @@ WAYS: dict[str, Way] = {
     "python -m launch.local ranks=2 -cn tiny parallel.tensor=2": Way(
         f"{QUICK} run.dir=runs/two", makes=("runs/two/finished.json",), says="2 ranks on cpu", slow=True
     ),
+    f"{SUBMIT} cluster.nodes=8": Way("--dry-run", says="#SBATCH --gpus-per-node=8"),
+    f"{SUBMIT} cluster.nodes=8 submit=false": Way(makes=("runs/nemotron3_super/slurm.sh",), slow=True),
+    f"{SUBMIT} cluster.nodes=8 --dry-run": Way(says="arguments=(-cn nemotron3_super cluster=b200 cluster.nodes=8)", slow=True),
+    "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way("--dry-run", says="case $SLURM_ARRAY_TASK_ID in", slow=True),
+    "python -m launch.status runs/first": Way(after=(FIRST,), says="step        2 of 2"),
+    "python -m launch.preflight -cn tiny cluster=cpu": Way("run.dir=runs/preflight", says="1 node, 1 rank fit", slow=True),
     "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
     SWEEP: Way(f"{QUICK} train.steps=20 precision=fp32,nvfp4 run.seed=1", says="2 jobs, 2 finished", slow=True),
     "python -m experiments.nvfp4_gap": Way(after=(SWEEP,), makes=("runs/nvfp4_gap-sweep/report/gap.png",), slow=True),
     "python -m experiments.nvfp4_gap to=docs/nvfp4_gap": Way(after=(SWEEP,), makes=("docs/nvfp4_gap/gap.png",), slow=True),
     EXPORT: Way(after=(FIRST,), makes=("exported/config.json",), slow=True),
     "python -m train.import_hf checkpoint=exported to=runs/imported": Way(after=(FIRST, EXPORT), makes=("runs/imported",), slow=True),
+    BLEND: Way(QUICK, says="stop_after", slow=True),
+    'python -m train -cn tiny run.dir=runs/blend \'data.phases=[{blend:[{path:"corpus:austen",weight:3},{path:"corpus:jargon",weight:1}]}]\' '
+    "run.allow=[data.phases]": Way(QUICK, after=(BLEND,), says="data phase 2: 75% corpus:austen, 25% corpus:jargon", slow=True),
     "python -m train.report runs=[runs/a,runs/b] to=runs/report": Way(copies=("runs/a", "runs/b"), makes=("runs/report/loss.png",)),
+    BRANCH: Way("train.steps=3 run.dir=runs/bf16", copies=("runs/x",), makes=("runs/bf16/finished.json",), slow=True),
+    "python -m train.report runs=[runs/x,runs/bf16]": Way(
+        copies=("runs/x",), after=(BRANCH,), makes=("runs/x/report/loss.png",), slow=True
+    ),
+    "python -m train.branch checkpoint=runs/x branch=[bf16,fp32] every=240steps": Way(
+        "every=2steps train.steps=3", copies=("runs/x",), says="2 branches, 2 finished", slow=True
+    ),
+    "python -m train.dashboard run=runs/first": Way(after=(FIRST,), makes=("runs/first/report/index.html",), says="No W&B workspace"),
     "python -m data.prepare input=texts/ tokenizer=bytes to=prepared/texts": Way(
         makes=("prepared/texts.bin", "prepared/texts.idx"), slow=True
     ),
@@ -68,6 +88,11 @@ WAYS: dict[str, Way] = {
 }
 KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m train\.evaluate checkpoint=runs/first\b", Way(after=(FIRST,), says="nats per token", slow=True)),
+    (
+        r"python -m train\.checkpoints runs/first merge=",
+        Way("merge=[1,2]", after=(FIRST,), makes=("runs/merged/recipe.yaml",), says="merged"),
+    ),
+    (r"python -m train\.checkpoints runs/first", Way(after=(FIRST,), says="runs/first/checkpoints", slow=True)),
     (r"python -m train\.count -cn \w+$", Way(says="active per token", slow=True)),
     (r"python -m train -cn tiny \S*precision\.schedule=", Way(f"{QUICK} run.dir=runs/schedule", says="Finished 2 steps", slow=True)),
     (r"python -m train\.report\.compare", Way(f"{QUICK} to=runs/compare", makes=("runs/compare/report/gap.png",), slow=True)),
@@ -76,7 +101,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
 )
 EXPANDED = r"make [\w-]+"
-KNOWN_ELSEWHERE = r"(git|ruff|mypy|pytest|pip|cd|\.) "  # not ours
+KNOWN_ELSEWHERE = r"(git|ruff|mypy|pytest|pip|cd|\.|srun) "  # not ours; srun: tests/slurm
 
 
 def commands_of(path: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ if __name__ == "__main__":
 """
 
 import sys
+from collections.abc import Callable
 
 from train.launcher import end_with_launcher
 from train.rendezvous import adopt
@@ -20,15 +21,28 @@ def main(module: str = "train") -> int:
     module: under which name a sweep starts its jobs, as in `python -m MODULE`. Signals, the launcher's end and Slurm's variables are looked after
     before the imports, which take seconds.
     """
+
+    def start() -> int:
+        from train.loop import run  # here: torch, Megatron and Hydra take seconds, in which a signal may arrive
+        from train.recipe.cli import main as command_line
+
+        return command_line(run, module, trains=True)
+
+    return guarded(start)
+
+
+def guarded(start: Callable[[], int]) -> int:
+    """What `start` returns, whose imports and work are looked after."""
     end_with_launcher()
     with StopSignals():
         try:
             unfit = _adopt()
-            from train.loop import run  # here: torch, Megatron and Hydra take seconds, in which a signal may arrive
-            from train.recipe.cli import main as command_line
-            from train.refusal import refuse
+            if unfit is None:
+                status = start()
+            else:
+                from train.refusal import refuse  # it imports torch
 
-            status = command_line(run, module, trains=True) if unfit is None else refuse(unfit)
+                status = refuse(unfit)
         except StopRequested as error:
             print(f"Stopped by {error} before the first step: start the same command again to begin.", file=sys.stderr)
             status = STOPPED

@@ -19,7 +19,7 @@ from train.observe import Observers, open_observers
 from train.recipe.reading import RecipeError
 from train.recipe.tree import Recipe
 from train.refusal import leave_for_launcher
-from train.report.picture import draw_losses_of
+from train.report.picture import draw_losses_of, draw_report_of
 from train.run_directory import check_source, opened
 from train.signals import StopSignals
 from train.step_failure import Place, sentence
@@ -66,8 +66,9 @@ def _run(recipe: Recipe, layout: Layout, signals: StopSignals, failures: Failure
                 print(f"{directory.path} is finished: validation loss {loss}; choose another run.dir for a new run")
             return 0
         check_source(recipe)
+        recipe = directory.recipe
         run = build(recipe, layout)
-        observers = open_observers(recipe.monitor, draw_losses_of) if layout.rank == 0 else Observers(())
+        observers = open_observers(recipe.monitor, draw_losses_of, draw_report_of) if layout.rank == 0 else Observers(())
         try:
             return Training(run, directory, observers, signals, place).train()
         except BaseException as error:

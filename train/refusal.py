@@ -10,16 +10,19 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from train.observe.redact import redacted
+
 REFUSED = 2  # exit status of a command whose arguments or recipe are wrong
 PATIENCE = datetime.timedelta(seconds=5)
 
 
 def refuse(message: str) -> int:
-    """Prints `error: message` unless another rank has said the same; returns the exit status.
+    """Prints `error: message`, without secrets, unless another rank has said the same; returns the exit status.
 
     Ranks started by torchrun agree through its store, which is there before any process group. Without it, rank 0 speaks as it is, and any other
     rank with its name.
     """
+    message = redacted(message)
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     said = False
     if world != "1":

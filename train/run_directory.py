@@ -4,17 +4,19 @@ recipe.yaml              the recipe as it is now, without secrets
 recipe.before-00000240.yaml  the one before, when a start after step 240 changed it
 history.jsonl            one line for every start that changed something: when, after which step, {key: [old, new]}
 tokenizer/               what reads this run's tokens
+branch.json              of a branch: where it comes from, see `train.lineage`
 finished.json            the summary of a run that has taken its last step
 lock                     whose the directory is while a run writes there, see `train.lock`
 """
 
 import json
 import os
-import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,20 +24,24 @@ import torch.distributed as dist
 import yaml
 
 from data.tokenizer import Tokenizer
+from train.checkpoint.background import Task
 from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.reader import Checkpoint, open_checkpoint
+from train.checkpoint.reader import Checkpoint, finished, open_checkpoint
+from train.checkpoint.remote import Location, RemotePath, locate
 from train.lock import RunLock
 from train.observe.metrics import FILE_NAME, decode_lines
-from train.observe.redact import without_secrets
+from train.observe.redact import redacted, without_secrets
 from train.recipe.guard import read_yaml
 from train.recipe.reading import RecipeError, plain
-from train.recipe.resume import changed_keys
+from train.recipe.resume import changed_keys, continued
 from train.recipe.tree import Recipe
 
 T = TypeVar("T")
 
+STORE_SECONDS = 30  # in which a store must take and give back a few bytes before a run starts
 
-def run_dir_of(checkpoint: Checkpoint) -> Path:
+
+def run_dir_of(checkpoint: Checkpoint) -> Location:
     """The run a checkpoint belongs to: <run>/checkpoints/step-N."""
     return checkpoint.path.parent.parent
 
@@ -50,15 +56,25 @@ def stored_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     return read_yaml(path.read_bytes(), str(path))
 
 
+def copy_description(checkpoint: Checkpoint, to: Path) -> None:
+    """Recipe and tokenizer of the run a checkpoint belongs to, for a checkpoint in `to` that is made from it."""
+    (to / "tokenizer").mkdir(parents=True, exist_ok=True)
+    _write(to / "recipe.yaml", yaml.safe_dump(stored_recipe(checkpoint), sort_keys=False))
+    source = run_dir_of(checkpoint) / "tokenizer"
+    for name in [file.name for file in source.glob("*")]:
+        (to / "tokenizer" / name).write_bytes((source / name).read_bytes())
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The directory of a run that is about to start, or to go on.
 
-    changes: {key: (old value, new value)} of what this start changes of the recipe; done: steps of its newest complete checkpoint, as far as
-    file sizes tell; finished: the summary, when there is nothing left to do.
+    recipe: as it is from now on (see `train.recipe.phases`). changes: {key: (old value, new value)} of what this start changes of the recipe.
+    done: steps of its newest complete checkpoint, as far as file sizes tell. finished: the summary, when there is nothing left to do.
     """
 
     path: Path
+    recipe: Recipe
     changes: Mapping[str, tuple[Any, Any]]
     done: int
     finished: Mapping[str, Any] | None
@@ -81,11 +97,27 @@ class RunDirectory:
     def store_tokenizer(self, tokenizer: Tokenizer) -> None:
         """What an export or a later evaluation needs to read this run's tokens."""
         directory = self.path / "tokenizer"
-        if not (directory / "facts.json").exists():
+        if not (directory / "facts.json").exists() or not self.done:  # until then the data may be changed, on which a bpe is trained
             directory.mkdir(parents=True, exist_ok=True)
             tokenizer.save(directory)
             facts = {"end_of_document": tokenizer.end_of_document, "vocab_size": tokenizer.vocab_size}
             _write(directory / "facts.json", json.dumps(facts, indent=2) + "\n")
+
+    def describe_in(self, storage: str | None) -> None:
+        """What makes checkpoints elsewhere of use by themselves: recipe and tokenizer beside them. Raises RecipeError where they cannot be
+        written."""
+        home = self.path if storage is None else locate(storage)
+        if home == self.path:
+            return
+        try:
+            if isinstance(home, Path):
+                (home / "tokenizer").mkdir(parents=True, exist_ok=True)
+            for source in (self.path / "recipe.yaml", *(self.path / "tokenizer").glob("*")):
+                (home / str(source.relative_to(self.path))).write_bytes(source.read_bytes())
+        except OSError as error:
+            raise RecipeError(
+                f"checkpoint.storage={storage} cannot be written ({redacted(str(error))}): start the same command again"
+            ) from None
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         _write(self.path / "finished.json", json.dumps(dict(summary), indent=2) + "\n")
@@ -100,12 +132,15 @@ def opened(recipe: Recipe, rank: int) -> Iterator[RunDirectory]:
     def look() -> RunDirectory:
         _check_place(path)
         lock.acquire()
-        stored, done = _stored(path), _steps_done(path)
+        home = _home(recipe)
+        stored, done = _stored(path) or _stored(home), _steps_done(home)
+        _refuse_moved(recipe, stored, path, done)
         changes = {} if stored is None else changed_keys(stored, recipe, done)
+        current = recipe if stored is None else continued(stored, recipe, done)
         finished = _finished(recipe, path)
         if finished is None:
             _check_metrics(path)
-        return RunDirectory(path, changes, done, finished)
+        return RunDirectory(path, current, changes, done, finished)
 
     try:
         yield _on_first_rank(look, rank, path)
@@ -130,22 +165,62 @@ def _on_first_rank(action: Callable[[], T], rank: int, path: Path) -> T:
     return outcome[0]
 
 
-def _stored(path: Path) -> dict[str, Any] | None:
+def _home(recipe: Recipe) -> Location:
+    """Where checkpoints lie, below `checkpoints`. Raises ValueError, in one sentence, where that is a store which cannot be used now."""
+    storage = recipe.checkpoint.storage
+    if storage is None:
+        return Path(recipe.run_dir)
+    home = locate(storage)
+    if not isinstance(home, Path):
+        check = Task(partial(_try, home), "store")
+        why = f"no answer within {STORE_SECONDS} seconds"
+        try:
+            if check.wait(STORE_SECONDS):
+                check.result()
+                return home
+        except OSError as error:
+            why = str(error)
+        raise RecipeError(
+            f"checkpoint.storage={storage} cannot be used ({redacted(why)}): see that it exists, can be reached and may be written with the "
+            "credentials of this environment"
+        )
+    return home
+
+
+def _try(home: RemotePath) -> None:
+    """What a run will want of a store, beforehand."""
+    mark = home / f".written-{secrets.token_hex(4)}"
+    mark.write_bytes(b"written to see whether it can be\n")
+    mark.unlink()
+
+
+def _refuse_moved(recipe: Recipe, stored: Mapping[str, Any] | None, path: Path, done: int) -> None:
+    """A run whose checkpoints are elsewhere would begin anew."""
+    before = (stored or {}).get("checkpoint", {}).get("storage")
+    if done or stored is None or before == recipe.checkpoint.storage:
+        return
+    old = locate(before if before is not None else path) / "checkpoints"
+    if finished(old):
+        now = recipe.checkpoint.storage or path
+        raise RecipeError(
+            f"checkpoint.storage={recipe.checkpoint.storage} holds no checkpoint, but {old} does: copy it to {now}/checkpoints to go on from "
+            "there, or leave checkpoint.storage as it was"
+        )
+
+
+def _stored(path: Location) -> dict[str, Any] | None:
     stored = path / "recipe.yaml"
     if not stored.exists():
         return None
     return read_yaml(stored.read_bytes(), str(stored))
 
 
-def _steps_done(path: Path) -> int:
-    done = 0
-    for directory in path.glob("checkpoints/step-*"):
-        if re.fullmatch(r"step-\d+(\.old)?", directory.name):
-            try:
-                done = max(done, Checkpoint(directory).step)
-            except CheckpointError:
-                continue
-    return done
+def _steps_done(home: Location) -> int:
+    directory = home / "checkpoints"
+    for name in finished(directory):
+        with suppress(CheckpointError):
+            return Checkpoint(directory / name).step
+    return 0
 
 
 def _finished(recipe: Recipe, path: Path) -> dict[str, Any] | None:

@@ -7,8 +7,8 @@ forward pass; afterwards contributions of microbatches and data-parallel ranks a
     loss/total = LM + scale * mean over depths (MTP) + auxiliary losses
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -26,23 +26,52 @@ class BatchPlan:
 
     Step t (counted from 0) consumes samples t * global_batch_size ... (t + 1) * global_batch_size - 1; a data-parallel rank takes one
     contiguous slice of them and cuts it, in order, into microbatches.
+
+    skipped: global samples that no step reads, as rising, disjoint (first, behind the last); those behind them move up. It is part of a run's
+    state, the same on every rank, so every layout reads the same samples.
     """
 
     global_batch_size: int
     micro_batch_size: int
     data_rank: int
     data_size: int
+    skipped: tuple[tuple[int, int], ...] = ()
 
     @property
     def microbatches(self) -> int:
         """Microbatches a rank processes in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_size)
 
-    def samples(self, step: int) -> list[range]:
+    def samples(self, step: int) -> list[Sequence[int]]:
         """Global sample indices of each of this rank's microbatches of step `step` (from 0)."""
         per_rank = self.global_batch_size // self.data_size
         first = step * self.global_batch_size + self.data_rank * per_rank
-        return [range(first + i, first + i + self.micro_batch_size) for i in range(0, per_rank, self.micro_batch_size)]
+        places = [range(first + i, first + i + self.micro_batch_size) for i in range(0, per_rank, self.micro_batch_size)]
+        return [[self._sample(place) for place in part] if self.skipped else part for part in places]
+
+    def of_steps(self, first: int, last: int) -> tuple[tuple[int, int], ...]:
+        """The samples of all ranks in steps `first` to `last` (from 0), as (first, behind the last) without what is skipped already."""
+        begin, end = self._sample(first * self.global_batch_size), self._sample((last + 1) * self.global_batch_size - 1) + 1
+        edges = [begin, *(edge for pair in self.skipped if begin < pair[0] < end for edge in pair), end]
+        return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+    def skipping(self, ranges: Sequence[Sequence[int]]) -> "BatchPlan":
+        """The plan that skips these samples, as (first, behind the last), as well."""
+        merged: list[tuple[int, int]] = []
+        for begin, end in sorted((int(begin), int(end)) for begin, end in (*self.skipped, *ranges)):
+            if merged and begin <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            else:
+                merged.append((begin, end))
+        return replace(self, skipped=tuple(merged))
+
+    def _sample(self, place: int) -> int:
+        """Which sample is number `place` (from 0) of those that are not skipped."""
+        for begin, end in self.skipped:
+            if place < begin:
+                break
+            place += end - begin
+        return place
 
 
 def to_microbatch(batch: Batch, device: torch.device, progress: float, depths: int) -> Microbatch:
@@ -94,6 +123,10 @@ class LossStep:
         # The schedules divide losses in place (by one here): the weighted sum is a fresh tensor, so nothing logged changes with it.
         total = (sums * self.weights).sum()
         return total, torch.ones((), dtype=torch.int32, device=total.device), {}
+
+    def finite(self) -> bool:
+        """Whether the losses of this rank are; known once its microbatches are done."""
+        return bool(self.sums.isfinite().all())
 
     def means(self) -> Tensor:
         """Mean loss per valid token of the global batch, fp32 [1 + depths], the same on every rank."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from train.observe.redact import redacted
+
 
 @dataclass
 class Place:
@@ -26,7 +28,7 @@ def sentence(error: BaseException, place: Place, rank: int, world_size: int, chu
     module = module_of(error, chunks)
     if module is not None:
         parts.append(f"in {module}")
-    text = (str(error).strip() or "no reason given").splitlines()[0]
+    text = (redacted(str(error)).strip() or "no reason given").splitlines()[0]
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"error: {', '.join(parts)}: {type(error).__name__}: {text}{notes}"
 

@@ -22,9 +22,18 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+        self._host = time.perf_counter()
+        self._waited: dict[str, float] = {}
 
     def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self._waited[name] = self._waited.get(name, 0.0) + now - self._host
+        self._host = now
         self._marks.append((name, self._now()))
+
+    def host_seconds(self, name: str) -> float:
+        """Of a phase on the host's own clock, without waiting for the device."""
+        return self._waited.get(name, 0.0)
 
     def seconds(self) -> dict[str, float]:
         """Of every phase; phases of the same name are added."""

@@ -10,7 +10,8 @@ from train.timing import Stopwatch
 
 
 def train_step(run: Run, step: int, clock: Stopwatch | None = None) -> dict[str, float]:
-    """Optimizer step `step` (from 0); its metrics, the same on every rank. `taken` is 0 when gradients were not finite.
+    """Optimizer step `step` (from 0); its metrics, the same on every rank. `taken` is 0 when its loss or gradients were not
+    finite: weights, optimizer state and expert biases are then what they were.
 
     clock: is told of the phases of the step (see `train.timing`).
     """
@@ -34,6 +35,7 @@ def train_step(run: Run, step: int, clock: Stopwatch | None = None) -> dict[str,
         micro_batch_size=recipe.micro_batch_size,
         learning_rate=rate,
         mark=clock.mark,
+        agreed=losses.finite,
     )
     if result.taken:
         run.engine.update_masters(weight_changes(run.chunks, step, progress))

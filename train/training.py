@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,17 @@ import torch.distributed as dist
 
 from model.count import count, linear_modules
 from model.mixer import MIXERS
+from parallel.collectives import COLLECTIVES
 from parallel.layout import Layout
 from train.build import Run
 from train.checkpoint.checkpointer import Checkpointer, load_weights
 from train.checkpoint.reader import open_checkpoint
+from train.checkpoint.remote import Location
 from train.evaluation import measure
 from train.failures import RunFailed
+from train.goodput import FILE_NAME, Ledger
+from train.incidents.incidents import Incidents, Rewind
+from train.lineage import begin_branch, read_parent
 from train.observe import Observers, RunInfo
 from train.observe.base import Alert
 from train.observe.redact import redacted, without_secrets
@@ -30,13 +34,13 @@ from train.recipe.reading import plain
 from train.recipe.resume import lines
 from train.recipe.tree import Recipe
 from train.run_directory import RunDirectory
+from train.run_facts import run_facts
 from train.signals import STOPPED, StopSignals, name_of
 from train.step_failure import Place
+from train.stragglers import PHASES, Stragglers, Times
 from train.timing import Stopwatch
 from train.train_step import train_step
 from train.utilisation import open_utilisation
-
-MAX_SKIPPED = 10  # consecutive steps without finite gradients after which a run gives up
 
 
 class Training:
@@ -55,21 +59,25 @@ class Training:
             run.run_dir,
             run.engine,
             run.chunks,
+            storage=self.recipe.checkpoint.storage,
             retention=self.recipe.retention,
             asynchronous=self.recipe.checkpoint.asynchronous,
             report=report,
             saved=self._saved,
             failed=self._save_failed,
         )
+        self.stragglers = Stragglers(self.recipe.monitor.stragglers, self.layout)
+        self.incidents = Incidents(run, self.checkpointer, observers)
         self.evaluators = self.recipe.evaluation.chosen()
         self.tables = precision_tables(self.recipe)
         self.utilisation = open_utilisation(self.recipe, self.layout.device, self.layout.world_size) if self.is_main else None
-        self.step = self.saved = self.committed = self.skipped = self.stop = 0
+        self.step = self.saved = self.committed = self.stop = 0
         self.failed_saves, self.trouble = 0, ""
-        self.owed = False
+        self.owed = self.save_owed = False
         self.evaluated: dict[str, float] | None = None
         self.elapsed = self.seconds_saving = 0.0
         self.started = time.perf_counter()
+        self.ledger = Ledger(run.run_dir / FILE_NAME if self.is_main else None)
 
     def train(self) -> int:
         """Returns the exit status."""
@@ -78,20 +86,22 @@ class Training:
         except BaseException:
             self.checkpointer.abandon()
             raise
+        finally:
+            self.ledger.close()
 
     def _train(self) -> int:
         self._begin()
         self._look()
         while (self.step < self.recipe.last_step or self.owed) and not self.stop:
-            if not self.owed:
-                self._take_step()
+            if not self.owed and not self._take_step():
+                continue
             self._look()
             self.owed = self.owed or self._evaluation_due()
             if self.owed and not self.stop:
                 self._evaluate()
                 self._look()
             self._commit()
-            if self._save_due():
+            if self._save_due() and self._follow(self.incidents.before_save(self.step)):
                 self._save()
                 self._look()
         self._finish_saving()
@@ -106,10 +116,12 @@ class Training:
         if self.is_main:
             self.directory.store_recipe(self.recipe, self.step)
             self.directory.store_tokenizer(self.run.data.tokenizer)
+            self.directory.describe_in(self.recipe.checkpoint.storage)
         self.signals.only_remember()
         self.observers.load_state(state.get("observers", {}))
         self.owed = bool(state.get("evaluation_owed", False))
         self.failed_saves = int(state.get("failed_saves", 0))
+        self.incidents.load_state(state.get("incidents", {}))
         hardware = [] if self.utilisation is None else [self.utilisation.line]
         self.observers.on_start(_info(self.run, self.directory, self.step, self._table(self.step).text, hardware))
         self._tell_of_damage()
@@ -122,11 +134,22 @@ class Training:
         if checkpoint is not None:
             self.step = checkpoint.step
             return dict(checkpoint.state)
+        if self.recipe.run.parent is not None:
+            return self._restore_parent(self.recipe.run.parent)
         source = self.recipe.checkpoint.initialize_from
         if source is not None:
             load_weights(open_checkpoint(source), self.run.chunks)
             self.run.engine.reload_masters()
         return {}
+
+    def _restore_parent(self, source: str) -> dict[str, Any]:
+        """A branch goes on where its parent was; what the parent's observers and its disk remembered stays with the parent."""
+        checkpoint = open_checkpoint(source)
+        self.checkpointer.load(checkpoint)
+        self.step = checkpoint.step
+        if self.is_main:
+            begin_branch(self.run.run_dir, checkpoint, self.recipe)
+        return {key: value for key, value in checkpoint.state.items() if key not in ("observers", "elapsed", "failed_saves", "milestone")}
 
     def _tell_of_damage(self) -> None:
         """Checkpoints newer than the one just restored that are not what was written."""
@@ -139,32 +162,45 @@ class Training:
         """Has some rank received a signal?"""
         self.stop = self.stop or _stop_wanted(self.signals, self.layout)
 
-    def _take_step(self) -> None:
+    def _take_step(self) -> bool:
+        """False: it made the run go back."""
         table, formats_change = self._table(self.step), self._formats_change()
         if formats_change:
             self.observers.on_formats(self.step + 1, table.text)
         self.place.doing, self.place.step = "step", self.step + 1
         self.place.samples = tuple(index for samples in self.run.plan.samples(self.step) for index in samples)
         self.observers.on_step_begin(self.step + 1)
-        begin, clock = time.perf_counter(), Stopwatch(self.layout.device)
+        self.ledger.spend("other")
+        begin, clock, waited = time.perf_counter(), Stopwatch(self.layout.device), COLLECTIVES.seconds
         metrics = train_step(self.run, self.step, clock)
         self.step += 1
         seconds = time.perf_counter() - begin
+        own = Times(seconds - (COLLECTIVES.seconds - waited), *(clock.host_seconds(phase) for phase in PHASES))
+        used = {} if self.utilisation is None else self.utilisation.metrics(table.shares, seconds)
+        self.ledger.spend_step(self.step, clock.host_seconds("data"), used.get("mfu", 0.0) * seconds)
         self.place.samples = ()
-        self._check(metrics)
+        if not self._follow(self.incidents.after_step(self.step, metrics)):
+            return False
         if self._log_due() or formats_change:
-            self._log(metrics, table, seconds, clock)
+            ranks, alert = self.stragglers.measure(self.step, own)
+            self._log({**metrics, **used, **ranks}, table, seconds, clock)
+            if alert is not None:
+                self.observers.on_alert(alert)
+        return True
 
-    def _check(self, metrics: dict[str, float]) -> None:
-        """What is done about gradients that are not finite."""
-        self.skipped = 0 if metrics.pop("taken") else self.skipped + 1
-        if self.skipped:
-            self.observers.on_skipped(self.step, metrics["grad_norm"])
-        if self.skipped >= MAX_SKIPPED:
-            raise RunFailed(
-                f"gradients were not finite in {self.skipped} consecutive steps, the last one step {self.step}; weights are those of step "
-                f"{self.step - self.skipped}: resume with a lower optimizer.learning_rate in a new run.dir"
-            )
+    def _follow(self, rewind: Rewind | None) -> bool:
+        """Whether the run goes on from where it is. Where it was taken back, its checkpoint there is written again with what is known since."""
+        if rewind is None:
+            return True
+        before, self.step = self.step, rewind.step
+        self.committed = self.step
+        self.owed, self.evaluated = bool(rewind.state.get("evaluation_owed", False)), None
+        self.observers.on_rewind(before, self.step)
+        self._tell_of_damage()
+        if self._table(before - 1) is not self._table(self.step):
+            self.observers.on_formats(self.step + 1, self._table(self.step).text)
+        self._save()
+        return False
 
     def _log_due(self) -> bool:
         every = self.recipe.train.log_every
@@ -175,8 +211,17 @@ class Training:
         times = _pace(self.run, seconds, clock) | ({"seconds/checkpoint": self.seconds_saving} if self.seconds_saving else {})
         self.seconds_saving = 0.0
         failures = {"checkpoint/failures": self.failed_saves} if self.failed_saves else {}
-        used = {} if self.utilisation is None else self.utilisation.metrics(table.shares, seconds)
-        self.observers.on_step({**_at(self.recipe, self.step), **metrics, **times, **used, **table.metrics(), **failures})
+        self.observers.on_step(
+            {
+                **_at(self.recipe, self.step),
+                **metrics,
+                **times,
+                **table.metrics(),
+                **failures,
+                **self.ledger.metrics(),
+                **self.incidents.metrics(),
+            }
+        )
 
     def _evaluation_due(self) -> bool:
         every = self.recipe.train.eval_every
@@ -184,23 +229,29 @@ class Training:
 
     def _evaluate(self) -> None:
         self.place.doing, self.owed = "evaluation after step", False
+        self.ledger.spend("other")
         begin = time.perf_counter()
         self.evaluated = measure(self.run, self.evaluators, self.step)
+        self.ledger.spend("evaluation")
         if self.evaluated:
             seconds = time.perf_counter() - begin
             self.observers.on_evaluation({**_at(self.recipe, self.step), **self.evaluated, "seconds/evaluation": seconds})
 
     def _save_due(self) -> bool:
-        return (self.recipe.save_due(self.step) or bool(self.stop)) and self.saved != self.step
+        """A checkpoint waits for a step that is taken, unless the run ends here."""
+        last = bool(self.stop) or self.step == self.recipe.last_step
+        self.save_owed = (self.save_owed or last or self.recipe.save_due(self.step)) and self.saved != self.step
+        return self.save_owed and (last or not self.incidents.streak)
 
     def _save(self) -> None:
         """Begins a checkpoint; `_saved` or `_save_failed` hears what became of it, now or at a later step."""
-        self.place.doing, self.saved = "checkpoint after step", self.step
+        self.place.doing, self.saved, self.save_owed = "checkpoint after step", self.step, False
         state = {
             "elapsed": time.perf_counter() - self.started,
             "observers": self.observers.state(),
             "evaluation_owed": self.owed,
             "failed_saves": self.failed_saves,
+            "incidents": self.incidents.state(),
         }
         tokens, milestone = self.step * self.recipe.tokens_per_step, self.recipe.milestone(self.step)
         with self._standing_still():
@@ -229,18 +280,20 @@ class Training:
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
         """Training waits for a checkpoint meanwhile."""
+        self.ledger.spend("other")
         begin = time.perf_counter()
         yield
         self.seconds_saving += time.perf_counter() - begin
+        self.ledger.spend("checkpoint")
 
-    def _saved(self, step: int, path: Path) -> None:
+    def _saved(self, step: int, path: Location) -> None:
         self.committed = step
         self.observers.on_checkpoint(step, path)
 
     def _save_failed(self, step: int, trouble: str) -> None:
         """A disk may be full for an hour: the run goes on, and says so."""
         self.failed_saves += 1
-        self.trouble = trouble
+        trouble = self.trouble = redacted(trouble)
         newest = f"the newest checkpoint is that of step {self.committed}" if self.committed else "there is no checkpoint yet"
         self.observers.on_alert(
             Alert("checkpoint", self.step, f"{trouble}; nothing that was written before is lost, {newest}", severe=True)
@@ -251,7 +304,9 @@ class Training:
         recipe, step = self.recipe, self.step
         self.place.doing = "the end, after step"
         seconds = time.perf_counter() - self.started
+        self.ledger.close()
         summary: dict[str, Any] = {**_at(recipe, step), "seconds": seconds, "session_seconds": seconds - self.elapsed}
+        summary |= self.ledger.metrics()
         if (self.stop and step < recipe.total_steps) or self.owed:
             self.observers.on_end({**summary, "stopped": "a signal", "signal": name_of(self.stop)})
             return STOPPED
@@ -296,7 +351,9 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
     """What observers are told before the first step."""
     recipe, counted = run.recipe, count(run.recipe.model)
     changes = (f"changed since the run began: {line}" for line in lines(directory.changes))
-    description = (run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
+    parent = read_parent(run.run_dir)
+    branch = () if parent is None else (f"branch of {parent.run_dir} after step {parent.step:,}", *lines(parent.changes))
+    description = (*branch, run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
     return RunInfo(
         recipe=without_secrets(plain(recipe)),
         run_dir=run.run_dir,
@@ -305,10 +362,12 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
         step=step,
         total_steps=recipe.total_steps,
         tokens_per_step=recipe.tokens_per_step,
-        resumed=step > 0,
+        resumed=step > (0 if parent is None else parent.step),
         description=tuple(redacted(line) for line in description),
         precision_table=table,
         layers=tuple(MIXERS[letter].name for letter in recipe.model.layers),
+        parent=parent,
+        facts=run_facts(recipe, run.layout),
     )
 
 

@@ -18,7 +18,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from parallel.engine import ForwardStep, ModelSizes, Optimizer, ParameterState, StepResult, unmarked
+from parallel.engine import ForwardStep, ModelSizes, Optimizer, ParameterState, StepResult, always, unmarked
 from parallel.layout import Layout
 from parallel.megatron import cpu
 from parallel.megatron.config import transformer_config
@@ -91,6 +91,7 @@ class MegatronEngine:
         micro_batch_size: int,
         learning_rate: float,
         mark: Callable[[str], None] = unmarked,
+        agreed: Callable[[], bool] = always,
     ) -> StepResult:
         for chunk in self.chunks:
             chunk.train()
@@ -102,7 +103,7 @@ class MegatronEngine:
         for group in self._chained.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
-        result = self._update()
+        result = self._update(agreed())
         mark("optimizer")
         return result
 
@@ -141,12 +142,12 @@ class MegatronEngine:
         finalize_model_grads(model, None)
 
     @torch.no_grad()
-    def _update(self) -> StepResult:
+    def _update(self, agreed: bool) -> StepResult:
         """What Megatron's own step does, with the check of all ranks between the norm and the clipping."""
         overflow = self._chained.prepare_grads()
         norm = float(self._chained.get_grad_norm() or 0.0)
         # The norm is a sum over model-parallel ranks, but replicas must agree too, and a bf16 overflow flag must not be lost.
-        bad = torch.tensor([float(overflow or not math.isfinite(norm))], device=self.layout.device)
+        bad = torch.tensor([float(overflow or not (agreed and math.isfinite(norm)))], device=self.layout.device)
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
         if bad.item() > 0:
             return StepResult(norm, taken=False)

@@ -34,7 +34,7 @@ from train.recipe.reading import RecipeError
 from train.report.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASURED_IN_SECONDS = ("step_seconds", "tokens_per_second", "memory_peak_bytes", "mfu", "seconds/")
+MEASURED_IN_SECONDS = ("step_seconds", "tokens_per_second", "memory_peak_bytes", "mfu", "seconds/", "goodput/")
 ONE_RANK = (sys.executable, "-m", "tests.extension")
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.extension")
 RECIPE = ("--config-dir", str(ROOT / "tests" / "extension" / "recipes"), "-cn", "extended")

@@ -2,7 +2,7 @@
 
     python -m tests.fuzz manifest seconds=1800 corpus=.cache/fuzz/manifest
 
-A crash is any exception its parser does not promise, 10 seconds for one input, or 2 GiB of memory; libFuzzer then writes the input to crash-* in
+A crash is any exception its parser does not promise, a minute for one input, or 2.5 GiB of memory; libFuzzer then writes the input to crash-* in
 the corpus' directory, and it becomes a test in tests/fuzz/test_hostile.py. Inputs that reached new code stay in the corpus, so a second run goes on
 where the first ended.
 """
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds(name)):
         (corpus / f"seed-{number}").write_bytes(seed)
-    limits = ["-len_control=0", "-timeout=10", "-rss_limit_mb=2560", "-max_len=8192", f"-max_total_time={values.get('seconds', '1800')}"]
+    limits = ["-len_control=0", "-timeout=60", "-rss_limit_mb=2560", "-max_len=8192", f"-max_total_time={values.get('seconds', '1800')}"]
     atheris.Setup([sys.argv[0], str(corpus), *limits, f"-artifact_prefix={corpus}/"], TARGETS[name])
     atheris.Fuzz()
 

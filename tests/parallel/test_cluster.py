@@ -1,8 +1,12 @@
 """Hardware profiles: which one a device gets, and at which peak a format counts."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from parallel.cluster import ClusterConfig, PeakFlops, matching
+from train.recipe import clusters, load
 from train.recipe.clusters import profiles
 from train.recipe.load import load_recipe
 from train.recipe.reading import RecipeError
@@ -30,6 +34,25 @@ def test_every_profile_can_be_chosen_and_holds_together() -> None:
             peaks = [profile.peak(form) for form in ("fp32", "bf16", "mxfp8", "nvfp4")]
             assert all(peaks) and peaks == sorted(peaks)  # type: ignore[type-var]
     assert known["b200"].peak("nvfp4") == 4 * known["b200"].peak("bf16")  # type: ignore[operator]
+
+
+def test_a_cluster_of_ones_own_over_a_shipped_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/launching.md shows it: for Hydra and for finding a profile by its device."""
+    page = (Path(__file__).resolve().parents[2] / "docs/launching.md").read_text()
+    shutil.copytree(clusters.RECIPES, tmp_path / "recipes")
+    (tmp_path / "recipes/cluster/ours.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    for module in (load, clusters):
+        monkeypatch.setattr(module, "RECIPES", tmp_path / "recipes")
+    found = load_recipe("tiny", "cluster=ours", "cluster.nodes=2", "train.global_batch_size=16", world_size=16).cluster
+    assert (found.name, found.devices_per_node, found.ranks, found.slurm.partition, found.slurm.time) == (
+        "ours",
+        8,
+        16,
+        "batch",
+        "04:00:00",
+    )
+    assert found.peak("bf16") == 989e12
+    assert {profile.name: profile.device for profile in profiles()}["ours"] == found.device
 
 
 def test_a_format_without_units_counts_as_what_it_is_multiplied_in() -> None:

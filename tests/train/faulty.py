@@ -1,6 +1,6 @@
 """`python -m train` with an evaluator that does something terrible at a chosen moment: for tests that start it in processes of its own.
 
-evaluation.evaluators=[faulty] evaluation.faulty.{rank, step, what, moment}; what: raise | kill | hang | stop | terminate
+evaluation.evaluators=[faulty] evaluation.faulty.{rank, step, what, moment, seconds}; what: raise | kill | hang | stop | terminate
 
 moment: evaluation | gradients (before they are reduced in the step after) | commit (of the next checkpoint). With FAULTY_START=N in the
 environment rank N sleeps before it meets the others.
@@ -25,6 +25,7 @@ class Faulty:
     rank: int = 0
     step: int = 2
     what: str = "raise"
+    seconds: float = 120.0
     moment: str = "evaluation"
 
     def evaluate(self, run: Measured, step: int) -> Mapping[str, float]:
@@ -53,7 +54,7 @@ class Faulty:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.what == "hang":
             print("hanging", flush=True)
-            time.sleep(120)
+            time.sleep(self.seconds)
         if self.what == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
 

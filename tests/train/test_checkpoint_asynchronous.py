@@ -151,6 +151,20 @@ def test_a_rewind_while_a_checkpoint_is_written_reads_that_one(tmp_path: Path, l
     assert torch.equal(model.fused, expected) and steps(tmp_path) == ["step-00000002"]
 
 
+def test_a_rewind_names_the_damaged_one_it_passes_over(tmp_path: Path) -> None:
+    model = Model()
+    engine = Engine(model)
+    beside = Checkpointer(tmp_path, engine, [model], asynchronous=True, report=lambda line: None)
+    for step in (1, 2, 3):
+        beside.save(step, {})
+    beside.close()
+    (tmp_path / "checkpoints" / "step-00000002" / "rank-00000-000.safetensors").unlink()
+    checkpoint = beside.go_back(2)
+    assert checkpoint is not None and checkpoint.step == 1
+    (line,) = beside.passed_over
+    assert "step-00000002: its file rank-00000-000.safetensors is missing" in line
+
+
 def test_one_that_is_abandoned_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     begun, go_on = threading.Event(), threading.Event()
@@ -208,3 +222,27 @@ def test_what_one_thread_cannot_write_no_rank_commits(ranks: Any, tmp_path: Path
     assert first == second and first[1:] == ["complete", "complete"]
     assert "No space left on device: rank-00001-000.safetensors (rank 1)" in first[0]
     assert steps(tmp_path) == ["step-00000003"]
+
+
+def test_copies_are_the_values_in_as_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "BLOCK", 1024)
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(3, 5).t(),
+        torch.tensor(7),
+        torch.tensor([True, False, True]),
+        torch.randn(100).bfloat16(),
+        torch.randn(30, 20),  # larger than a block
+        torch.randn(17, dtype=torch.float64),
+    ]
+    area = staging.Staging()
+    first = area.copy(tensors)
+    where = [copy.data_ptr() for copy in first]
+    assert all(torch.equal(copy, tensor) and copy.is_contiguous() for copy, tensor in zip(first, tensors, strict=True))
+    assert not {copy.data_ptr() for copy in first} & {tensor.data_ptr() for tensor in tensors}
+    for tensor in tensors:
+        tensor.copy_(tensor.logical_not() if tensor.dtype == torch.bool else tensor + 1)
+    assert not any(torch.equal(copy, tensor) for copy, tensor in zip(first, tensors, strict=True))
+    second = area.copy(tensors)
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(second, tensors, strict=True))
+    assert [copy.data_ptr() for copy in second] == where  # the same memory again

@@ -25,7 +25,7 @@ GIVEN = ("precision=fp32", "train.steps=6", "optimizer.warmup=1", "optimizer.dec
 
 def outcome(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Every metric that is no time, and every tensor of the last checkpoint."""
-    timed = ("seconds", "step_seconds", "tokens_per_second", "memory", "mfu")
+    timed = ("seconds", "step_seconds", "tokens_per_second", "memory", "mfu", "goodput")
     metrics = [{k: v for k, v in entry.items() if not k.startswith(timed)} for entry in read_metrics(run_dir)]
     checkpoint = open_checkpoint(run_dir)
     return metrics, {name: checkpoint.read_full(name) for name in checkpoint.manifest.tensors}

@@ -30,10 +30,11 @@ from train.checkpoint.parts import Part
 from train.checkpoint.plan import Plan
 from train.checkpoint.ranks import everywhere, rank_and_size, together
 from train.checkpoint.reader import Checkpoint, finished, latest
+from train.checkpoint.remote import Location, locate
 from train.checkpoint.retention import Retention
 from train.checkpoint.staging import Staging, shortage
 from train.checkpoint.state import MODEL, make_room, model_parts, number_parts, optimizer_parts
-from train.checkpoint.writer import GIBIBYTE, Draft, Files, begin, clear_leftovers, delete_older
+from train.checkpoint.writer import GIBIBYTE, Draft, Files, begin, clear_leftovers, delete_later, tidy
 
 CHECKPOINTS = "checkpoints"
 LOOK = 0.05  # seconds between two looks at a save that is waited for
@@ -42,13 +43,18 @@ PATIENCE = 5.0  # seconds a thread has to end once nobody wants its work any mor
 
 @dataclass(frozen=True)
 class UnderWay:
-    """A save between `save` and `poll`."""
+    """A save between `save` and `poll`. task: this rank writes its files; finishing: all ranks have, and rank 0 sends the manifest to a store."""
 
     draft: Draft
     task: Task[Files]
+    finishing: Task[None] | None = None
+
+    @property
+    def waited_for(self) -> Task[Files] | Task[None]:
+        return self.finishing or self.task
 
 
-def ignore(step: int, path: Path) -> None:
+def ignore(step: int, path: Location) -> None:
     """Nobody wants to know that a checkpoint is complete."""
 
 
@@ -60,12 +66,13 @@ def refuse(step: int, trouble: str) -> None:
 class Checkpointer:
     """Checkpoints of the run in `run_dir`, in `run_dir/checkpoints`.
 
-    chunks: this rank's model chunks. retention: which checkpoints remain after each save. asynchronous: write beside the training; auto: where
+    chunks: this rank's model chunks. storage: a directory or URL that takes the place of `run_dir`.
+    retention: which checkpoints remain after each save. asynchronous: write beside the training; auto: where
     host memory has room for a copy. shard_bytes: size limit of a file. report: gets a line, on rank 0, for each checkpoint that is passed over,
     and where auto decides against a copy. saved: hears, on every rank, of a step whose checkpoint is complete, and where it is. failed: hears of a
     step whose checkpoint could not be written, or of older ones that could not be deleted, and why; nothing that was complete before is lost.
 
-    passed_over: what `report` said, on rank 0, of the checkpoints that the last `load_newest` found damaged.
+    passed_over: what `report` said, on rank 0, of the checkpoints that the last `load_newest` or `go_back` found damaged.
     """
 
     def __init__(
@@ -74,14 +81,15 @@ class Checkpointer:
         engine: Stateful,
         chunks: Sequence[nn.Module],
         *,
+        storage: str | None = None,
         retention: Retention | None = None,
         asynchronous: bool | Literal["auto"] = False,
         shard_bytes: int = GIBIBYTE,
         report: Callable[[str], None] = print,
-        saved: Callable[[int, Path], None] = ignore,
+        saved: Callable[[int, Location], None] = ignore,
         failed: Callable[[int, str], None] = refuse,
     ):
-        self.directory = Path(run_dir) / CHECKPOINTS
+        self.directory: Location = locate(run_dir if storage is None else storage) / CHECKPOINTS
         self._engine, self._chunks = engine, chunks
         self._retention, self._shard_bytes, self._report = retention or Retention(), shard_bytes, report
         self._asynchronous, self._staging = asynchronous, Staging()
@@ -146,20 +154,40 @@ class Checkpointer:
         """Whether nothing is under way any more. seconds: to wait for this rank's thread; ranks look again and again, lest a slow disk makes one
         wait in a collective for longer than those may take."""
         self._tidy(wait=False)
-        if self._under_way is not None and everywhere(self._under_way.task.wait(seconds)):
+        if self._under_way is not None and everywhere(self._under_way.waited_for.wait(seconds)):
             done, self._under_way = self._under_way, None
-            self._commit(done.draft, done.task.result)
+            draft = done.draft
+            if done.finishing is not None:
+                finish = done.finishing.result
+                self._tell(draft, lambda: draft.conclude(finish))
+            elif not draft.storage.remote:
+                self._commit(draft, done.task.result)
+            else:
+                self._begin_finishing(done)
         return self._under_way is None
 
-    def _commit(self, draft: Draft, write: Callable[[], Files]) -> None:
+    def _begin_finishing(self, done: UnderWay) -> None:
+        """A request to a store may take half a minute, so a thread makes it."""
         try:
-            draft.commit(write)
+            written = done.draft.gather(done.task.result)
+        except StorageError as error:
+            self._failed(done.draft.step, str(error))
+            return
+        finishing = Task(partial(done.draft.finish, written), "checkpoint manifest")
+        self._under_way = UnderWay(done.draft, done.task, finishing)
+
+    def _commit(self, draft: Draft, write: Callable[[], Files]) -> None:
+        self._tell(draft, lambda: draft.commit(write))
+
+    def _tell(self, draft: Draft, commit: Callable[[], None]) -> None:
+        try:
+            commit()
         except StorageError as error:
             self._failed(draft.step, str(error))
             return
         self._saved(draft.step, draft.final)
-        if draft.rank == 0 and self._retention.keep:
-            self._deleting = draft.step, Task(partial(delete_older, self.directory, draft.step, self._retention), "old checkpoints")
+        if draft.rank == 0 and (self._retention.keep or draft.storage.remote):
+            self._deleting = draft.step, Task(partial(tidy, self.directory, draft.step, self._retention), "old checkpoints")
         if not self._asynchronous:
             self._tidy(wait=True)
 
@@ -170,7 +198,7 @@ class Checkpointer:
         (step, task), self._deleting = self._deleting, None
         try:
             task.result()
-        except OSError as error:
+        except (OSError, StorageError) as error:
             self._failed(step, f"cannot delete checkpoints older than that of step {step}: {error}")
 
     def load_newest(self, *, verify: bool = True) -> Checkpoint | None:
@@ -191,6 +219,19 @@ class Checkpointer:
                 f"{self.directory.parent} holds checkpoints, but none of them is valid (see the reasons above): repair one, or choose another "
                 "run.dir"
             )
+        return checkpoint
+
+    def go_back(self, newest: int) -> Checkpoint | None:
+        """Fills model and optimizer from the newest valid checkpoint of at most step `newest`, and deletes all later ones, so that nothing goes on
+        from them; None, and nothing has changed, where there is none. A save under way is committed before. Collective."""
+        self.wait()
+        self.passed_over = []
+        checkpoint = latest(self.directory, report=self._pass_over, newest=newest)
+        if checkpoint is None:
+            return None
+        later = partial(delete_later, self.directory, checkpoint.step) if rank_and_size()[0] == 0 else lambda: None
+        together(later, f"cannot delete the checkpoints after step {checkpoint.step} in {self.directory}")
+        self.load(checkpoint)
         return checkpoint
 
     def _pass_over(self, line: str) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from train.checkpoint.boxes import Box, tiling_error
+from train.checkpoint.remote import Location
 
 FORMAT = "nibble-checkpoint"
 VERSION = 1
@@ -106,8 +107,8 @@ class Manifest:
         if full := next((name for name, left in room.items() if left < 0), None):
             raise CheckpointError(f"its file {full} of {self.files[full].size} bytes is too small for the tensors it is said to hold")
 
-    def write(self, directory: Path) -> None:
-        """Durable and atomic: the name appears only after the content is on the disk."""
+    def content(self) -> bytes:
+        """What the file `manifest.json` holds."""
         document = {
             "format": FORMAT,
             "version": VERSION,
@@ -125,13 +126,7 @@ class Manifest:
             },
         }
         document["sha256"] = _checksum(document)
-        unfinished = directory / f"{MANIFEST}.partial"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(_lines(document))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, directory / MANIFEST)
-        sync_directory(directory)
+        return _lines(document).encode()
 
 
 def check_tiling(tensors: Mapping[str, StoredTensor]) -> None:
@@ -142,18 +137,21 @@ def check_tiling(tensors: Mapping[str, StoredTensor]) -> None:
             raise CheckpointError(f"tensor {name} {problem}")
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Location) -> Manifest:
     """The checked manifest of a checkpoint directory; CheckpointError if there is none or it is damaged."""
     path = directory / MANIFEST
     try:
-        if path.stat().st_size > LARGEST:
-            raise CheckpointError(f"its {MANIFEST} has {path.stat().st_size} bytes, more than {LARGEST}, so it is none of ours")
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise CheckpointError(f"its {MANIFEST} has {size} bytes, more than {LARGEST}, so it is none of ours")
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"it has no {MANIFEST}, so it was never finished") from None
     except CheckpointError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise StorageError(f"its {MANIFEST} cannot be read ({error})") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its {MANIFEST} cannot be read ({error})") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"its {MANIFEST} is not that of a {FORMAT}")

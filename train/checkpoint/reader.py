@@ -4,6 +4,7 @@ A reader asks for boxes of global tensors; each is assembled from the stored box
 needed slices are read.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from train.checkpoint.boxes import Box
-from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, StoredTensor, read_manifest
+from train.checkpoint.manifest import DTYPE_NAMES, CheckpointError, Manifest, StorageError, StoredTensor, read_manifest
 from train.checkpoint.parts import Part
 from train.checkpoint.ranks import exchange, rank_and_size, together
+from train.checkpoint.remote import Location, locate
+from train.checkpoint.tensors import most_at_once, open_tensors
 
 
 class Checkpoint:
@@ -27,17 +30,16 @@ class Checkpoint:
     the checksums).
     """
 
-    def __init__(self, path: Path | str):
-        """Raises CheckpointError if the directory is not a complete checkpoint."""
-        self.path = Path(path)
+    def __init__(self, path: Location | str):
+        """path: of a directory, or a URL. Raises CheckpointError if that is not a complete checkpoint."""
+        self.path = locate(path)
         self.manifest: Manifest = read_manifest(self.path)
+        sizes = _sizes(self.path, self.manifest.files)
         for name, file in self.manifest.files.items():
-            try:
-                size = os.stat(self.path / name).st_size
-            except OSError:
-                raise CheckpointError(f"its file {name} is missing") from None
-            if size != file.size:
-                raise CheckpointError(f"its file {name} has {size} bytes instead of {file.size}")
+            if name not in sizes:
+                raise CheckpointError(f"its file {name} is missing")
+            if sizes[name] != file.size:
+                raise CheckpointError(f"its file {name} has {sizes[name]} bytes instead of {file.size}")
 
     @property
     def step(self) -> int:
@@ -76,10 +78,12 @@ class Checkpoint:
 
     def _digest(self, name: str) -> str:
         try:
-            with open(self.path / name, "rb") as file:
+            with (self.path / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise CheckpointError(f"its file {name} is missing") from None
         except OSError as error:
-            raise CheckpointError(f"its file {name} cannot be read ({error.strerror})") from None
+            raise StorageError(f"its file {name} cannot be read ({error.strerror or error})") from None
 
     def stored(self, name: str) -> StoredTensor:
         """Dtype, shape and parts of a tensor; CheckpointError if there is none of this name."""
@@ -118,23 +122,45 @@ class Checkpoint:
                     by_file.setdefault(source.file, []).append((source.key, source.box, common, part))
         for name, copies in by_file.items():
             try:
-                with safe_open(self.path / name, framework="pt", device="cpu") as file, torch.no_grad():
+                with open_tensors(self.path / name) as file, torch.no_grad():
                     for key, box, common, part in copies:
-                        whole = common == box
                         entry = file.get_slice(key)
                         if tuple(entry.get_shape()) != box.shape or entry.get_dtype() != DTYPE_NAMES[part.tensor.dtype]:
                             raise CheckpointError(f"{self.path / name} holds another tensor under {key} than its manifest says")
-                        data = file.get_tensor(key) if whole else entry[common.within(box).slices]
-                        part.tensor[common.within(part.box).slices].copy_(data)
+                        if common == box and isinstance(self.path, Path):
+                            part.tensor[common.within(part.box).slices].copy_(file.get_tensor(key))
+                            continue
+                        limit = most_at_once(self.path, part.tensor.element_size())
+                        for piece in common.split(limit or common.elements):
+                            part.tensor[piece.within(part.box).slices].copy_(entry[piece.within(box).slices])
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"cannot read {self.path / name}: {error}") from None
 
 
-def step_directory(directory: Path | str, step: int) -> Path:
-    return Path(directory) / f"step-{step:08d}"
+def _sizes(directory: Location, names: Iterable[str]) -> dict[str, int]:
+    """In bytes, of the files that are there."""
+    if not isinstance(directory, Path):
+        try:
+            return {name: stat.st_size for name, stat in directory.objects().items()}
+        except OSError as error:
+            raise StorageError(f"its files cannot be listed ({error})") from None
+    sizes = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            sizes[name] = os.stat(directory / name).st_size
+    return sizes
 
 
-def size_problem(path: Path) -> str | None:
+def step_of(name: str) -> int:
+    """The step of a checkpoint by one of the names that `finished` gives."""
+    return int(name.removeprefix("step-").removesuffix(".old"))
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def size_problem(path: Location) -> str | None:
     """Why this directory is not a complete checkpoint, judged by manifest and file sizes; None if it is."""
     try:
         Checkpoint(path)
@@ -143,7 +169,7 @@ def size_problem(path: Path) -> str | None:
     return None
 
 
-def finished(directory: Path) -> list[str]:
+def finished(directory: Location) -> list[str]:
     """Names of the checkpoints that a writer once finished, damaged since or not, the newest first.
 
     Of one step, the one with its final name comes before that which made room for it (`.old`). What carries any other name, above all
@@ -153,39 +179,47 @@ def finished(directory: Path) -> list[str]:
     return [name for _, _, name in sorted(((int(match[1]), match[2] is None, name) for match, name in found if match), reverse=True)]
 
 
-def latest(directory: Path | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest valid checkpoint under `directory` (`RUN/checkpoints`), or None.
+def latest(
+    directory: Location | str, *, verify: bool = True, report: Callable[[str], None] = print, newest: int | None = None
+) -> Checkpoint | None:
+    """The newest valid checkpoint under `directory` (`RUN/checkpoints`), or None. newest: consider none of a later step.
 
     Candidates are tried from the newest step down; each that is not valid is reported, by rank 0, with the reason.
     With a process group every rank calls this; they share the verification of the files and agree on the answer.
     verify: compare checksums, which reads every file; sizes are compared always.
+    Raises StorageError where an object store fails meanwhile: that says nothing about the checkpoint, and an older one would lose steps.
     """
-    directory = Path(directory)
+    directory = locate(directory)
     rank, size = rank_and_size()
     names = together(lambda: finished(directory) if rank == 0 else [], f"cannot look for checkpoints in {directory}")[0]
     for name in names:
+        if newest is not None and step_of(name) > newest:
+            continue
         checkpoint, problem = None, None
         try:
             checkpoint = Checkpoint(directory / name)
             if verify:
                 checkpoint.verify(sorted(checkpoint.manifest.files)[rank::size])
         except CheckpointError as error:
-            problem = f"{error} (rank {rank})" if size > 1 else str(error)
+            unreachable = isinstance(error, StorageError) and not isinstance(directory, Path)
+            problem = (f"{error} (rank {rank})" if size > 1 else str(error), unreachable)
         problems = [p for p in exchange(problem) if p]
         if not problems:
             return checkpoint
+        if gone := next((text for text, unreachable in problems if unreachable), None):
+            raise StorageError(f"cannot read checkpoint {directory / name}: {gone}: start the same command again when the store answers")
         if rank == 0:
-            report(f"Skipping checkpoint {directory / name}: {problems[0]}.")
+            report(f"Skipping checkpoint {directory / name}: {problems[0][0]}.")
     return None
 
 
-def open_checkpoint(path: Path | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint:
+def open_checkpoint(path: Location | str, *, verify: bool = True, report: Callable[[str], None] = print) -> Checkpoint:
     """The checkpoint meant by a path: a step's directory, or the newest valid one of a run's directory or its
     `checkpoints`.
 
     Raises CheckpointError if there is none.
     """
-    path = Path(path)
+    path = locate(path)
     if re.fullmatch(r"step-\d+(\.old)?", path.name):
         try:
             checkpoint = Checkpoint(path)

@@ -1,6 +1,6 @@
 """Host memory that takes a true copy of what a rank writes, so that training may go on while the copy is written.
 
-One buffer a rank, as large as its share of a checkpoint, kept from save to save; pinned where the tensors are on a GPU, which then copies at the
+A rank keeps memory for one copy of its share of a checkpoint from save to save; pinned where the tensors are on a GPU, which then copies at the
 speed of the bus. There is never a second one: the next save waits until this one's files are on the disk.
 """
 
@@ -16,6 +16,7 @@ from train.checkpoint.ranks import exchange
 
 SHARE = 0.5  # of a host's free memory that copies may take by themselves; data loading and page cache live from the rest
 ALIGNMENT = 64  # bytes
+BLOCK = 1 << 30  # bytes: torch hands pinned memory out in powers of two, so that one large block could take twice its size
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -23,22 +24,26 @@ class Staging:
     """`copy` overwrites what the copy before it held."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._blocks: list[Tensor] = []
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Contiguous copies of these values in host memory; complete when it returns."""
-        offsets, size = [], 0
+        sizes: list[int] = []  # of blocks
+        places = []
         for tensor in tensors:
-            offsets.append(size)
-            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            room = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            if not sizes or sizes[-1] + room > BLOCK:
+                sizes.append(0)
+            places.append((len(sizes) - 1, sizes[-1]))
+            sizes[-1] += room
         on_gpu = any(tensor.is_cuda for tensor in tensors)
-        if size > self._buffer.numel():
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one is given back first
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        if sizes != [block.numel() for block in self._blocks]:
+            self._blocks = []  # the old ones are given back first
+            self._blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for size in sizes]
         copies = []
         with torch.no_grad():
-            for offset, tensor in zip(offsets, tensors, strict=True):
-                copy = self._buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for (block, offset), tensor in zip(places, tensors, strict=True):
+                copy = self._blocks[block][offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 copies.append(copy.copy_(tensor, non_blocking=True))
         if on_gpu:
             torch.cuda.synchronize()

@@ -50,9 +50,9 @@ def export(checkpoint: Checkpoint, to: Path, *, shard_bytes: int = SHARD_BYTES) 
         files.append(_write(to / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}))
     tokenizer = run_dir_of(checkpoint) / "tokenizer"
     end_of_document = None
-    for source in sorted(tokenizer.glob("*")) if tokenizer.is_dir() else ():
-        (to / source.name).write_bytes(source.read_bytes())
-        files.append(to / source.name)
+    for name in sorted(source.name for source in tokenizer.glob("*")) if tokenizer.is_dir() else ():
+        (to / name).write_bytes((tokenizer / name).read_bytes())
+        files.append(to / name)
     facts = tokenizer / "facts.json"
     if facts.exists():
         end_of_document = json.loads(facts.read_text())["end_of_document"]

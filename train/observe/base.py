@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.remote import Location
+from train.observe.incident_settings import IncidentsConfig, ReplicasConfig
+
 Metrics = Mapping[str, float | int]
 
 
@@ -44,6 +47,23 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class StragglersConfig:
+    """When a rank counts as slow, see `train.stragglers`."""
+
+    ratio: float = 1.3
+    """Own time of the slowest rank over that of the median one, above which it is slow."""
+    steps: int = 5
+    """Logged steps in a row that the same rank is slow, after which there is an alert; 0: none."""
+
+    def validate(self) -> None:
+        """Raises ValueError, in one sentence, for a value that cannot be used."""
+        if not self.ratio > 1:
+            raise ValueError(f"monitor.stragglers.ratio={self.ratio} must be above 1: use for instance 1.3")
+        if self.steps < 0:
+            raise ValueError(f"monitor.stragglers.steps={self.steps} is negative: use 0 for no alert, or for instance 5")
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     """The recipe's `monitor` group."""
 
@@ -54,11 +74,21 @@ class MonitorConfig:
     wandb_entity: str | None = None
     """User or team the W&B run belongs to; null: the account's default."""
     wandb_timeout_seconds: float = 60.0
-    """Seconds W&B may keep a run waiting, at its start and at its end."""
+    """Seconds W&B may keep the end of a run waiting; a start is given up and tried again after as many."""
+    wandb_artifacts: bool = False
+    """Name each checkpoint to W&B as an artifact that says where it lies (its path or URL is sent; its bytes are neither read nor sent)."""
+    wandb_report: bool = False
+    """Draw the whole report when the run finishes and show it in W&B too; false: only the picture of the losses."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, below <run>/tensorboard."""
     picture: bool = True
     """Draw <run>/report/loss.png when the run ends."""
+    incidents: IncidentsConfig = field(default_factory=IncidentsConfig)
+    """Numbers that go wrong, and what is done about them."""
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    """The comparison of what several ranks hold."""
+    stragglers: StragglersConfig = field(default_factory=StragglersConfig)
+    """Ranks that are slower than the others."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     """Health of quantisation, measured every so many steps."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -76,6 +106,9 @@ class MonitorConfig:
             raise ValueError(
                 f"monitor.wandb_timeout_seconds={self.wandb_timeout_seconds} must lie above 0 and within a day: use for instance 60"
             )
+        self.incidents.validate()
+        self.replicas.validate()
+        self.stragglers.validate()
         if self.quantization.every < 0:
             raise ValueError(f"monitor.quantization.every={self.quantization.every} is negative: use 0 for never, or for instance 50")
         if self.profile.start < 1:
@@ -98,12 +131,29 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """Where a branch comes from.
+
+    run_dir: of the run it left; checkpoint: the one it began at, after `step` steps; wandb_id: of that run, where it has one; changes: {key: [the
+    parent's value, the branch's]}.
+    """
+
+    run_dir: str
+    checkpoint: str
+    step: int
+    wandb_id: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What is known about a run before its first step.
 
     `step` is the last step already done (0 for a new run); `tokens_per_step` counts the tokens of one global batch;
     `description` holds lines for a person (data, layout, device); `precision_table` is the text of
-    `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack.
+    `train.precision_table.PrecisionTable`; `layers` names the mixer of each layer of the main stack;
+    `facts` are those of `train.run_facts`: layout, plan, code; `parent` is
+    that of a branch.
     """
 
     recipe: dict[str, Any]
@@ -117,6 +167,8 @@ class RunInfo:
     description: tuple[str, ...] = ()
     precision_table: str = ""
     layers: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +206,7 @@ class Observer:
         """A logged step (every `train.log_every` steps)."""
 
     def on_skipped(self, step: int, grad_norm: float) -> None:
-        """A step that was not taken, because its gradients were not finite."""
+        """A step that was not taken, because its loss or gradients were not finite."""
 
     def on_alert(self, alert: Alert) -> None:
         """Something happened that a person should know of at once."""
@@ -165,7 +217,7 @@ class Observer:
     def on_evaluation(self, metrics: Metrics) -> None:
         """An evaluation: `step`, `tokens`, and what the evaluators measured, such as `eval/loss`."""
 
-    def on_checkpoint(self, step: int, path: Path) -> None: ...
+    def on_checkpoint(self, step: int, path: Location) -> None: ...
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The run finished, or stopped in good order. `summary` may hold `step`, `tokens`, `eval/loss`, `baseline/trigram`, `seconds`,

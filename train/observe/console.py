@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
+from train.checkpoint.remote import Location
+from train.goodput import summary_line
 from train.observe.base import Alert, Metrics, Observer, RunInfo
 from train.observe.lines import beside, count, duration, evaluation_line, loss_text, recipe_lines, step_column, step_line
 from train.observe.picture import LossPicture
@@ -94,7 +95,9 @@ class Console(Observer):
         self.say(step_line(metrics, self._run.total_steps, self._seconds_left(step)))
 
     def on_skipped(self, step: int, grad_norm: float) -> None:
-        self.say(f"step {step}: gradients are not finite (norm {grad_norm}); no weight was changed, the step's samples are passed over")
+        self.say(
+            f"step {step}: loss or gradients are not finite (norm {grad_norm}); no weight was changed, the step's samples are passed over"
+        )
 
     def on_alert(self, alert: Alert) -> None:
         self.say(f"{step_column({'step': alert.step}, self._run)}  ALERT ({alert.kind}): {alert.text}")
@@ -107,7 +110,7 @@ class Console(Observer):
         self._evaluated.update(metrics)
         self.say(evaluation_line(metrics, self._run))
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
+    def on_checkpoint(self, step: int, path: Location) -> None:
         self.say(f"{step_column({'step': step}, self._run)}  checkpoint {path}")
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -134,6 +137,8 @@ class Console(Observer):
         last = {**self._evaluated, **summary}
         if "eval/loss" in last:
             self.say(f"  validation loss  {loss_text(last)}{beside(last)}")
+        if (line := summary_line(last)) is not None:
+            self.say(f"  goodput          {line}")
         if self._picture is not None and self._picture.path is not None:
             self.say(f"  loss curves      {self._picture.path}")
         self.say(f"  run directory    {run.run_dir}")

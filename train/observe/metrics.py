@@ -2,16 +2,17 @@
 
 Each line is written and flushed whole, so a killed run loses at most the line being written. An evaluation joins the
 line of its step. JSON has no NaN or infinity: a non-finite number is written as the string "NaN", "Infinity" or
-"-Infinity", which `float` reads back. A run resumed at step s keeps the lines up to s and drops the rest: the file is
-always one series with rising steps.
+"-Infinity", which `float` reads back. A run resumed at step s keeps the lines up to s and drops the rest, and so does
+one that goes back to a checkpoint: the file is always one series with rising steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,16 +76,22 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile(Observer):
-    """Writes <run>/metrics.jsonl."""
+    """Writes <run>/metrics.jsonl.
+
+    A line that could not be written whole (a full disk) leaves the file as it was and is kept, with those that follow: the next moment tries
+    again, so that the series has no hole when there is room again.
+    """
 
     def __init__(self) -> None:
+        self._path: Path | None = None
         self._file: BinaryIO | None = None
-        self._last: dict[str, Any] = {}
-        self._last_offset = 0
+        self._rows: list[dict[str, Any]] = []  # the last one, which an evaluation may join, behind those that could not be written yet
+        self._written = b""  # what the file holds of them
+        self._start = 0  # where they begin
 
     def on_start(self, run: RunInfo) -> None:
         run.run_dir.mkdir(parents=True, exist_ok=True)
-        path = run.run_dir / FILE_NAME
+        path = self._path = run.run_dir / FILE_NAME
         kept: list[dict[str, Any]] = []
         if path.exists():
             try:
@@ -92,6 +99,20 @@ class MetricsFile(Observer):
             except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}): restore or remove it before resuming") from None
             kept = [entry for entry in entries if entry["step"] <= run.step]
+        self._begin_with(kept)
+
+    def on_rewind(self, step: int, to: int) -> None:
+        if self._path is not None:
+            waiting = [row for row in self._rows if row["step"] <= to]
+            self.close()
+            before = [entry for entry in decode_lines(self._path.read_bytes()) if entry["step"] <= to]
+            known = {entry["step"] for entry in before}
+            self._begin_with([*before, *(row for row in waiting if row["step"] not in known)])
+
+    def _begin_with(self, kept: Sequence[dict[str, Any]]) -> None:
+        """Goes on behind these lines, which alone stay in the file."""
+        assert self._path is not None
+        path = self._path
         lines = [encode_line(entry) for entry in kept]
         temporary = path.with_name(path.name + ".new")
         with temporary.open("wb") as file:
@@ -100,9 +121,9 @@ class MetricsFile(Observer):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._file = path.open("r+b", buffering=0)
-        self._file.seek(0, os.SEEK_END)
-        self._last = kept[-1] if kept else {}
-        self._last_offset = self._file.tell() - (len(lines[-1]) if lines else 0)
+        self._rows = list(kept[-1:])
+        self._written = b"".join(lines[-1:])
+        self._start = path.stat().st_size - len(self._written)
 
     def on_step(self, metrics: Metrics) -> None:
         self._write(metrics)
@@ -115,19 +136,40 @@ class MetricsFile(Observer):
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            try:
+                self._flush()
+            finally:
+                self._file.close()
+                self._file = None
 
     def _write(self, metrics: Metrics) -> None:
         if self._file is None:
             raise RuntimeError("MetricsFile was not started: call on_start first")
-        entry = dict(metrics)
-        if self._last.get("step") == entry["step"]:
-            entry = {**self._last, **entry}
-            self._file.seek(self._last_offset)
+        if self._rows and self._rows[-1]["step"] == metrics["step"]:
+            self._rows[-1] = {**self._rows[-1], **metrics}
         else:
-            self._last_offset = self._file.seek(0, os.SEEK_END)
-        # One write of the whole line: a merged line is only ever longer than the one it replaces.
-        self._file.write(encode_line(entry))
+            self._rows.append(dict(metrics))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Writes what waits; raises OSError, and leaves the file as it was, where it does not fit."""
+        lines = [encode_line(row) for row in self._rows]
+        content = b"".join(lines)
+        if content != self._written:
+            try:
+                same = len(self._written) if content.startswith(self._written) else 0
+                self._put(content, same)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._put(self._written)  # its blocks are taken already
+                raise
+        self._rows, self._written = self._rows[-1:], b"".join(lines[-1:])
+        self._start += len(content) - len(self._written)
+
+    def _put(self, content: bytes, done: int = 0) -> None:
+        """Makes this the end of the file, of which `done` bytes are there; one write, where the system takes it whole."""
+        assert self._file is not None
+        self._file.seek(self._start + done)
+        while done < len(content):
+            done += self._file.write(content[done:])
         self._file.truncate()
-        self._last = entry

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.remote import Location
 from train.observe.base import OBSERVERS, Alert, Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.console import Console
 from train.observe.facts import FactsFile
@@ -28,14 +29,14 @@ class Observers(Observer):
 
     An observer that raises is reported in one line, and the others hear of the moment all the same. One that cannot even start is left out
     from then on; any other is told of the next moment as usual, because a disk that was full may have room again, and the same complaint is
-    said once. `close` reaches every observer, once. say: receives the lines.
+    said once until it works again. `close` reaches every observer, once. say: receives the lines.
     """
 
     def __init__(self, observers: Sequence[Observer], say: Callable[[str], None] = _to_stderr) -> None:
         self.observers = tuple(observers)
         self._say = say
         self._silent: set[Observer] = set()
-        self._said: dict[Observer, str] = {}
+        self._failing: dict[Observer, dict[str, str]] = {}  # by moment, why
         self._closed = False
 
     def on_start(self, run: RunInfo) -> None:
@@ -62,7 +63,7 @@ class Observers(Observer):
     def on_evaluation(self, metrics: Metrics) -> None:
         self._tell("on_evaluation", lambda observer: observer.on_evaluation(metrics))
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
+    def on_checkpoint(self, step: int, path: Location) -> None:
         self._tell("on_checkpoint", lambda observer: observer.on_checkpoint(step, path))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -100,14 +101,18 @@ class Observers(Observer):
                 if moment == "on_start":
                     self._silent.add(observer)
                 self._report(observer, moment, error)
+            else:
+                self._failing.get(observer, {}).pop(moment, None)
 
     def _report(self, observer: Observer, moment: str, error: Exception) -> None:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         consequence = "the run goes on without it" if moment == "on_start" else "the run goes on"
         line = f"observer {type(observer).__name__} failed in {moment} ({type(error).__name__}: {reason}): {consequence}"
-        if self._said.get(observer) == line:
+        failing = self._failing.setdefault(observer, {})
+        known = reason in failing.values()
+        failing[moment] = reason
+        if known:
             return
-        self._said[observer] = line
         try:
             self._say(line)
         except Exception:  # the console may be the one that fails
@@ -115,17 +120,15 @@ class Observers(Observer):
                 _to_stderr(line)
 
 
-def open_observers(config: MonitorConfig, draw: Callable[[Path], Path]) -> Observers:
-    """The observers of one run; call on rank 0 only (other ranks use `Observers(())`). draw: see `LossPicture`.
+def open_observers(config: MonitorConfig, draw: Callable[[Path], Path], draw_report: Callable[[Path], Path] | None = None) -> Observers:
+    """The observers of one run; call on rank 0 only (other ranks use `Observers(())`). draw: see `LossPicture`; draw_report: see `WandbObserver`.
 
-    The order is that of the last moment: the metrics file is complete before the picture is drawn from it, and the
-    console speaks last.
+    The order is that of the last moment: the metrics file is complete before the picture is drawn from it, W&B is sent both, and the console
+    speaks last.
     """
     picture = LossPicture(draw) if config.picture else None
     console = Console(picture)
     chosen: list[Observer] = [MetricsFile(), FactsFile(), IncidentsFile()]
-    if config.wandb != "disabled":
-        chosen.append(WandbObserver(config, say=console.say))
     if config.tensorboard:
         chosen.append(TensorBoard())
     if config.profile.steps:
@@ -134,5 +137,7 @@ def open_observers(config: MonitorConfig, draw: Callable[[Path], Path]) -> Obser
     if picture is not None:
         picture.say = console.say
         chosen.append(picture)
+    if config.wandb != "disabled":
+        chosen.append(WandbObserver(config, console.say, draw_report))
     chosen.append(console)
     return Observers(chosen, say=console.say)

@@ -22,6 +22,11 @@ _SECRET_NAME = re.compile(
 _SECRET_VARIABLE = re.compile(
     r"(api_?key|access_?key|private_?key|secret|(^|_)token$|password|passwd|passphrase|credential)", re.IGNORECASE
 )
+_SECRET_SETTING = re.compile(
+    r"([\w.\-]*(?:api_?key|access_?key|private_?key|secret_?key|secret|(?<![a-z])token|password|passwd|passphrase|credentials?)=)"
+    r"(\"[^\"]*\"|'[^']*'|[^\s,;)\]}'\"]+)",
+    re.IGNORECASE,
+)
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _SHORTEST_SECRET = 8  # characters; shorter values of such variables ("1", "none") are words that may stand anywhere
 
@@ -38,8 +43,8 @@ def without_secrets(recipe: Mapping[str, Any], environment: Mapping[str, str] | 
 
 
 def redacted(text: str) -> str:
-    """A line for a person without the secrets of this process's environment and of URLs."""
-    return str(without_secrets({"line": text})["line"])
+    """A line for a person without the secrets of this process's environment, of URLs, and of settings (`x.api_key=...`) it repeats."""
+    return _SECRET_SETTING.sub(rf"\1{REMOVED}", str(without_secrets({"line": text})["line"]))
 
 
 def _clean(key: str, value: Any, secrets: list[str]) -> Any:

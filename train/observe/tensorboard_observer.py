@@ -7,11 +7,11 @@ logged behind its last checkpoint disappears, and there is one curve. Needs the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from train.checkpoint.remote import Location
 from train.observe.base import Metrics, Observer, RunInfo
 from train.observe.redact import without_secrets
 
@@ -40,7 +40,7 @@ class TensorBoard(Observer):
     def on_evaluation(self, metrics: Metrics) -> None:
         self._write(metrics)
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
+    def on_checkpoint(self, step: int, path: Location) -> None:
         if self._writer is not None:
             self._writer.flush()  # a run resumed from here writes what follows
 

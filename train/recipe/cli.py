@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -30,10 +30,10 @@ from omegaconf.errors import OmegaConfBaseException
 from parallel.layout import world_size
 from train.recipe.guard import check_directory, check_hydra, forbid_environment
 from train.recipe.help import help_text
-from train.recipe.load import RECIPES, plain_values, read_recipe, store_base
+from train.recipe.load import RECIPES, plain_values, ranks_of_cluster, read_recipe, store_base
 from train.recipe.reading import RecipeError
 from train.recipe.sentences import one_sentence
-from train.recipe.sweep import Sweep, shared_directory
+from train.recipe.sweep import Job, Sweep, shared_directory
 from train.recipe.tree import Recipe
 from train.refusal import refuse
 
@@ -56,14 +56,15 @@ def main(
     module: str,
     arguments: Sequence[str] | None = None,
     *,
-    ranks: int | Literal["started", "fewest"] = "started",
+    ranks: int | Literal["started", "fewest", "cluster"] = "started",
     trains: bool = False,
+    each: Callable[[Job, Recipe], None] | None = None,
 ) -> int:
     """Composes the recipe, validates it and calls `run`; returns the exit status (2: the recipe or the command line is wrong).
 
     module: the command's name for the processes of a sweep, as in `python -m MODULE`. ranks: on which the recipe is to run: those that were
-    started, or a number of them, or the fewest it fits, for a recipe that is only looked at. trains: `run` trains, so that a sweep skips
-    what is finished.
+    started, or a number of them, or the fewest it fits, for a recipe that is only looked at, or those of its `cluster`. trains: `run` trains, so
+    that a sweep skips what is finished. each: called for every job of a sweep, instead of a process that does it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     store_base()
@@ -71,8 +72,14 @@ def main(
     # argparse takes positional arguments from one place only, and people write options after overrides too.
     overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
     options = [a for a in arguments if a not in overrides]
+    number: int | None = None
+
+    def read(values: dict[str, Any]) -> Recipe:
+        return read_recipe(values, ranks_of_cluster(values) if ranks == "cluster" else number)
+
+    hand_on = None if each is None else lambda job, values: each(job, read(values))
     directory = _config_directory(options)
-    sweep = Sweep(module, overrides, directory, trains=trains)
+    sweep = Sweep(module, overrides, directory, trains=trains, each=hand_on)
 
     def task(config: DictConfig) -> None:
         nonlocal status
@@ -80,7 +87,7 @@ def main(
             sweep.run_job(config)
             return
         try:
-            status = run(read_recipe(plain_values(config), number))
+            status = run(read(plain_values(config)))
         except RecipeError as error:  # Hydra would print a line of its own around an exception
             status = refuse(str(error))
 
@@ -94,7 +101,7 @@ def main(
     if {"-m", "--multirun"} & set(options) and (shared := shared_directory(overrides)) is not None:
         return refuse(f"{shared} would be the run directory of every job of the sweep: leave it out, each job gets one of its own")
     try:
-        number = world_size() if ranks == "started" else None if ranks == "fewest" else ranks
+        number = world_size() if ranks == "started" else ranks if isinstance(ranks, int) else None
     except ValueError as error:
         return refuse(str(error))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed

@@ -1,5 +1,7 @@
 """The hardware profiles of recipes/cluster, and which of them a run is on."""
 
+from typing import Any
+
 import yaml
 
 from parallel.cluster import ClusterConfig, matching
@@ -9,7 +11,17 @@ from train.recipe.reading import read
 
 def profiles() -> list[ClusterConfig]:
     """Every recipes/cluster/*.yaml."""
-    return [read(ClusterConfig, yaml.safe_load(path.read_text()), "cluster") for path in sorted((RECIPES / "cluster").glob("*.yaml"))]
+    return [read(ClusterConfig, _values(path.stem), "cluster") for path in sorted((RECIPES / "cluster").glob("*.yaml"))]
+
+
+def _values(name: str) -> dict[str, Any]:
+    """Of a profile, over those its `defaults` name, as Hydra composes them."""
+    own = yaml.safe_load((RECIPES / "cluster" / f"{name}.yaml").read_text())
+    values: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        if base != "_self_":
+            values |= _values(base)
+    return {**values, **own}
 
 
 def profile(config: ClusterConfig, device: str) -> ClusterConfig | None:

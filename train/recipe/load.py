@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from parallel.cluster import ClusterConfig
 from train.recipe.guard import check_interpolations
 from train.recipe.microbatch import automatic_micro_batch_size
 from train.recipe.reading import RecipeError, defaults, read
@@ -80,6 +81,14 @@ def read_recipe(values: Mapping[str, Any], world_size: int | None) -> Recipe:
     except ValueError as error:
         raise RecipeError(str(error)) from None
     return recipe
+
+
+def ranks_of_cluster(values: Mapping[str, Any]) -> int:
+    """Of a run on all nodes of its `cluster`. Raises RecipeError where it does not say how many ranks that are."""
+    try:
+        return read(ClusterConfig, values.get("cluster", {}), "cluster").ranks
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _micro_batch_size(recipe: Recipe, ranks: int) -> int:

@@ -4,7 +4,7 @@ Steps that were taken stay what they were, so a change is allowed when nothing t
 
     freely          where a run lies, what watches it, how it is laid out over ranks and microbatches, when it saves and evaluates
     conditionally   its length and what depends on it: where every step done keeps its learning rate, its formats and its samples
-    on purpose      keys of the optimizer that run.allow names, from the next step on
+    on purpose      keys of the optimizer, and data.phases, that run.allow names: from the next step on
     never           everything else: it describes the computation that is being continued
 """
 
@@ -13,12 +13,12 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from data.config import PhaseConfig
 from model.count import linear_modules
 from train.duration import Duration
 from train.evaluation.base import EVALUATORS
 from train.observe.redact import without_secrets
 from train.optimizer import learning_rate
+from train.recipe.phases import PHASES, going_on
 from train.recipe.reading import RecipeError, flatten, plain, read
 from train.recipe.tree import ALLOWABLE, Recipe
 
@@ -40,7 +40,6 @@ FREELY = (
 )
 LENGTH = ("train.steps", "train.tokens")
 SCHEDULE = ("optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.warmup", "optimizer.decay", "optimizer.decay_style")
-PHASES = "data.phases"
 DURATIONS = ("optimizer.warmup", "optimizer.decay", "checkpoint.every", "checkpoint.keep_every", "run.stop_after")
 
 
@@ -49,12 +48,8 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int) -> dict[s
 
     A key that the stored recipe does not know has had its default. Raises RecipeError, in one sentence, for what may not change.
     """
-    # What measured the run is not needed to go on with it, so it need not be registered any more.
-    measured = {key: value for key, value in (stored.get("evaluation") or {}).items() if key in ("evaluators", *EVALUATORS)}
-    try:
-        old = read(Recipe, {**stored, "evaluation": measured})
-    except RecipeError as error:
-        raise RecipeError(f"the recipe stored in {recipe.run_dir} cannot be read ({error}): choose another run.dir") from None
+    old = _read(stored, recipe)
+    recipe = _with_phases(old, recipe, done)
     before, after = (dict(flatten(without_secrets(plain(which)))) for which in (old, recipe))  # secrets were not stored
     changes = {
         key: (before.get(key), after.get(key))
@@ -69,8 +64,6 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int) -> dict[s
                 f"{key}={now!r} differs from {was!r}, with which the run in {recipe.run_dir} began: set it back to continue that run{hint}, "
                 "or choose another run.dir for a new one"
             )
-    if PHASES in changes:
-        _keep_samples(old, recipe, done)
     if recipe.total_steps < done:
         raise RecipeError(
             f"the run in {recipe.run_dir} has done {done} steps, more than the {recipe.total_steps} of {_length(recipe)}: train longer"
@@ -80,9 +73,37 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int) -> dict[s
     return changes
 
 
+def continued(stored: Mapping[str, Any], recipe: Recipe, done: int) -> Recipe:
+    """The recipe as the run goes on with it after `done` steps: data.phases that run.allow names take over where reading stopped.
+
+    Raises RecipeError, in one sentence, for phases that are not allowed.
+    """
+    return _with_phases(_read(stored, recipe), recipe, done)
+
+
 def lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """`key: old -> new` for a person."""
     return [f"{key}: {was} -> {now}" for key, (was, now) in changes.items()]
+
+
+def _read(stored: Mapping[str, Any], recipe: Recipe) -> Recipe:
+    # What measured the run is not needed to go on with it, so it need not be registered any more.
+    measured = {key: value for key, value in (stored.get("evaluation") or {}).items() if key in ("evaluators", *EVALUATORS)}
+    try:
+        return read(Recipe, {**stored, "evaluation": measured})
+    except RecipeError as error:
+        raise RecipeError(f"the recipe stored in {recipe.run_dir} cannot be read ({error}): choose another run.dir") from None
+
+
+def _with_phases(old: Recipe, recipe: Recipe, done: int) -> Recipe:
+    samples, length = done * recipe.train.global_batch_size, recipe.train.sequence_length
+    phases = going_on(old.data.phases, recipe.data.phases, samples, length, PHASES in recipe.run.allow)
+    if phases is None:
+        raise RecipeError(
+            f"data.phases differ from those of the run in {recipe.run_dir} within the {samples} samples its {done} steps have read: append a phase "
+            f"behind them, let these phases take over from the next step on with run.allow=[{PHASES}], or {_elsewhere(recipe)}"
+        )
+    return recipe if phases == recipe.data.phases else replace(recipe, data=replace(recipe.data, phases=phases))
 
 
 def _same_length(key: str, before: Mapping[str, Any], after: Mapping[str, Any], old: Recipe, recipe: Recipe) -> bool:
@@ -102,7 +123,8 @@ def _elsewhere(recipe: Recipe) -> str:
 
 def _keep_learning_rates(old: Recipe, recipe: Recipe, done: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
     """Raises where a step done would have had another learning rate, except by keys that run.allow names."""
-    kept = {name: getattr(old.optimizer, name) for key in recipe.run.allow if (name := key.removeprefix("optimizer."))}
+    named = (key.removeprefix("optimizer.") for key in recipe.run.allow if key.startswith("optimizer."))
+    kept = {name: getattr(old.optimizer, name) for name in named}
     compared = replace(recipe.optimizer, **kept)
     for step in range(done):
         was = learning_rate(old.optimizer, step, old.total_steps, old.tokens_per_step)
@@ -140,25 +162,3 @@ def _changes_of(times: list[float], total_steps: int, done: int) -> Iterator[int
         step = next((s for s in range(max(0, int(time * total_steps) - 1), total_steps + 1) if s / total_steps >= time), total_steps)
         if step < done:
             yield step
-
-
-def _keep_samples(old: Recipe, recipe: Recipe, done: int) -> None:
-    """Raises where a step done would have read other samples."""
-    samples, length = done * recipe.train.global_batch_size, recipe.train.sequence_length
-    if _used(old.data.phases, samples, length) != _used(recipe.data.phases, samples, length):
-        raise RecipeError(
-            f"data.phases differ from those of the run in {recipe.run_dir} within the {samples} samples its {done} steps have read: change only what "
-            f"lies behind them (append a phase), or {_elsewhere(recipe)}"
-        )
-
-
-def _used(phases: tuple[PhaseConfig, ...], samples: int, length: int) -> list[tuple[object, int]]:
-    """(blend, samples read) of every phase that has begun."""
-    used: list[tuple[object, int]] = []
-    for phase in phases:
-        if samples <= 0:
-            break
-        whole = samples if phase.tokens is None else -(-phase.tokens // length)
-        used.append((phase.blend, min(whole, samples)))
-        samples -= whole
-    return used

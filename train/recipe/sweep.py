@@ -8,8 +8,10 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
@@ -26,12 +28,30 @@ from train.refusal import refuse
 from train.signals import StopRequested
 
 
+@dataclass(frozen=True)
+class Job:
+    """One combination. arguments: of `python -m train`."""
+
+    recipe: str
+    run_dir: Path
+    arguments: tuple[str, ...]
+
+
 class Sweep:
     """The jobs of one command line. module: as in `python -m MODULE`. overrides: of the whole sweep; those that vary name the run directories.
-    options: for every job. trains: its jobs are runs, which may be finished already."""
+    options: for every job. trains: its jobs are runs, which may be finished already. each: called for every
+    job with its recipe's values, instead of a process that does it; then there is nothing to sum up."""
 
-    def __init__(self, module: str, overrides: Sequence[str], options: Sequence[str] = (), *, trains: bool = False):
-        self.module, self.options, self.trains = module, tuple(options), trains
+    def __init__(
+        self,
+        module: str,
+        overrides: Sequence[str],
+        options: Sequence[str] = (),
+        *,
+        trains: bool = False,
+        each: Callable[[Job, dict[str, Any]], None] | None = None,
+    ):
+        self.module, self.options, self.trains, self.each = module, tuple(options), trains, each
         self.overrides = tuple(overrides)
         self.jobs = 0
         self.failed: list[str] = []
@@ -46,7 +66,8 @@ class Sweep:
             label = "__".join(_plain_name(o) for o in overrides if o.split("=", 1)[0] in self._varied(hydra_config))
             given = [f"runs/{recipe}-sweep/{label or 'job'}"]
             overrides.append(f"run.dir={given[0]}")
-        if not self._train(recipe, overrides, Path(given[-1]), config):
+        job = Job(recipe, Path(given[-1]), (*self.options, "-cn", recipe, *overrides))
+        if not self._train(job, config):
             self.failed.append(" ".join(hydra_config.overrides.task))
 
     def finish(self) -> int:
@@ -57,6 +78,8 @@ class Sweep:
             text = path.read_text()
             if (clean := redacted(text)) != text:
                 path.write_text(clean)
+        if self.each is not None:
+            return 1 if self.failed else 0
         print(f"sweep: {self.jobs} job{'s' * (self.jobs > 1)}, {self.jobs - len(self.failed)} finished, {len(self.failed)} failed")
         for job in self.failed:
             print(f"  failed: {job}")
@@ -67,21 +90,24 @@ class Sweep:
         parsed = OverridesParser.create().parse_overrides([*named, *self.overrides])
         return {override.key_or_group for override in parsed if override.is_sweep_override()}
 
-    def _train(self, recipe: str, overrides: Sequence[str], run_dir: Path, config: DictConfig) -> bool:
-        """True when the job finished, now or in an earlier sweep."""
+    def _train(self, job: Job, config: DictConfig) -> bool:
+        """True when the job finished, now or in an earlier sweep, or was handed on."""
         try:
-            if self.trains and _is_finished(config, run_dir):
-                print(f"sweep: {run_dir} is finished, skipped")
+            if self.trains and _is_finished(config, job.run_dir):
+                print(f"sweep: {job.run_dir} is finished, skipped")
+                return True
+            if self.each is not None:
+                self.each(job, _values(config, job.run_dir))
                 return True
         except RecipeError as error:
             refuse(str(error))
             return False
-        print(f"sweep: {run_dir}", flush=True)
-        with subprocess.Popen([sys.executable, "-m", self.module, *self.options, "-cn", recipe, *overrides]) as job:
+        print(f"sweep: {job.run_dir}", flush=True)
+        with subprocess.Popen([sys.executable, "-m", self.module, *job.arguments]) as process:
             try:
-                return job.wait() == 0
+                return process.wait() == 0
             except StopRequested:  # the sweep ends with its job, which may finish its step and write a checkpoint
-                job.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGTERM)
                 raise
 
 
@@ -94,14 +120,18 @@ def shared_directory(overrides: Sequence[str]) -> str | None:
     return next((str(o.input_line) for o in parsed if not o.is_sweep_override()), None)
 
 
+def _values(config: DictConfig, run_dir: Path) -> dict[str, Any]:
+    values = plain_values(config)
+    values.setdefault("run", {})["dir"] = str(run_dir)
+    return values
+
+
 def _is_finished(config: DictConfig, run_dir: Path) -> bool:
     """Whether this very run is done. Raises RecipeError where another run lies in its directory."""
     marker, stored = run_dir / "finished.json", run_dir / "recipe.yaml"
     if not (marker.exists() and stored.exists()):
         return False
-    values = plain_values(config)
-    values.setdefault("run", {})["dir"] = str(run_dir)
-    recipe = read_recipe(values, None)
+    recipe = read_recipe(_values(config, run_dir), None)
     done = int(json.loads(marker.read_text())["step"])
     changed_keys(read_yaml(stored.read_bytes(), str(stored)), recipe, done)
     return done == recipe.total_steps

@@ -18,9 +18,12 @@ from train.evaluation import EvaluationConfig
 from train.observe import MonitorConfig
 from train.optimizer import OptimizerConfig
 
-ALLOWABLE = tuple(
-    f"optimizer.{name}"
-    for name in ("learning_rate", "min_learning_rate", "warmup", "decay", "decay_style", "weight_decay", "clip", "betas", "eps")
+ALLOWABLE = (
+    *(
+        f"optimizer.{name}"
+        for name in ("learning_rate", "min_learning_rate", "warmup", "decay", "decay_style", "weight_decay", "clip", "betas", "eps")
+    ),
+    "data.phases",
 )
 """What run.allow may name."""
 
@@ -37,8 +40,11 @@ class RunConfig:
     """Of initial weights, data order and random bits."""
     stop_after: Duration | None = None
     """End early, with a checkpoint, without changing the schedule; null: at the last step."""
+    parent: str | None = None
+    """The checkpoint of another run a branch begins at, weights, optimizer and step; set by train.branch; null: no branch."""
     allow: tuple[str, ...] = ()
-    """Keys of the optimizer that a run which goes on may change on purpose, from its next step on, as in [optimizer.learning_rate]."""
+    """Keys of the optimizer, or data.phases, that a run which goes on may change on purpose, from its next step on, as in
+    [optimizer.learning_rate]."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class CheckpointConfig:
     """Moments of the run, as in [50%, 2000steps], whose checkpoints are saved under that name, and stay for ever."""
     asynchronous: bool | Literal["auto"] = "auto"
     """Write beside the training, which waits only for a copy into host memory; auto: where that has room for the copy."""
+    storage: str | None = None
+    """Where checkpoints lie: a directory of this run alone, or an fsspec URL such as s3://bucket/runs/first; null: the run directory."""
     initialize_from: str | None = None
     """A run or checkpoint whose weights a new run starts from; null: random weights."""
 

@@ -1,6 +1,8 @@
 """The checks that need more than one group of a recipe."""
 
 from parallel.engines import check_engine
+from train.checkpoint.remote import is_url, url_problem
+from train.observe.redact import redacted
 from train.optimizer import check_optimizer
 from train.recipe.layout_checks import validate_layout
 from train.recipe.precision_checks import validate_precision
@@ -133,6 +135,8 @@ def _validate_optimizer(recipe: Recipe) -> None:
 
 def _validate_rest(recipe: Recipe) -> None:
     checkpoint, run = recipe.checkpoint, recipe.run
+    if checkpoint.storage is not None and is_url(checkpoint.storage) and (problem := url_problem(checkpoint.storage)):
+        raise ValueError(f"checkpoint.storage={redacted(checkpoint.storage)} {problem}")
     if checkpoint.keep is not None:
         _at_least("checkpoint.keep", checkpoint.keep, 1)
     for key, duration in (

@@ -96,6 +96,31 @@ def draw_gap(runs: Sequence[Series], path: Path) -> Path:
         return save(figure, path)
 
 
+def draw_mtp(runs: Sequence[Series], path: Path) -> Path:
+    """The losses of the MTP depths, one line a run and depth. Raises ValueError where none was logged."""
+    lines: list[Line] = []
+    for run in runs:
+        for key in run.keys("loss/mtp_"):
+            name = f"{run.name} " if len(runs) > 1 else ""
+            lines.append(_loss_line(run, key, f"{name}MTP {key.rpartition('_')[2]}", RUN_COLOURS[len(lines) % len(RUN_COLOURS)]))
+    if not lines:
+        raise ValueError("no run logged loss/mtp_*: there is nothing to draw")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(10, 4.2), layout="constrained")
+        draw_lines(axes, lines, clip=True)
+        axes.set_title("MTP losses (labels: mean of the last tenth of the steps)")
+        axes.set_ylabel("nats per token")
+        step_axis(axes, runs)
+        return save(figure, path)
+
+
+def draw_moe_balance(runs: Sequence[Series], path: Path) -> Path:
+    """The violation of the router's balance: the largest load of an expert over the mean, less 1."""
+    return _draw_metric(
+        runs, path, "moe/max_violation", "Largest load of an expert, over the mean", "max / mean - 1", bottom=0.0, digits="{:.2f}"
+    )
+
+
 def draw_speed(runs: Sequence[Series], path: Path) -> Path:
     """Tokens per second."""
     title = "Throughput"

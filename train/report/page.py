@@ -8,7 +8,8 @@ from pathlib import Path
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; }
-h2 { font-size: 1.25rem; margin: 2.2rem 0 .2rem; }
+h2 { font-size: 1.4rem; margin: 2.8rem 0 .2rem; border-bottom: 2px solid #222; }
+h3 { font-size: 1.15rem; margin: 1.8rem 0 .2rem; }
 p { margin: .2rem 0 .8rem; color: #555; }
 img { max-width: 100%; height: auto; border: 1px solid #e4e4e4; }
 .wide { overflow-x: auto; }
@@ -43,5 +44,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False
 def picture(title: str, reading: str, path: Path) -> str:
     """A PNG inside the page, under its title and the sentence that says how to read it."""
     image = base64.b64encode(path.read_bytes()).decode("ascii")
-    heading = f"<h2>{html.escape(title)}</h2><p>{html.escape(reading)}</p>"
-    return f'{heading}\n<img alt="{html.escape(title)}" src="data:image/png;base64,{image}">'
+    head = f"<h3>{html.escape(title)}</h3><p>{html.escape(reading)}</p>"
+    return f'{head}\n<img alt="{html.escape(title)}" src="data:image/png;base64,{image}">'
+
+
+def heading(title: str, reading: str) -> str:
+    """The head of a section, under which pictures stand."""
+    return f"<h2>{html.escape(title)}</h2><p>{html.escape(reading)}</p>"

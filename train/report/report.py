@@ -14,8 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.report.curves import draw_gap, draw_gradient_norms, draw_learning_rate, draw_losses, draw_mfu, draw_speed
+from train.report.branches import draw_branches, forks
+from train.report.curves import (
+    draw_gap,
+    draw_gradient_norms,
+    draw_learning_rate,
+    draw_losses,
+    draw_mfu,
+    draw_moe_balance,
+    draw_mtp,
+    draw_speed,
+)
 from train.report.drawing import RUN_COLOURS
+from train.report.goodput import draw_goodput
 from train.report.health import (
     draw_bias,
     draw_clipped,
@@ -25,10 +36,11 @@ from train.report.health import (
     draw_zero_gradients,
     draw_zero_scales,
 )
-from train.report.page import page, picture, table
+from train.report.page import heading, page, picture, table
+from train.report.sections import SECTIONS, section_of
 from train.report.series import Series, load_run
 from train.report.shares import draw_precision_shares
-from train.report.tables import differences, facts, keys, stored_recipe
+from train.report.tables import differences, facts, incident_rows, keys, stored_recipe
 from train.report.timing import draw_phases
 
 MOST_RUNS = len(RUN_COLOURS)
@@ -52,6 +64,7 @@ PICTURES = (
         "LM loss divided by the first run's at the same step; only steps that both runs logged.",
         draw_gap,
     ),
+    Picture("branches", "Gap of branches", "Faint: every step both logged; strong: running mean; band: of the dashed line.", draw_branches),
     Picture("precision", "Precision", "Linear layers only: fprop, dgrad and wgrad, experts at active FLOPs.",
             draw_precision_shares),
     Picture("sqnr", "Quantisation noise", "Of the first run that measured it; x_t, w_t, dy_t: blocks along the other dimension; grey: not quantised.",
@@ -62,10 +75,13 @@ PICTURES = (
     Picture("zero_scales", "Zero scales", "Blocks lost as a whole.", draw_zero_scales),
     Picture("zero_gradients", "Zero gradients", "After the first microbatch; experts without a token count, too.", draw_zero_gradients),
     Picture("residual", "Residual stream", "Where magnitudes grow, and behind which kind of layer.", draw_residual),
+    Picture("mtp", "MTP losses", "Of the token after the next one, and so on.", draw_mtp),
+    Picture("moe", "Balance of the experts", "Maximal load over the mean, less 1; 0 is balanced.", draw_moe_balance),
     Picture("grad_norm", "Gradient norm", "Before clipping.", draw_gradient_norms),
     Picture("learning_rate", "Learning rate", "As the optimizer used it.", draw_learning_rate),
     Picture("speed", "Speed", "Tokens of the global batch per second of wall time.", draw_speed),
     Picture("mfu", "Utilisation", "The time the step's matrix products would take at the hardware's peak, as a share of the step.", draw_mfu),
+    Picture("goodput", "Goodput", "Areas are seconds; grey columns: no process of the run existed.", draw_goodput),
     Picture("phases", "Time of a step", "Data: the step stood still until its batch was there.", draw_phases),
 )  # fmt: skip
 
@@ -78,8 +94,8 @@ def draw_loss_curve(run_dir: Path) -> Path:
     return draw_losses([load_run(run_dir)], Path(run_dir) / "report" / "loss.png")
 
 
-def write_report(run_dirs: Sequence[Path], to: Path) -> Path:
-    """Writes the pictures and `index.html` into `to`; returns the page.
+def write_report(run_dirs: Sequence[Path], to: Path, say: Callable[[str], None] = print) -> Path:
+    """Writes the pictures and `index.html` into `to`; returns the page. say: hears one line of every branch whose parent is there too.
 
     A picture whose metric no run logged is left out and named on the page. Raises ValueError, in one sentence, for no
     run, too many, one named twice, or one without metrics.
@@ -98,15 +114,32 @@ def write_report(run_dirs: Sequence[Path], to: Path) -> Path:
     drawn: list[tuple[Picture, Path]] = []
     missing: list[str] = []
     for one in PICTURES:
-        if one.name == "gap" and len(runs) == 1:
+        if (one.name == "gap" and len(runs) == 1) or (one.name == "branches" and not forks(runs)):
             continue
         try:
             drawn.append((one, one.draw(runs, to / f"{one.name}.png")))
         except ValueError as error:
             missing.append(f"{one.title}: {error}.")
+    for fork in forks(runs):
+        say(fork.line)
     index = to / "index.html"
-    index.write_text(_page(runs, [stored_recipe(run_dir) for run_dir in run_dirs], drawn, missing), encoding="utf-8")
+    index.write_text(
+        _page(runs, [stored_recipe(run_dir) for run_dir in run_dirs], drawn, missing, incident_rows(run_dirs, runs)), encoding="utf-8"
+    )
     return index
+
+
+def _sections(drawn: Sequence[tuple[Picture, Path]], incidents: Sequence[Sequence[str]]) -> list[str]:
+    """The pictures in their sections; those of no section come last."""
+    parts: list[str] = []
+    for section in (*SECTIONS, None):
+        shown = [picture(one.title, one.reading, path) for one, path in drawn if section_of(one.name) is section]
+        if section is not None and "incidents" in section.pictures:
+            shown.append(table(["time", "run", "step", "kind", ""], incidents, text=True) if incidents else "<p>None.</p>")
+        if shown:
+            parts.append(heading("Further pictures" if section is None else section.title, "" if section is None else section.reading))
+            parts += shown
+    return parts
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -123,6 +156,7 @@ def _page(
     recipes: Sequence[dict[str, Any]],
     drawn: Sequence[tuple[Picture, Path]],
     missing: Sequence[str],
+    incidents: Sequence[Sequence[str]],
 ) -> str:
     names = ", ".join(run.name for run in runs)
     parts = [
@@ -136,7 +170,8 @@ def _page(
         parts.append(table(["key", *keys(runs)], differing, text=True))
     elif len(runs) > 1 and all(recipes):
         parts.append("<p>The recipes are the same but for the run's name and directory.</p>")
-    parts += [picture(one.title, one.reading, path) for one, path in drawn]
+    parts += [f"<p>{html.escape(fork.line)}</p>" for fork in forks(runs)]
+    parts += _sections(drawn, incidents)
     if missing:
         parts.append("<h2>Not drawn</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in missing]

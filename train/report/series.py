@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from train.goodput import Start, read_starts
+from train.lineage import read_parent
 from train.observe.facts import read_facts
 from train.observe.metrics import read_metrics
 
@@ -22,6 +24,14 @@ class Series:
     baseline: float | None = None
     """Nats per token of a trigram count model on the validation text."""
     facts: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    """The run directory, without links."""
+    left: Path | None = None
+    """Of a branch: the directory of the run it left, without links."""
+    forked_at: int = 0
+    """Of a branch: the step after which."""
+    starts: Sequence[Start] = ()
+    """the processes of the run, and where their time went"""
 
     def of(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and finite values of a metric, both fp64 [n]."""
@@ -71,4 +81,14 @@ def load_run(run_dir: Path, name: str | None = None) -> Series:
     run_dir = Path(run_dir)
     entries = read_metrics(run_dir)
     facts = read_facts(run_dir)
-    return Series(name or run_dir.resolve().name, entries, facts.get("baseline/trigram"), facts)
+    parent = read_parent(run_dir)
+    return Series(
+        name or run_dir.resolve().name,
+        entries,
+        facts.get("baseline/trigram"),
+        facts,
+        starts=read_starts(run_dir),
+        path=run_dir.resolve(),
+        left=None if parent is None else Path(parent.run_dir).resolve(),
+        forked_at=0 if parent is None else parent.step,
+    )

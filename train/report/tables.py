@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from train.observe.incidents import read_incidents
 from train.observe.redact import without_secrets
 from train.recipe.guard import read_yaml
 from train.report.drawing import RUN_COLOURS
 from train.report.series import Series, final, gap
+
+_MOST_INCIDENTS = 100
 
 
 def keys(runs: Sequence[Series]) -> list[str]:
@@ -107,6 +110,16 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def incident_rows(run_dirs: Sequence[Path], runs: Sequence[Series]) -> list[list[str]]:
+    """Rows (time, run, step, kind, text) of what happened to the runs, oldest first; the last hundred."""
+    found = [
+        [str(one.get("time", "")), run.name, str(one.get("step", "")), str(one.get("kind", "")), str(one.get("text", ""))]
+        for run_dir, run in zip(run_dirs, runs, strict=True)
+        for one in read_incidents(Path(run_dir))
+    ]
+    return [[html.escape(cell) for cell in row] for row in sorted(found)[-_MOST_INCIDENTS:]]
 
 
 def stored_recipe(run_dir: Path) -> dict[str, Any]:

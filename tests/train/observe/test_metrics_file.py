@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.observe.examples import metrics_of, run_info
-from train.observe.metrics import MetricsFile, read_metrics
+from train.observe.metrics import FILE_NAME, MetricsFile, read_metrics
 
 
 def test_metrics_lines_are_on_disk_at_once_and_exact(tmp_path: Path) -> None:
@@ -125,3 +126,42 @@ def test_killed_writer_leaves_a_file_that_can_be_continued(tmp_path: Path) -> No
     observer.on_step(metrics_of(101))
     observer.on_end({})
     assert [entry["step"] for entry in read_metrics(tmp_path)] == list(range(1, 102))
+
+
+def test_a_full_disk_leaves_no_hole_and_no_damage(tmp_path: Path) -> None:
+    """The real error in the middle of a line, and of an evaluation that joins one: a file that may not grow any further."""
+    file = MetricsFile()
+    file.on_start(run_info(tmp_path))
+    for step in range(1, 5):
+        file.on_step(metrics_of(step))
+    path, before = tmp_path / FILE_NAME, resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))
+    try:
+        with pytest.raises(OSError):
+            file.on_evaluation({"step": 4, "tokens": 4 * 2048, "eval/loss": 2.0})
+        assert path.read_bytes() == whole
+        for step in range(5, 8):
+            with pytest.raises(OSError):
+                file.on_step(metrics_of(step))
+            assert path.read_bytes() == whole
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file.on_step(metrics_of(8))
+    file.close()
+    expected = [metrics_of(step) | ({"eval/loss": 2.0} if step == 4 else {}) for step in range(1, 9)]
+    assert read_metrics(tmp_path) == expected
+
+
+def test_a_rewind_drops_what_came_after(tmp_path: Path) -> None:
+    file = MetricsFile()
+    file.on_start(run_info(tmp_path))
+    for step in range(1, 8):
+        file.on_step(metrics_of(step))
+    file.on_rewind(7, 4)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    file.on_evaluation({"step": 4, "tokens": 4 * 2048, "eval/loss": 2.0})
+    file.on_step(metrics_of(5, loss=9.0))
+    file.close()
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and rows[3]["eval/loss"] == 2.0 and rows[4]["loss/lm"] == 9.0

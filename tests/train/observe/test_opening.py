@@ -10,6 +10,7 @@ import pytest
 
 from tests.train.observe.examples import metrics_of, run_info
 from train.observe import MonitorConfig, Observer, Observers, base, open_observers, opening, register_observer
+from train.observe.base import Metrics
 from train.report.picture import draw_losses_of
 
 
@@ -127,3 +128,25 @@ def test_registered_observers_are_opened_by_name_and_a_name_is_taken_once(monkey
     assert opened.moment == "disabled"
     with pytest.raises(ValueError, match=r"monitor.observers\[1\]='failing' is named twice"):
         MonitorConfig(observers=("failing", "failing")).validate()
+
+
+def test_the_same_complaint_is_said_once_until_it_works_again() -> None:
+    class Disk(Observer):
+        full = True
+
+        def on_step(self, metrics: Metrics) -> None:
+            if self.full:
+                raise OSError("No space left on device")
+
+        def on_evaluation(self, metrics: Metrics) -> None:
+            self.on_step(metrics)
+
+    said: list[str] = []
+    disk = Disk()
+    observers = Observers([disk], said.append)
+    for full in (True, False, True):
+        disk.full = full
+        for step in range(1, 4):
+            observers.on_step({"step": step})
+            observers.on_evaluation({"step": step})
+    assert len(said) == 2 and all("No space left on device" in line for line in said)

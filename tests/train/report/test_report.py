@@ -41,8 +41,18 @@ def test_report_of_three_runs_is_one_self_contained_page(tmp_path: Path) -> None
     page = write_report(runs, tmp_path / "out")
     text = page.read_text()
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert names == {"loss.png", "gap.png", "precision.png", "grad_norm.png", "learning_rate.png", "speed.png", "mfu.png", "phases.png"}
-    assert text.count("data:image/png;base64,") == 8
+    assert names == {
+        "loss.png",
+        "gap.png",
+        "mtp.png",
+        "precision.png",
+        "grad_norm.png",
+        "learning_rate.png",
+        "speed.png",
+        "mfu.png",
+        "phases.png",
+    }
+    assert text.count("data:image/png;base64,") == 9
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|https?://|<script|@import""", text)
     rest = re.sub(r'base64,[^"]+', "", text)
     assert (

@@ -1,0 +1,1 @@
+"""The launcher against a real Slurm on this machine: `make test-slurm`."""
