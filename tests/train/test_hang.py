@@ -96,18 +96,21 @@ def hangs(jobs: list[Job], run_dir: Path, *overrides: str) -> tuple[str, list[Pa
     """The sentence with which a job of two ranks ends in which one does not come, and the stacks it leaves."""
     job = Job(run_dir, "evaluation.faulty.rank=1", "parallel.timeout_minutes=0.2", *overrides)
     jobs.append(job)
-    assert job.wait(150) != 0
-    (line,) = errors(job.text())
+    assert job.wait(280) != 0
+    said = errors(job.text())
+    assert len(said) == 1, job.text()[-4000:]
+    line = said[0]
     return line, sorted((run_dir / "stacks").glob("*/rank-*.txt"))
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_stopped_rank_is_named(jobs: list[Job], tmp_path: Path) -> None:
     line, stacks = hangs(jobs, tmp_path / "run", "evaluation.faulty.what=stop")
     assert re.match(r"error: rank 1 did not come: its process \d+ on host \S+ is stopped \(by SIGSTOP.*; rank 0 has waited for", line), line
     assert [path.name for path in stacks] == ["rank-00000.txt", "rank-00001.txt"]
     mine, seen = (path.read_text() for path in stacks)
-    assert (mine.startswith("rank 0, process") and "waits in " in mine and "in train_step" in mine) or "in measure" in mine
+    assert mine.startswith("rank 0, process") and "waits in all-reduce" in mine and "in _train" in mine
     assert "seen by rank 0" in seen and "is stopped" in seen
 
 
@@ -134,7 +137,7 @@ def test_a_rank_that_does_not_come_to_the_start_is_named(
     monkeypatch.setitem(os.environ, "FAULTY_START", str(late))
     job = Job(tmp_path / "run", "parallel.timeout_minutes=0.2")
     jobs.append(job)
-    assert job.wait(150) != 0
+    assert job.wait(280) != 0
     (line,) = errors(job.text())
     assert line.startswith(f"error: rank {late} did not come to the start within parallel.timeout_minutes=0.2; rank {late} is process "), (
         line
