@@ -127,7 +127,7 @@ class Failures:
                 print(said, file=sys.stderr, flush=True)
             return error
         if _is_lost_connection(error):
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + (3 * PATIENCE if self.has("hang") else PATIENCE)  # a verdict is on its way
             while self.notice is None and time.monotonic() < end:
                 time.sleep(INTERVAL / 5)
         mine = Notice(self.rank, status_of(error), said)

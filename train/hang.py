@@ -27,8 +27,8 @@ from parallel.collectives import COLLECTIVES, Collectives
 from train.failures import INTERVAL, Failures, Notice
 from train.step_failure import Place
 
-MARGIN = (2.0, 30.0)  # seconds before the timeout, at least and at most, at which the alarm is raised
-PATIENCE = 5.0  # seconds for the reports of ranks that are alive
+MARGIN = (4.0, 30.0)  # seconds before the timeout, at least and at most, at which the alarm is raised
+PATIENCE = 2.0  # seconds for the reports of ranks that are alive
 
 
 @dataclass(frozen=True)
