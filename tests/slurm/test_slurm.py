@@ -107,8 +107,7 @@ def test_a_run_of_four_ranks_survives_and_keeps_its_numbers(slurm: Cluster, tmp_
     slurm.kill_node("n1")
     slurm.wait(lambda: slurm.state(job)["Restarts"] == "2", LONG, f"Slurm did not requeue the job of a lost node\n{run.logs()}")
     slurm.start_node("n1")
-    slurm.start_soon(job, 2)
-    run.finish(job)
+    run.finish(job)  # after the two minutes that Slurm waits: made to start at once, Slurm 22.05 takes the node for lost still
 
     assert run.numbers() == alone.numbers()
     assert [line["step"] for line in read_metrics(run.directory)] == list(range(1, 101))
