@@ -53,10 +53,8 @@ def options(script: str) -> dict[str, str]:
 def read_by_bash(script: str, variable: str = "arguments") -> list[str]:
     """The array that a shell makes of the script, up to where it would call srun."""
     until = script[: script.index("# One process per rank")]
-    done = subprocess.run(
-        ["bash", "-c", f"""{until}\nprintf '%s\\0' "${{{variable}[@]}}" """], capture_output=True, text=True, check=True, timeout=30
-    )
-    return done.stdout.split("\0")[:-1]
+    done = subprocess.run(["bash", "-c", f"""{until}\nprintf '%s\\0' "${{{variable}[@]}}" """], capture_output=True, check=True, timeout=30)
+    return done.stdout.decode().split("\0")[:-1]  # bytes: reading text would make \n of \r
 
 
 @settings(max_examples=25, deadline=None)
