@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -21,12 +20,12 @@ from model.count import count, linear_modules
 from model.mixer import MIXERS
 from model.precision.formats.registry import FORMATS
 from tests.extension.everything import register
+from tests.train.numbers import numbers
 from train import loop
 from train.checkpoint.reader import open_checkpoint
 from train.evaluation.base import EVALUATORS
 from train.huggingface.export import export
 from train.observe.base import OBSERVERS
-from train.observe.metrics import read_metrics
 from train.optimizer import OPTIMIZERS
 from train.recipe import cli
 from train.recipe.load import load_recipe
@@ -34,7 +33,6 @@ from train.recipe.reading import RecipeError
 from train.report.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASURED_IN_SECONDS = ("step_seconds", "tokens_per_second", "memory_peak_bytes", "mfu", "seconds/", "goodput/")
 ONE_RANK = (sys.executable, "-m", "tests.extension")
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.extension")
 RECIPE = ("--config-dir", str(ROOT / "tests" / "extension" / "recipes"), "-cn", "extended")
@@ -72,10 +70,6 @@ def train_here(*overrides: str) -> str:
     return printed.getvalue()
 
 
-def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if not k.startswith(MEASURED_IN_SECONDS)} for entry in read_metrics(run_dir)]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, str]]:
     """By the way it was started: a run of eight steps, the same stopped after four and continued, and what the first printed."""
@@ -94,8 +88,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_a_stopped_run_goes_on_bit_for_bit(name: str, runs: dict[str, tuple[Path, Path, str]]) -> None:
     whole, parts, _ = runs[name]
-    assert metrics_of(parts) == metrics_of(whole)
-    assert [entry["step"] for entry in metrics_of(whole)] == list(range(1, 9))
+    assert numbers(parts) == numbers(whole)
+    assert [entry["step"] for entry in numbers(whole)] == list(range(1, 9))
     ours, theirs = open_checkpoint(whole), open_checkpoint(parts)
     assert ours.names() == theirs.names()
     for tensor in ours.names():
@@ -106,7 +100,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(name: str, runs: dict[str, tuple[Path
 
 def test_two_ranks_train_what_one_trains(runs: dict[str, tuple[Path, Path, str]]) -> None:
     """Operands in `eighths` have amaxes of rows, which tensor parallelism cuts: the runs agree as far as quantisation lets them."""
-    one, two = metrics_of(runs["one"][0]), metrics_of(runs["two"][0])
+    one, two = numbers(runs["one"][0]), numbers(runs["two"][0])
     assert one[0]["loss/lm"] == pytest.approx(two[0]["loss/lm"], rel=1e-3)
     assert one[-1]["loss/lm"] == pytest.approx(two[-1]["loss/lm"], rel=2e-2)
     assert one[-1]["loss/lm"] < one[0]["loss/lm"] - 0.1
@@ -114,7 +108,7 @@ def test_two_ranks_train_what_one_trains(runs: dict[str, tuple[Path, Path, str]]
 
 def test_everything_is_seen(runs: dict[str, tuple[Path, Path, str]], tmp_path: Path) -> None:
     run_dir, _, printed = runs["one"]
-    last = metrics_of(run_dir)[-1]
+    last = numbers(run_dir)[-1]
     # the format, with its options, in the table of the run, its share of the FLOPs in every line, and its health
     assert "eighths(levels=16)" in printed and last["precision/share/eighths"] > 0.5
     assert last["precision/layers.1.mixer.in_proj/x/sqnr_db"] > 10

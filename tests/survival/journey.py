@@ -18,14 +18,13 @@ import psutil
 import torch
 
 from tests.survival.moments import Blow, Moment, deck, draw
+from tests.train.numbers import numbers_in
 from tests.train.recipes import SMALL
 from train.checkpoint.reader import Checkpoint, latest
 from train.observe.metrics import FILE_NAME, decode_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).parent / "probe"
-TIMES = re.compile(r"second|memory|mfu|goodput|straggler|checkpoint/")
-"""Metrics that are not the same twice."""
 STEPS = 12
 EVERY = 2
 GIVEN = (
@@ -170,7 +169,7 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without times, in the order of the file."""
     path = run_dir / FILE_NAME
     lines = decode_lines(path.read_bytes()) if path.exists() else []
-    return [{key: value for key, value in line.items() if not TIMES.search(key)} for line in lines]
+    return [numbers_in(line) for line in lines]
 
 
 def same(ours: Any, theirs: Any) -> bool:
@@ -351,7 +350,7 @@ def _verdict(run_dir: Path, place: Path, theirs: Path, theirs_place: Path, expec
         problems.append("other samples were read than without kills")
     problems += [f"{name} is left behind" for name in leftovers(run_dir)]
     problems += [f"the tensor {name} of the last checkpoint differs" for name in tensors_differ(run_dir, theirs)[:1]]
-    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    if len(kept) != 2 or kept != sorted(path.name for path in (theirs / "checkpoints").iterdir()):
+    kept, usual = (sorted(path.name for path in (place / "checkpoints").glob("*")) for place in (run_dir, theirs))
+    if len(kept) != 2 or kept != usual:
         problems.append(f"checkpoints are {kept}")
     return problems

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.train.numbers import numbers
 from tests.train.recipes import recipe
 from train import loop
 from train.branching import branch, branch_recipe, parse
@@ -18,7 +19,6 @@ from train.observe.metrics import read_metrics
 
 FORK = 12
 LENGTH = ("train.steps=20", "checkpoint.every=6steps", "checkpoint.keep=null", "checkpoint.asynchronous=false")
-NOT_VALUES = ("seconds", "tokens_per_second", "memory", "mfu", "goodput", "eval/")
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def checkpoint_of(run_dir: Path, step: int = FORK) -> str:
 
 def values(run_dir: Path, after: int) -> list[dict[str, float]]:
     return [
-        {key: value for key, value in entry.items() if not any(part in key for part in NOT_VALUES)}
-        for entry in read_metrics(run_dir)
+        {key: value for key, value in entry.items() if not key.startswith("eval/")}  # evaluated at other steps
+        for entry in numbers(run_dir)
         if entry["step"] > after
     ]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.train.numbers import numbers
 from tests.train.recipes import recipe
 from tests.train.store import Store, opened_store
 from tests.train.test_checkpointer import Engine, Model
@@ -24,8 +25,6 @@ from train.checkpoints import main
 from train.loop import run
 from train.observe.metrics import read_metrics
 from train.recipe.reading import RecipeError
-
-TIMES = ("step_seconds", "tokens_per_second", "memory_peak_bytes", "mfu")
 
 
 @pytest.fixture(scope="module")
@@ -218,13 +217,6 @@ def test_large_tensors_go_in_parts_and_come_back_by_rows(store: Store, monkeypat
 
 
 SHORT = ("train.steps=6", "optimizer.warmup=1", "optimizer.decay=2", "checkpoint.every=2steps", "train.eval_every=3", "precision=fp32")
-
-
-def numbers(run_dir: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in entry.items() if key not in TIMES and not key.startswith("seconds/")}
-        for entry in read_metrics(run_dir)
-    ]
 
 
 @pytest.mark.slow

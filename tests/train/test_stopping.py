@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.train.numbers import numbers
 from tests.train.recipes import recipe
 from train import loop, training
 from train.checkpoint.checkpointer import Checkpointer
@@ -25,10 +26,8 @@ GIVEN = ("precision=fp32", "train.steps=6", "optimizer.warmup=1", "optimizer.dec
 
 def outcome(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Every metric that is no time, and every tensor of the last checkpoint."""
-    timed = ("seconds", "step_seconds", "tokens_per_second", "memory", "mfu", "goodput")
-    metrics = [{k: v for k, v in entry.items() if not k.startswith(timed)} for entry in read_metrics(run_dir)]
     checkpoint = open_checkpoint(run_dir)
-    return metrics, {name: checkpoint.read_full(name) for name in checkpoint.manifest.tensors}
+    return numbers(run_dir), {name: checkpoint.read_full(name) for name in checkpoint.manifest.tensors}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.train.numbers import numbers_in
 from tests.train.observe.test_wandb import without_service, written
 from train.observe.metrics import decode_lines, read_metrics
 from train.observe.wandb_records import RecordReader, files_of
@@ -21,7 +22,6 @@ SHORT = (
     "train.steps=60 train.log_every=1 train.eval_every=10 train.sequence_length=32 train.global_batch_size=4 precision=fp32 "
     "checkpoint.every=10 data.validation_fraction=0.001 monitor.picture=true monitor.wandb_timeout_seconds=120"
 ).split()
-TIMED = ("seconds", "step_seconds", "tokens_per_second", "memory", "mfu", "goodput")
 # (signal, the logged step it comes after): before any checkpoint, behind one, by rank 0 and by its service as well
 ENDS = ((signal.SIGKILL, 6), (signal.SIGTERM, 14), (signal.SIGKILL, 27), (signal.SIGUSR1, 33), (signal.SIGKILL, 48))
 
@@ -41,10 +41,6 @@ def wait_for(run_dir: Path, step: int, process: "subprocess.Popen[str]") -> None
             return
         assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
         time.sleep(0.02)
-
-
-def untimed(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if not key.startswith(TIMED)}
 
 
 def same(value: Any, other: Any) -> bool:
@@ -71,7 +67,7 @@ def test_five_restarts_are_one_line(tmp_path: Path) -> None:
     rows, truth = written(run_dir), read_metrics(run_dir)
     assert [row["_step"] for row in rows] == [entry["step"] for entry in truth] == list(range(1, 61))
     for row, entry in zip(rows, truth, strict=True):
-        lacking = [key for key, value in untimed(entry).items() if not same(row.get(key), value)]
+        lacking = [key for key, value in numbers_in(entry).items() if not same(row.get(key), value)]
         assert not lacking, (entry["step"], lacking)
     assert [row["step"] for row in rows if "eval/loss" in row] == [10, 20, 30, 40, 50, 60]
     exits = [r.exit.exit_code for file in files for r in RecordReader(file).new() if r.WhichOneof("record_type") == "exit"]

@@ -88,7 +88,7 @@ class Probe:
     # -- the kill
 
     def _reached(self, line: bytes = b"") -> None:
-        if self.kill.get("partial") and not any(name.endswith(".partial") for name in os.listdir(self.kill["partial"])):
+        if self.kill.get("partial") and not self._being_written():
             return
         with self.lock:
             self.seen += 1
@@ -104,6 +104,11 @@ class Probe:
             with open(self.kill["torn"], "ab", buffering=0) as file:
                 file.write(line[: len(line) // 2])
         self.strike()
+
+    def _being_written(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):  # before the first checkpoint
+            return any(name.endswith(".partial") for name in os.listdir(self.kill["partial"]))
+        return False
 
     def _later(self, seconds: float) -> None:
         timer = threading.Timer(seconds, self.strike)
