@@ -14,7 +14,10 @@ from tests.train.recipes import recipe
 from train import loop
 from train.train_step import train_step
 
+OVERLAPPED = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "uneven pipeline": (2, ("parallel.pipeline=2", "model.pattern='MEM*E|ME/*E/*E'")),
+    "virtual pipeline": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
     "expert tensor": (2, ("parallel.expert_tensor=2",)),
     "tensor+sequence": (2, ("parallel.tensor=2",)),
     "expert": (2, ("parallel.expert=2",)),
@@ -26,6 +29,18 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor x pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
 }
 SLOW: dict[str, tuple[int, tuple[str, ...]]] = {
+    "virtual pipeline by |": (
+        2,
+        ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.pattern='M|EM|*|EME/*E/*E'", "train.micro_batch_size=1"),
+    ),
+    "tensor x virtual pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    "data x virtual pipeline, all overlapped": (
+        4,
+        ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.distributed_optimizer=true", *OVERLAPPED),
+    ),
+    "pipeline 4": (4, ("parallel.pipeline=4",)),
+    "gradient reduce overlapped": (2, ("parallel.overlap_grad_reduce=true",)),
+    "all overlapped": (2, ("parallel.distributed_optimizer=true", *OVERLAPPED)),
     "tensor, experts whole": (2, ("parallel.tensor=2", "parallel.expert_tensor=1")),
     "tensor x expert tensor": (2, ("parallel.tensor=2", "parallel.expert_tensor=2")),
     "expert x expert tensor": (4, ("parallel.expert=2", "parallel.expert_tensor=2")),
@@ -40,7 +55,7 @@ def train(rank: int, overrides: tuple[str, ...]) -> tuple[list[dict[str, float]]
     made = loop.build(recipe(*overrides, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     try:
         metrics = [train_step(made, step) for step in range(STEPS)]
-        return metrics, differing_replicas(made.chunks[0])
+        return metrics, differing_replicas(*made.chunks)
     finally:
         groups.shutdown(leave_world=False)
 
