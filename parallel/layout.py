@@ -93,9 +93,13 @@ class ParallelConfig:
             )
         routed = self.expert_tensor * self.expert * self.pipeline
         if world_size % routed:
+            key = "expert" if self.expert > 1 else "expert_tensor"
+            beside = routed // getattr(self, key)
+            fits = [value for value in range(1, getattr(self, key)) if world_size % (beside * value) == 0]
+            remedy = f"use {fits[-1]} for parallel.{key}" if fits else f"start a multiple of {routed} ranks"
             raise ValueError(
                 f"parallel.expert={self.expert} x parallel.expert_tensor={self.expert_tensor} x parallel.pipeline="
-                f"{self.pipeline} = {routed} does not divide the {world_size} ranks of this run: lower parallel.expert"
+                f"{self.pipeline} = {routed} does not divide the {world_size} ranks of this run: {remedy}"
             )
 
 

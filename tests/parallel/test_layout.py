@@ -18,6 +18,18 @@ from parallel.layout import ParallelConfig
         (ParallelConfig(pipeline=0), 1, "parallel.pipeline=0"),
         (ParallelConfig(sequence=True), 1, "parallel.sequence=true"),
         (ParallelConfig(timeout_minutes=0), 1, "parallel.timeout_minutes=0"),
+        (
+            ParallelConfig(expert=3, expert_tensor=2),
+            8,
+            "parallel.expert=3 .* = 6 does not divide the 8 ranks of this run: use 2 for parallel.expert",
+        ),
+        (
+            ParallelConfig(expert_tensor=4),
+            6,
+            "parallel.expert_tensor=4 .* does not divide the 6 ranks .*: use 3 for parallel.expert_tensor",
+        ),
+        (ParallelConfig(virtual_pipeline=2), 1, "parallel.virtual_pipeline=2 needs parallel.pipeline > 1"),
+        (ParallelConfig(overlap_param_gather=True), 2, "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true"),
     ],
 )
 def test_impossible_layouts_are_refused(config: ParallelConfig, world: int, named: str) -> None:
