@@ -213,6 +213,7 @@ register_mixer(
         name="MoE",
         build=MoE,
         sizes=MoESizes,
+        context_tokens=lambda sizes: 1,
         tensor_divides=("shared_expert_ffn_size",),
         expert_divides=("experts",),
         check_layout=check_layout,
