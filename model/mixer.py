@@ -69,7 +69,8 @@ class Mixer(Generic[S]):
     letter: in patterns. name: for people. sizes: its keys in the recipe. build: (ModelContext, canonical name) -> its module, called with
     x [sequence, batch, hidden] and a Microbatch, whose result has the shape of x.
     tensor_divides, expert_divides, expert_tensor_divides: keys of sizes that parallel.tensor, parallel.expert and parallel.expert_tensor must
-    divide. check_layout: raises ValueError, in one sentence, for other layouts it cannot have. products: of a sequence of that many tokens. active_share: the part of a parameter (its name
+    divide. check_layout: raises ValueError, in one sentence, for other layouts it cannot have. products: of a sequence of that many tokens.
+    active_share: the part of a parameter (its name
     inside the module) that one token uses. engine: what the engine must know, as fields of `parallel.engine.ModelSizes`.
     hugging_face: None where NemotronH has no such layer.
     """
