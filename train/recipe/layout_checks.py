@@ -15,15 +15,18 @@ def validate_layout(recipe: Recipe) -> None:
             _divides(f"model.{key}", getattr(sizes, key), "parallel.tensor", tensor)
         for key in mixer.expert_divides:
             _divides(f"model.{key}", getattr(sizes, key), "parallel.expert", expert)
+        for key in mixer.expert_tensor_divides:
+            _divides(f"model.{key}", getattr(sizes, key), "parallel.expert_tensor", parallel.expert_tensor)
     _sequence_divides(recipe)
     for mixer in model.used:
         mixer.check_layout(model.sizes(mixer.sizes), parallel)
-    if expert > 1 and not model.has_experts:
-        able = [mixer for mixer in MIXERS.values() if mixer.expert_divides]
-        raise ValueError(
-            f"parallel.expert={expert} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern={model.pattern!r} has no "
-            f"{' or '.join(mixer.letter for mixer in able)}: use 1"
-        )
+    for name in ("expert", "expert_tensor"):
+        if getattr(parallel, name) > 1 and not model.has_experts:
+            able = [mixer for mixer in MIXERS.values() if mixer.expert_divides]
+            raise ValueError(
+                f"parallel.{name}={getattr(parallel, name)} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern="
+                f"{model.pattern!r} has no {' or '.join(mixer.letter for mixer in able)}: use 1"
+            )
     if parallel.pipeline > len(model.layers):
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} exceeds the {len(model.layers)} layers of model.pattern: use at most that many stages"
@@ -49,9 +52,10 @@ def _sequence_divides(recipe: Recipe) -> None:
         if mixer.context_tokens is None:
             raise ValueError(f"parallel.context={parallel.context} cannot split sequences for {mixer.name} layers: use parallel.context=1")
         if length // parallel.context < (least := mixer.context_tokens(model.sizes(mixer.sizes))):
+            most = next(n for n in range(max(1, length // least), 0, -1) if n == 1 or length % (n * parts // parallel.context) == 0)
             raise ValueError(
                 f"parallel.context={parallel.context} leaves a rank {length // parallel.context} of train.sequence_length={length} tokens, but "
-                f"{mixer.name} layers need {least}: use at most parallel.context={max(1, length // least)}"
+                f"{mixer.name} layers need {least}: use parallel.context={most} or less"
             )
 
 
