@@ -53,6 +53,7 @@ def messages() -> list[Message]:
 def plain(text: str) -> str:
     """Without what differs from run to run."""
     text = re.sub(r"on host [\w.-]+", "on host h", text)
+    text = re.sub(r"\b(run id|for run) \w+", r"\1 r", text)
     text = re.sub(r"\b[0-9a-f]{8,}\b", "0", text)
     text = re.sub(r"(?<!\S)[+-](?=\d)", "", text)
     text = re.sub(r"\d(?:[\d.,]*\d)?(?:e[+-]?\d+)?", "0", text)

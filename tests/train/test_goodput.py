@@ -120,15 +120,18 @@ def test_injected_delays_are_where_they_belong(tmp_path: Path) -> None:
     step = max(row["step_seconds"] for row in rows.values())  # what a kill may cost
     assert sum(spent.values()) == pytest.approx(second.end - first.begin, abs=1e-3)
     assert first.begin == pytest.approx(begin, abs=1) and second.begin == pytest.approx(again, abs=1)
-    assert killed - step - 0.5 < first.end <= killed and end - 15 < second.end <= end  # an interpreter takes a while to leave
-    assert 4 <= spent["idle"] < 4 + step + 1.5
+    assert killed - step - 0.5 < first.end <= killed
+    assert second.end == pytest.approx((run_dir / "goodput.json").stat().st_mtime, abs=1) and second.end <= end
+    assert 3 <= spent["idle"] < 4 + step + 1.5  # the kernel tells the start of a process within a second
 
     delays = [json.loads(text) for text in injected.read_text().splitlines()]
     told = {category: sum(seconds for name, seconds in delays if name == category) for category in ("data", "checkpoint", "evaluation")}
     assert len(delays) > 150 and told["checkpoint"] > 2 and told["evaluation"] > 4
-    for category, slack in {"data": 0.25, "checkpoint": 0.5, "evaluation": 0.5}.items():
-        own = slack * told[category]  # what the work itself took, and a step that was killed among its delays
-        assert told[category] - step < spent[category] < told[category] + own + 1, (category, told, spent)
+    for category in ("data", "checkpoint"):
+        own = 0.5 * told[category] + 1  # what the work itself took
+        assert told[category] - step < spent[category] < told[category] + own, (category, told, spent)
+    measured = sum(row.get("seconds/evaluation", 0.0) for row in rows.values())
+    assert told["evaluation"] < measured and spent["evaluation"] == pytest.approx(measured, rel=0.05)
 
     def taking(steps: range) -> float:
         return sum(rows[number]["step_seconds"] - rows[number]["seconds/data"] for number in steps)

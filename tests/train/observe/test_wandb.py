@@ -320,8 +320,11 @@ def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path: Path, monkeypatch: 
     watched.train(30)
     watched.end()
     told("The disk W&B writes to is full", "\n".join(watched.said), "has the rows up to step")
+    for service in services():
+        service.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
     again = Watched(tmp_path, step=30, total=40)
     again.train(40)
+    again.wait(39)
     again.end()
     check_one_line(tmp_path)
 
