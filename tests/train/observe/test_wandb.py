@@ -316,7 +316,7 @@ def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path: Path, monkeypatch: 
     (file,) = files_of(tmp_path, str(watched.wandb.id))
     for service in services():
         size = file.stat().st_size
-        service.rlimit(psutil.RLIMIT_FSIZE, (size, size))
+        service.rlimit(psutil.RLIMIT_FSIZE, (size, psutil.RLIM_INFINITY))
     watched.train(30)
     watched.end()
     told("The disk W&B writes to is full", "\n".join(watched.said), "has the rows up to step")
