@@ -31,6 +31,7 @@ def transformer_config(parallel: ParallelConfig, sizes: ModelSizes) -> Transform
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         pipeline_dtype=sizes.params_dtype,

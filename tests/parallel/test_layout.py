@@ -50,7 +50,7 @@ def place(rank: int, config: ParallelConfig) -> dict[str, Any]:
             "expert": dist.get_process_group_ranks(layout.groups.ep),
             "data": dist.get_process_group_ranks(layout.groups.dp),
             "expert_data": dist.get_process_group_ranks(layout.groups.expt_dp),
-            "stage": (layout.is_first_stage, layout.is_last_stage),
+            "stage": layout.pipeline_rank,
         }
     finally:
         shutdown(leave_world=False)
@@ -67,7 +67,7 @@ def test_experts_borrow_the_ranks_of_tensor_and_data_parallelism(ranks: Any) -> 
 
 
 def test_another_layout_may_follow_in_the_same_process(ranks: Any) -> None:
-    assert [p["stage"] for p in ranks(2)(place, ParallelConfig(pipeline=2))] == [(True, False), (False, True)]
+    assert [p["stage"] for p in ranks(2)(place, ParallelConfig(pipeline=2))] == [0, 1]
     assert [p["data"] for p in ranks(2)(place, ParallelConfig())] == [[0, 1], [0, 1]]
 
 

@@ -158,7 +158,7 @@ def diagnose(run: Run, step: int) -> Finding | None:
     watch = _Watch(run, step, parts)
     run.engine.settle()
     _weights(watch, run.chunks)
-    microbatches = [to_microbatch(run.data.batch(part, step), layout.device, progress, depths) for part in parts]
+    microbatches = [to_microbatch(run.data.batch(part, step), layout, progress, depths) for part in parts]
     counts = sum_over_ranks(torch.stack([m.loss_counts() for m in microbatches]).sum(0), layout, pipeline=False)
     losses = LossStep(layout, counts, recipe.model.mtp_loss_scale)
     with _attached(watch):

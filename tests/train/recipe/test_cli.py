@@ -57,7 +57,6 @@ WRONG = [
     (["parallel.tensor=3"], ["parallel.tensor=3", "1 ranks"]),
     (["parallel.expert=2"], ["parallel.expert=2", "1 ranks"]),
     (["parallel.pipeline=0"], ["parallel.pipeline=0", "at least 1"]),
-    (["parallel.context=2"], ["parallel.context=2", "parallel.context=1"]),
     (["parallel.virtual_pipeline=2"], ["parallel.virtual_pipeline=2", "parallel.pipeline > 1"]),
     (["parallel.overlap_param_gather=true"], ["parallel.overlap_param_gather=true", "parallel.distributed_optimizer=true"]),
     (
@@ -67,6 +66,8 @@ WRONG = [
     (["model.pattern='MEM|*EME/*E/*E'"], ["2 parts between its '|'", "parallel.pipeline=1"]),
     (["model.pattern='MEM*EME/*E/*|E'"], ["'|' at position 12", "MTP depth"]),
     (["model.pattern='MEM||*EME'"], ["part of the pipeline without a layer", "every '|'"]),
+    (["parallel.context=2"], ["parallel.context=2", "1 ranks"]),
+    (["parallel.context_mamba=ring"], ["parallel.context_mamba='ring'", "state or all_to_all"]),
     (["parallel.engine=deepspeed"], ["parallel.engine='deepspeed'", "megatron"]),
     (["parallel.sequence=true"], ["parallel.sequence=true", "parallel.tensor"]),
     (["parallel.expert_tensor=2"], ["parallel.expert_tensor=2", "1 ranks of this run", "use 1"]),
