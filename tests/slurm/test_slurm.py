@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.runbook import told
 from tests.slurm.cluster import Cluster, missing, running, stopped
 from tests.train.numbers import numbers
 from tests.train.recipes import SMALL
@@ -91,7 +92,10 @@ def test_a_run_of_four_ranks_survives_and_keeps_its_numbers(slurm: Cluster, tmp_
     job = run.submit()
     run.reach(20)
     slurm.ask("scancel", "--batch", "--signal=USR1", job)  # what Slurm does before the time limit
+    slurm.wait(lambda: slurm.state(job)["JobState"] == "PENDING", LONG, f"job {job} is not put back into the queue\n{run.logs()}")
+    told("The time limit of a job nears", command(slurm, "launch.status", str(run.directory)), "PENDING")
     slurm.start_soon(job, 1)
+    told("The time limit of a job nears", (run.directory / f"logs/slurm-{job}.log").read_text(), "Exited with exit code 75")
     assert "Stopped by SIGUSR1" in (run.directory / "log.txt").read_text()
     stopped_at = run.step()
 
