@@ -3,7 +3,7 @@
 With `parallel.virtual_pipeline` each stage holds several parts, which it takes turns with: of p stages, stage s holds parts s, s + p, s + 2 p ...
 
 A part costs the forward FLOPs of its layers, those of attention and SSD included (backward costs twice as much everywhere). The last part has the
-output head and the multi-token prediction too: in Nemotron 3 Super, whose head is used three times, these weigh as much as about seven layers.
+output head and the multi-token prediction too: in Nemotron 3 Super, whose head is used three times, these have the FLOPs of 16 average layers.
 """
 
 import math

@@ -15,8 +15,9 @@ from tests.train.recipes import recipe
 TINY = recipe().model
 
 
-def bounds(config: ModelConfig, **parallel: int) -> list[tuple[int, int]]:
-    return [(p.layers.start, p.layers.stop) for p in pipeline_parts(config, ParallelConfig(**parallel), 64)]
+def bounds(config: ModelConfig, pipeline: int, virtual: int = 1) -> list[tuple[int, int]]:
+    parts = pipeline_parts(config, ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual), 64)
+    return [(part.layers.start, part.layers.stop) for part in parts]
 
 
 def largest(costs: list[float], behind: float, parts: list[range], stages: int) -> float:
@@ -59,7 +60,7 @@ def test_bars_give_the_stages() -> None:
     given = TINY.changed(pattern="M|EM*|E|ME/*E/*E")
     assert given.layers == TINY.layers and given.parsed.mtp == TINY.parsed.mtp
     assert without_parts(given.pattern) == TINY.pattern
-    assert bounds(given, pipeline=4) == bounds(given, pipeline=2, virtual_pipeline=2) == [(0, 1), (1, 4), (4, 5), (5, 7)]
+    assert bounds(given, 4) == bounds(given, 2, 2) == [(0, 1), (1, 4), (4, 5), (5, 7)]
     parts = pipeline_parts(given, ParallelConfig(pipeline=2, virtual_pipeline=2), 64)
     assert [(p.first, p.last) for p in parts] == [(True, False), (False, False), (False, False), (False, True)]
     assert [p.layers.start for p in parts_of_stage(parts, 2, 1)] == [1, 5]
@@ -82,15 +83,15 @@ def test_bars_that_mean_nothing(pattern: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "parallel", "named"),
     [
-        ("MEM*EME", {"pipeline": 8}, "parallel.pipeline=8 .* exceed the 7 layers of model.pattern: use at most that many"),
-        ("MEM*EME", {"pipeline": 4, "virtual_pipeline": 2}, "parallel.virtual_pipeline=2 = 8 .* exceed the 7 layers"),
-        ("MEM*|EME", {}, r"has 2 parts between its '\|', but parallel.pipeline=1: give as many, or leave '\|' out"),
-        ("MEM*|EME", {"pipeline": 2, "virtual_pipeline": 2}, "has 2 parts .* parallel.virtual_pipeline=2 = 4"),
+        ("MEM*EME", ParallelConfig(pipeline=8), "parallel.pipeline=8 .* exceed the 7 layers of model.pattern: use at most that many"),
+        ("MEM*EME", ParallelConfig(pipeline=4, virtual_pipeline=2), "parallel.virtual_pipeline=2 = 8 .* exceed the 7 layers"),
+        ("MEM*|EME", ParallelConfig(), r"has 2 parts between its '\|', but parallel.pipeline=1: give as many, or leave '\|' out"),
+        ("MEM*|EME", ParallelConfig(pipeline=2, virtual_pipeline=2), "has 2 parts .* parallel.virtual_pipeline=2 = 4"),
     ],
 )
-def test_stages_that_cannot_be(pattern: str, parallel: dict[str, int], named: str) -> None:
+def test_stages_that_cannot_be(pattern: str, parallel: ParallelConfig, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        pipeline_parts(TINY.changed(pattern=pattern), ParallelConfig(**parallel), 64)
+        pipeline_parts(TINY.changed(pattern=pattern), parallel, 64)
 
 
 def test_a_person_is_told() -> None:

@@ -68,7 +68,7 @@ def train(rank: int, overrides: tuple[str, ...]) -> tuple[list[dict[str, float]]
 
 def evaluated(run: Run) -> float:
     """The LM loss of one microbatch, on every data-parallel rank the same."""
-    microbatch = to_microbatch(run.data.batch([0, 1], STEPS), run.layout.device, 0.0, run.mtp_depths)
+    microbatch = to_microbatch(run.data.batch([0, 1], STEPS), run.layout, 0.0, run.mtp_depths)
     losses = LossStep(run.layout, microbatch.loss_counts() * run.layout.data_size, 0.0)
     run.engine.evaluate(losses, iter([microbatch]), 1, sequence_length=run.sequence_length, micro_batch_size=2)
     return float(losses.means()[0])

@@ -60,7 +60,7 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int) -> dict[s
     }
     for key, (was, now) in changes.items():
         conditional = key in (*LENGTH, *SCHEDULE, PHASES)
-        if key == PATTERN and without_parts(was) == without_parts(now):
+        if key == PATTERN and without_parts(str(was)) == without_parts(str(now)):
             continue  # the same layers on other stages
         if not (conditional or key in recipe.run.allow or any(fnmatchcase(key, pattern) for pattern in FREELY)):
             hint = f", or say that it is meant with run.allow=[{key}]" if key in ALLOWABLE else ""
