@@ -73,7 +73,7 @@ class ModelContext:
     def site(self, name: str, *, own_tokens: bool = False, **where: Any) -> Site:
         """A linear module of this model, for the numerics; see `Site` for `where`. own_tokens: every rank of the tensor group works on others."""
         amax_group = self.amax_group
-        row_amax_group = None if amax_group is None or own_tokens else self.layout.groups.tp
+        row_amax_group = None if amax_group is None or own_tokens or self.layout.tensor_size == 1 else self.layout.groups.tp
         if "first_expert" in where:
             # The ranks that split an expert work on the same tokens. Otherwise the ranks of a tensor group hold different experts, whose amaxes
             # have nothing to do with each other; or, without expert parallelism, the same ones, and share out their tokens.
@@ -83,5 +83,13 @@ class ModelContext:
             elif split or self.layout.expert_size > 1:
                 amax_group = None
             row_amax_group = amax_group if split else None
-        known = {"backend": self.backend, "weights": self.weights, "health": self.health}
-        return Site(name, self.seed, amax_group=amax_group, row_amax_group=row_amax_group, **known, **where)
+        return Site(
+            name,
+            self.seed,
+            amax_group=amax_group,
+            row_amax_group=row_amax_group,
+            backend=self.backend,
+            weights=self.weights,
+            health=self.health,
+            **where,
+        )

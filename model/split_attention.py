@@ -41,8 +41,9 @@ def _blocks(microbatch: Microbatch) -> Iterator[tuple[slice, int, Tensor]]:
 
 def _attend(query: Tensor, key_value: Tensor, visible: Tensor) -> Tensor:
     """query [queries, batch, heads, head_dim], key_value [keys, batch, 2, heads, head_dim]."""
-    heads = query.permute(1, 2, 0, 3), *(part.permute(1, 2, 0, 3) for part in key_value.unbind(2))
-    out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=visible, enable_gqa=query.shape[2] != key_value.shape[3])
+    by_head, key, value = (part.permute(1, 2, 0, 3) for part in (query, *key_value.unbind(2)))
+    shared = query.shape[2] != key_value.shape[3]
+    out = torch.nn.functional.scaled_dot_product_attention(by_head, key, value, attn_mask=visible, enable_gqa=shared)
     return out.permute(2, 0, 1, 3)
 
 
