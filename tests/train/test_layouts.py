@@ -13,7 +13,7 @@ from parallel.replicas import differing_replicas
 from tests.train.recipes import recipe
 from train import loop
 from train.build import Run
-from train.step import LossStep, to_microbatch
+from train.step import LossStep, sum_over_ranks, to_microbatch
 from train.train_step import train_step
 
 OVERLAPPED = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
@@ -29,7 +29,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor x expert": (4, ("parallel.tensor=2", "parallel.expert=2")),
     "tensor x data, experts whole": (4, ("parallel.tensor=2",)),
     "context": (2, ("parallel.context=2",)),
-    "context, Mamba by all-to-all": (2, ("parallel.context=2", "parallel.context_mamba=all_to_all")),
     "tensor x pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
 }
 SLOW: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -45,6 +44,14 @@ SLOW: dict[str, tuple[int, tuple[str, ...]]] = {
     "pipeline 4": (4, ("parallel.pipeline=4",)),
     "gradient reduce overlapped": (2, ("parallel.overlap_grad_reduce=true",)),
     "all overlapped": (2, ("parallel.distributed_optimizer=true", *OVERLAPPED)),
+    "context, Mamba by all-to-all": (2, ("parallel.context=2", "parallel.context_mamba=all_to_all")),
+    "context 4": (4, ("parallel.context=4",)),
+    "context 4, Mamba by all-to-all": (4, ("parallel.context=4", "parallel.context_mamba=all_to_all")),
+    "context x tensor": (4, ("parallel.context=2", "parallel.tensor=2")),
+    "context x tensor, Mamba by all-to-all": (4, ("parallel.context=2", "parallel.tensor=2", "parallel.context_mamba=all_to_all")),
+    "context x expert": (2, ("parallel.context=2", "parallel.expert=2")),
+    "context x pipeline": (4, ("parallel.context=2", "parallel.pipeline=2")),
+    "context x data, distributed optimizer": (4, ("parallel.context=2", "parallel.distributed_optimizer=true")),
     "tensor, experts whole": (2, ("parallel.tensor=2", "parallel.expert_tensor=1")),
     "tensor x expert tensor": (2, ("parallel.tensor=2", "parallel.expert_tensor=2")),
     "expert x expert tensor": (4, ("parallel.expert=2", "parallel.expert_tensor=2")),
@@ -69,7 +76,8 @@ def train(rank: int, overrides: tuple[str, ...]) -> tuple[list[dict[str, float]]
 def evaluated(run: Run) -> float:
     """The LM loss of one microbatch, on every data-parallel rank the same."""
     microbatch = to_microbatch(run.data.batch([0, 1], STEPS), run.layout, 0.0, run.mtp_depths)
-    losses = LossStep(run.layout, microbatch.loss_counts() * run.layout.data_size, 0.0)
+    counts = sum_over_ranks(microbatch.loss_counts(), run.layout, pipeline=False)
+    losses = LossStep(run.layout, counts, 0.0)
     run.engine.evaluate(losses, iter([microbatch]), 1, sequence_length=run.sequence_length, micro_batch_size=2)
     return float(losses.means()[0])
 
