@@ -108,7 +108,7 @@ def overrides(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture(scope="module")
 def single(overrides: tuple[str, ...], _pool: Any) -> list[dict[str, float]]:
-    ((metrics, _),) = _pool.run(1, train, overrides)
+    ((metrics, _),) = _pool.run(1, train, overrides, timeout=300)
     return metrics
 
 
