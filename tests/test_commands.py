@@ -51,6 +51,15 @@ WAYS: dict[str, Way] = {
     "torchrun --nproc-per-node 4 -m train -cn tiny parallel.tensor=2 parallel.expert=2": Way(
         f"{QUICK} run.dir=runs/four", makes=("runs/four/finished.json",), says="4 ranks on cpu"
     ),
+    "torchrun --nproc-per-node 2 -m train -cn tiny parallel.context=2": Way(
+        f"{QUICK} run.dir=runs/split", makes=("runs/split/finished.json",), says="context 2", slow=True
+    ),
+    "torchrun --nproc-per-node 2 -m train -cn tiny parallel.context=2 parallel.context_mamba=all_to_all": Way(
+        f"{QUICK} run.dir=runs/heads", makes=("runs/heads/finished.json",), says="context 2", slow=True
+    ),
+    "python -m train -cn tiny data.alternate_length=32": Way(
+        f"{QUICK} run.dir=runs/alternate", makes=("runs/alternate/finished.json",), slow=True
+    ),
     "python -m launch.local ranks=2 -cn tiny parallel.tensor=2": Way(
         f"{QUICK} run.dir=runs/two", makes=("runs/two/finished.json",), says="2 ranks on cpu", slow=True
     ),
@@ -110,6 +119,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.quantize", Way("size=64 rounds=1", slow=True)),
     (r"python -m benchmarks\.linear", Way("sizes=[64] rounds=1", slow=True)),
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
+    (r"python -m benchmarks\.long_context", Way("lengths=[64,128] rounds=1 ranks=[1,2] tokens=256", slow=True)),
 )
 EXPANDED = r"make [\w-]+"
 # Not ours; srun: tests/slurm; launch/torchrun.sh: tests/launch. ft_launcher belongs to a package that is not installed for tests.

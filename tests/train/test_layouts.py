@@ -95,3 +95,24 @@ def test_a_layout_gives_the_losses_of_one_rank(name: str, overrides: Any, single
         assert metrics[-1]["loss/lm"] < metrics[0]["loss/lm"] - 0.5  # it learned, so agreement means something
         assert metrics[-1]["moe/aux_loss"] == pytest.approx(single[-1]["moe/aux_loss"], rel=1e-5)
         assert metrics[-1]["grad_norm"] == pytest.approx(single[-1]["grad_norm"], rel=1e-4)
+
+
+QUANTISED = (
+    "precision=nvfp4",
+    "precision.amax_scope=tensor_parallel",
+    "model.pattern=M*-M/M",
+    "model.ffn_hidden_size=64",
+)
+
+
+@pytest.mark.slow
+def test_split_sequences_give_the_losses_of_one_rank_in_nvfp4(overrides: Any, ranks: Any) -> None:
+    """With amaxes over whole tensors every operand has the values and the random bits it has on one rank (routed experts apart, whose tokens come
+    in another order)."""
+    ((single, _),) = ranks(1)(train, (*overrides, *QUANTISED), timeout=200)
+    ((exact, _),) = ranks(1)(train, (*overrides, *QUANTISED, "precision=fp32"), timeout=200)
+    for metrics, differing in ranks(2)(train, (*overrides, *QUANTISED, "parallel.context=2"), timeout=200):
+        assert differing == []
+        for key in ("loss/lm", "loss/mtp_1", "grad_norm"):
+            assert metrics[0][key] == pytest.approx(single[0][key], rel=2e-6)
+            assert abs(exact[0]["grad_norm"] - single[0]["grad_norm"]) > 1e-4  # it was quantised
