@@ -158,14 +158,15 @@ def draw(values: dict[str, Any], path: Path) -> None:
         left.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
         left.set_ylim(0, 1.5)
         left.margins(x=0.16)
-        left.set_title(f"A Mamba layer, per token, relative to {lengths[0]} tokens")
+        left.set_title(f"A Mamba layer, per token, relative to {lengths[0]:,} tokens")
         left.set_xlabel("tokens of the sequence")
         peaks = values["peak_bytes"]
         first = next(iter(peaks.values()))
         bars = right.bar(
             [str(count) for count in peaks], [value / 2**20 for value in peaks.values()], color=drawing.RUN_COLOURS[0], width=0.6
         )
-        right.bar_label(bars, [f"{value / 2**20:,.0f} MiB\n{first / value:.2f}x less" for value in peaks.values()])
+        less = [f"\n{first / value:.2f}x less" if value < first else "" for value in peaks.values()]
+        right.bar_label(bars, [f"{value / 2**20:,.0f} MiB{text}" for value, text in zip(peaks.values(), less, strict=True)])
         right.set_ylim(0, 1.2 * max(peaks.values()) / 2**20)
         right.set_title(f"Peak of a rank, {values['tokens']:,} tokens")
         right.set_xlabel("parallel.context")

@@ -60,6 +60,9 @@ WAYS: dict[str, Way] = {
     "python -m train -cn tiny data.alternate_length=32": Way(
         f"{QUICK} run.dir=runs/alternate", makes=("runs/alternate/finished.json",), slow=True
     ),
+    "torchrun --nproc-per-node 2 -m train -cn tiny parallel.pipeline=2 parallel.virtual_pipeline=2": Way(
+        f"{QUICK} run.dir=runs/interleaved", makes=("runs/interleaved/finished.json",), says="pipeline stage 1", slow=True
+    ),
     "python -m launch.local ranks=2 -cn tiny parallel.tensor=2": Way(
         f"{QUICK} run.dir=runs/two", makes=("runs/two/finished.json",), says="2 ranks on cpu", slow=True
     ),
