@@ -1,6 +1,6 @@
 """What the model is told about one microbatch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -11,6 +11,28 @@ from parallel.layout import Layout
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """Documents as they follow one another in [batch, sequence], flattened; one ends where its sequence does."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each."""
+    starts: Tensor
+    """int32 [documents + 1], the first token of each, and the number of tokens."""
+
+    @classmethod
+    def of(cls, documents: Tensor) -> Self:
+        """documents: int [batch, sequence], ordinals; on the host, or reading them waits for the device."""
+        first = torch.ones_like(documents, dtype=torch.bool)
+        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        starts = torch.nn.functional.pad(first.flatten().nonzero().flatten(), (0, 1), value=documents.numel())
+        return cls(tuple(starts.diff().tolist()), starts.int())
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """The same on a device."""
+        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True)
 class Microbatch:
     """Everything that depends on where a token is, found on whole sequences (see `of`) before any rank takes its part of them.
 
@@ -18,7 +40,7 @@ class Microbatch:
     ahead, and their targets. loss_mask: bool of the same shape, the target counts. documents: int32 [batch, sequence], ordinal of the document
     inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample. sequence_length: of the
     whole samples. sample: int64 [batch], global sample indices. step: optimizer steps done; progress: the fraction of the run that is done.
-    depth: of multi-token prediction, for which a module is called now (0: none).
+    depth: of multi-token prediction, for which a module is called now (0: none). bounds: of the documents; None unless reset.
     """
 
     tokens: Tensor
@@ -32,6 +54,7 @@ class Microbatch:
     step: int
     progress: float = 0.0
     depth: int = 0
+    bounds: Bounds | None = None
 
     @classmethod
     def of(
@@ -69,7 +92,14 @@ class Microbatch:
             sample=sample,
             step=step,
             progress=progress,
+            bounds=Bounds.of(documents) if reset else None,
         )
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        moved = {each.name: getattr(self, each.name) for each in fields(self)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in moved.items() if isinstance(value, Tensor | Bounds)}
+        return replace(self, **moved)
 
     def own_positions(self, layout: Layout) -> Tensor:
         """Positions of the tokens this rank works on outside the tensor-parallel GEMMs: with sequence parallelism its part, else all."""

@@ -48,6 +48,7 @@ class MambaMixer(nn.Module):
 
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
+        self.context = context
         config, layout = context.config, context.layout
         sizes = config.sizes(MambaSizes)
         size, rank = layout.tensor_size, layout.tensor_rank
@@ -88,8 +89,12 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
-        documents = microbatch.documents if microbatch.reset else None
         projected = self.in_proj(x, microbatch)  # [sequence, batch, z | x | B | C | dt]
+        return self.out_proj(self.context.recompute.whole("mamba", self._core, projected, microbatch), microbatch)  # type: ignore[no-any-return]
+
+    def _core(self, projected: Tensor, microbatch: Microbatch) -> Tensor:
+        """What lies between the projections."""
+        documents = microbatch.documents if microbatch.reset else None
         gate, convolved, dt = projected.split((self.inner, self.inner + 2 * self.shared, self.heads), dim=-1)
         convolved = causal_convolution(convolved, self.conv_weight, self.conv_bias, documents)
         inputs, b, c = (
@@ -111,8 +116,7 @@ class MambaMixer(nn.Module):
             chunk_size=self.chunk_size,
         )
         y = y.transpose(0, 1).flatten(2).to(projected.dtype)
-        normed = gated_group_norm(y, gate, self.norm_weight, self.inner // self.groups, self.eps)
-        return self.out_proj(normed, microbatch)
+        return gated_group_norm(y, gate, self.norm_weight, self.inner // self.groups, self.eps)
 
 
 def products(sizes: MambaSizes, sequence_length: int) -> tuple[Products, ...]:

@@ -78,8 +78,7 @@ def to_microbatch(batch: Batch, device: torch.device, progress: float, depths: i
     """The model's view of a data batch, on the device. progress: the fraction of the run behind us, in [0, 1). depths: of multi-token
     prediction."""
     values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    values = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in values.items()}
-    return Microbatch.of(**values, progress=progress, depths=depths)
+    return Microbatch.of(**values, progress=progress, depths=depths).to(device)
 
 
 def loss_weights(counts: Tensor, mtp_loss_scale: float) -> Tensor:

@@ -353,7 +353,15 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
     changes = (f"changed since the run began: {line}" for line in lines(directory.changes))
     parent = read_parent(run.run_dir)
     branch = () if parent is None else (f"branch of {parent.run_dir} after step {parent.step:,}", *lines(parent.changes))
-    description = (*branch, run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
+    description = (
+        *branch,
+        run.layout.describe(),
+        *_describe_compute(run),
+        *run.data.describe(),
+        _describe_backend(run, step),
+        *hardware,
+        *changes,
+    )
     return RunInfo(
         recipe=without_secrets(plain(recipe)),
         run_dir=run.run_dir,
@@ -369,6 +377,13 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
         parent=parent,
         facts=run_facts(recipe, run.layout),
     )
+
+
+def _describe_compute(run: Run) -> list[str]:
+    """What is asked for and slow, for the head of the run."""
+    if run.recipe.precision.compute != "bf16" or run.layout.device.type == "cuda":
+        return []
+    return ["bf16 activations on a CPU, which multiplies them up to 80 times slower than fp32: precision.compute=fp32 is the faster choice"]
 
 
 def _describe_backend(run: Run, step: int) -> str:
