@@ -99,6 +99,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.quantize", Way("size=64 rounds=1", slow=True)),
     (r"python -m benchmarks\.linear", Way("sizes=[64] rounds=1", slow=True)),
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
+    (r"python -m benchmarks\.activations", Way("recipe=tiny tokens=64", slow=True)),
 )
 EXPANDED = r"make [\w-]+"
 KNOWN_ELSEWHERE = r"(git|ruff|mypy|pytest|pip|cd|\.|srun) "  # not ours; srun: tests/slurm
