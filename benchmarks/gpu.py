@@ -3,8 +3,8 @@
     python -m benchmarks.gpu                                # all stages
     python -m benchmarks.gpu stages=[repeat,tests] minutes=4
 
-A stage that fails or runs out of time does not keep the next from running; the table at the end, and `to` as JSON, say of each whether it passed, failed, ran
-out of time or has not run. Without a CUDA device nothing runs, and that is said.
+A stage that fails or runs out of time does not keep the next from running; the table at the end, and `to` as JSON, say of each whether it passed,
+failed, ran out of time or has not run. Without a CUDA device nothing runs, and that is said.
 """
 
 import subprocess

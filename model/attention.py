@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from model.batch import Microbatch
@@ -10,6 +11,7 @@ from model.context import ModelContext
 from model.linear import Linear
 from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
 from model.parameter import output_std
+from parallel.context import gather
 from parallel.shards import Section
 
 
@@ -32,11 +34,13 @@ class AttentionSizes(Sizes):
 class Attention(nn.Module):
     """Causal attention (`model.causal`); heads split over the tensor group.
 
-    Query, key and value are one projection in memory and three tensors on disk.
+    Query, key and value are one projection in memory and three tensors on disk. Where ranks split sequences (parallel.context), each gathers keys
+    and values, which are few times narrower than anything else here, and its queries attend to those up to its own.
     """
 
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
+        self.layout = context.layout
         config, tensor = context.config, context.layout.tensor_size
         sizes = config.sizes(AttentionSizes)
         self.head_dim = sizes.head_dim
@@ -55,9 +59,13 @@ class Attention(nn.Module):
         """x [sequence, batch, hidden] -> the same."""
         qkv = self.qkv_proj(x, microbatch)  # [sequence, batch, (heads + 2 kv_heads) * head_dim]
         sections = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(sections, dim=-1))
-        out = causal_attention(query, key, value, microbatch.bounds)
-        return self.o_proj(out.flatten(2), microbatch)
+        parts = qkv.split(sections, dim=-1)
+        if self.layout.context_size > 1:
+            gathered = gather(torch.cat(parts[1:], dim=-1), self.layout.groups.cp)
+            # Keys behind the own tokens are seen by none of them.
+            parts = parts[0], *gathered[: microbatch.first + len(qkv)].split(sections[1:], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        return self.o_proj(causal_attention(query, key, value, microbatch.bounds).flatten(2), microbatch)
 
 
 def products(sizes: AttentionSizes, sequence_length: int) -> tuple[Products, ...]:
@@ -71,6 +79,7 @@ register_mixer(
         name="attention",
         build=Attention,
         sizes=AttentionSizes,
+        context_tokens=lambda sizes: 1,
         tensor_divides=("attention_heads", "key_value_heads"),
         products=products,
         engine=lambda sizes: {"attention_heads": sizes.attention_heads},

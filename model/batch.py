@@ -12,35 +12,51 @@ from parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Bounds:
-    """Documents as they follow one another in [batch, sequence], flattened; one ends where its sequence does."""
+    """Pieces of documents, as a rank's queries [batch, sequence] hold them one after another, and the keys they see: those of the same document up to
+    their own place. A document whose beginning other ranks hold has more keys than queries; it is the first of its sequence."""
 
-    lengths: tuple[int, ...]
-    """Tokens of each."""
-    starts: Tensor
-    """int32 [documents + 1], the first token of each, and the number of tokens."""
+    queries: tuple[int, ...]
+    """Of each piece."""
+    keys: tuple[int, ...]
+    """Likewise."""
+    before: tuple[int, ...]
+    """Keys of each sequence's first piece that other ranks hold the queries of."""
+    query_starts: Tensor
+    """int32 [pieces + 1], the first query of each piece, and their number."""
+    key_starts: Tensor
+    """The same of keys."""
 
     @classmethod
-    def of(cls, documents: Tensor) -> Self:
-        """documents: int [batch, sequence], ordinals; on the host, or reading them waits for the device."""
-        first = torch.ones_like(documents, dtype=torch.bool)
-        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        starts = torch.nn.functional.pad(first.flatten().nonzero().flatten(), (0, 1), value=documents.numel())
-        return cls(tuple(starts.diff().tolist()), starts.int())
+    def of(cls, documents: Tensor, first: int, length: int) -> Self:
+        """documents: int [batch, whole sequence], ordinals, on the host, or reading them waits for the device; the rank has `length` of them from
+        `first` on."""
+        own = documents[:, first : first + length]
+        begins = torch.ones_like(own, dtype=torch.bool)
+        begins[:, 1:] = own[:, 1:] != own[:, :-1]
+        starts = torch.nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=own.numel())
+        before = (documents[:, :first] == own[:, :1]).sum(1)
+        queries = starts.diff()
+        keys = queries.clone()
+        keys[starts[:-1] % length == 0] += before
+        key_starts = torch.nn.functional.pad(keys.cumsum(0), (1, 0))
+        return cls(tuple(queries.tolist()), tuple(keys.tolist()), tuple(before.tolist()), starts.int(), key_starts.int())
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
         """The same on a device."""
-        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
+        moved = (starts.to(device, non_blocking=non_blocking) for starts in (self.query_starts, self.key_starts))
+        return replace(self, **dict(zip(("query_starts", "key_starts"), moved, strict=True)))
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Everything that depends on where a token is, found on whole sequences (see `of`) before any rank takes its part of them.
+    """Everything that depends on where a token is, found on whole sequences (see `of`) before any rank takes its part of them (see `part`).
 
     tokens, labels: int64 [1 + depths, batch, sequence]; row k, of multi-token-prediction depth k (0: the LM loss), holds the tokens k places
     ahead, and their targets. loss_mask: bool of the same shape, the target counts. documents: int32 [batch, sequence], ordinal of the document
-    inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample. sequence_length: of the
-    whole samples. sample: int64 [batch], global sample indices. step: optimizer steps done; progress: the fraction of the run that is done.
-    depth: of multi-token prediction, for which a module is called now (0: none). bounds: of the documents; None unless reset.
+    inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample; first: of the first one.
+    sequence_length: of the whole samples; whole_documents: int32 [batch, sequence_length], of all their tokens. sample: int64 [batch], global
+    sample indices. step: optimizer steps done; progress: the fraction of the run that is done. depth: of multi-token prediction, for which a
+    module is called now (0: none). bounds: what attention sees; None: everything before, which is here.
     """
 
     tokens: Tensor
@@ -50,10 +66,12 @@ class Microbatch:
     reset: bool
     positions: Tensor
     sequence_length: int
+    whole_documents: Tensor
     sample: Tensor
     step: int
     progress: float = 0.0
     depth: int = 0
+    first: int = 0
     bounds: Bounds | None = None
 
     @classmethod
@@ -89,10 +107,11 @@ class Microbatch:
             reset=reset,
             positions=torch.arange(length, device=tokens.device),
             sequence_length=length,
+            whole_documents=documents,
             sample=sample,
             step=step,
             progress=progress,
-            bounds=Bounds.of(documents) if reset else None,
+            bounds=Bounds.of(documents, 0, length) if reset else None,
         )
 
     def to(self, device: torch.device) -> Self:
@@ -100,6 +119,29 @@ class Microbatch:
         moved = {each.name: getattr(self, each.name) for each in fields(self)}
         moved = {name: value.to(device, non_blocking=True) for name, value in moved.items() if isinstance(value, Tensor | Bounds)}
         return replace(self, **moved)
+
+    def part(self, rank: int, size: int) -> Self:
+        """What rank `rank` of `size` ranks that split sequences works on: consecutive tokens, as many on each."""
+        length = self.sequence_length // size
+        own = slice(rank * length, (rank + 1) * length)
+        bounds = None
+        if self.reset or own.start:
+            bounds = Bounds.of(self.whole_documents if self.reset else torch.zeros_like(self.whole_documents), own.start, length)
+        return replace(
+            self,
+            tokens=self.tokens[..., own],
+            labels=self.labels[..., own],
+            loss_mask=self.loss_mask[..., own],
+            documents=self.documents[:, own],
+            positions=self.positions[own],
+            first=self.first + own.start,
+            bounds=bounds,
+        )
+
+    def documents_before(self, count: int) -> Tensor:
+        """int32 [batch, count]: documents of the tokens right before these, -1 where the sample has none."""
+        held = self.whole_documents[:, max(0, self.first - count) : self.first]
+        return torch.nn.functional.pad(held, (count - held.shape[1], 0), value=-1)
 
     def own_positions(self, layout: Layout) -> Tensor:
         """Positions of the tokens this rank works on outside the tensor-parallel GEMMs: with sequence parallelism its part, else all."""
