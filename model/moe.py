@@ -214,6 +214,9 @@ class MoE(nn.Module):
         out = self.dispatcher.combine_preprocess(out)
         out = self.dispatcher.token_combine(out)
         out = gather(out, places).view(*x.shape[:-1], width)
+        # Which would else live until the layer's next microbatch, with all that made them.
+        dispatcher = self.dispatcher
+        dispatcher.probs = dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
         if self.up is not None:
             out = self.up(out, microbatch)
         return out + self.shared_experts(x, microbatch)

@@ -20,7 +20,7 @@ def left(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, tuple[str, 
     with model_of("tiny", *RUN, f"precision={request.param}", "precision.compute=bf16") as (model, context):
         for kind, forward in pieces(model, context, TOKENS).items():
             forward()
-            for kinds in ((), *((each,) for each in PARTS), PARTS, ("layer",)):
+            for kinds in ((), ("norm",), ("moe",), ("mamba",), ("head",), PARTS, ("layer",)):
                 context.recompute = Recompute(kinds)
                 found[kind, kinds] = left_behind(forward) / TOKENS
     yield found
@@ -34,7 +34,8 @@ def test_each_kind_frees_what_it_names(left: dict[tuple[str, tuple[str, ...]], f
         assert left[kind, ("norm",)] <= whole - 4 * hidden
         # Nothing but a handful of numbers for each layer.
         assert left[kind, ("layer",)] * TOKENS < 4096
-    assert left["MoE", ("moe",)] < 0.25 * left["MoE", ()]
+    norm = left["MoE", ()] - left["MoE", ("norm",)]
+    assert left["MoE", ("moe",)] - norm < 0.1 * left["MoE", ()]
     assert left["Mamba-2", ("mamba",)] < 0.35 * left["Mamba-2", ()]
     assert left["head", ("head",)] * TOKENS < 4096 < left["head", ()] * TOKENS
     # All parts of a MoE layer together keep next to nothing of it.
