@@ -43,8 +43,8 @@ class Bounds:
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
         """The same on a device."""
-        moved = (starts.to(device, non_blocking=non_blocking) for starts in (self.query_starts, self.key_starts))
-        return replace(self, **dict(zip(("query_starts", "key_starts"), moved, strict=True)))
+        query_starts, key_starts = (starts.to(device, non_blocking=non_blocking) for starts in (self.query_starts, self.key_starts))
+        return replace(self, query_starts=query_starts, key_starts=key_starts)
 
 
 @dataclass(frozen=True)

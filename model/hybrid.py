@@ -105,7 +105,7 @@ class HybridModel(Stage):
 
     def head_loss(self, hidden: Tensor, microbatch: Microbatch, depth: int = 0) -> Tensor:
         """hidden [sequence, batch, hidden], normed -> the summed loss of its targets, 0-dim fp32."""
-        return self.context.recompute.whole("head", self._head_loss, hidden, microbatch, depth)  # type: ignore[no-any-return]
+        return self.context.recompute.whole("head", self._head_loss, hidden, microbatch, depth)
 
     def _head_loss(self, hidden: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
         logits = self.lm_head(hidden, replace(microbatch, depth=depth))

@@ -20,8 +20,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
-        return self.context.recompute.whole("layer", self._forward, x, microbatch)  # type: ignore[no-any-return]
+        return self.context.recompute.whole("layer", self._forward, x, microbatch)
 
     def _forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         with self.context.recompute.dropped("norm", self.norm, x) as normed:
-            return x + self.mixer(normed, microbatch)  # type: ignore[no-any-return]
+            return x + self.mixer(normed, microbatch)

@@ -117,7 +117,7 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
         projected = self.in_proj(x, microbatch)  # [sequence, batch, z | x | B | C | dt]
-        return self.out_proj(self.context.recompute.whole("mamba", self._core, projected, microbatch), microbatch)  # type: ignore[no-any-return]
+        return self.out_proj(self.context.recompute.whole("mamba", self._core, projected, microbatch), microbatch)
 
     def _core(self, projected: Tensor, microbatch: Microbatch) -> Tensor:
         """What lies between the projections."""

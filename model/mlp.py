@@ -35,7 +35,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
         with self.context.recompute.dropped("activation", squared_relu, self.up_proj(x, microbatch)) as active:
-            return self.down_proj(active, microbatch)  # type: ignore[no-any-return]
+            return self.down_proj(active, microbatch)
 
 
 def build(context: ModelContext, name: str) -> MLP:

@@ -189,7 +189,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same; with sequence parallelism both hold this rank's part of the sequence."""
-        return self.context.recompute.whole("moe", self._forward, x, microbatch)  # type: ignore[no-any-return]
+        return self.context.recompute.whole("moe", self._forward, x, microbatch)
 
     def _forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         weights, chosen = self.router(x, microbatch)
@@ -216,7 +216,7 @@ class MoE(nn.Module):
         out = gather(out, places).view(*x.shape[:-1], width)
         # Which would else live until the layer's next microbatch, with all that made them.
         dispatcher = self.dispatcher
-        dispatcher.probs = dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
+        dispatcher.probs = dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None  # type: ignore[assignment]
         if self.up is not None:
             out = self.up(out, microbatch)
         return out + self.shared_experts(x, microbatch)

@@ -37,7 +37,7 @@ class MTPBlock(nn.Module):
             x = self.eh_proj(joined, microbatch)
         for layer in self.layers:
             x = layer(x, microbatch)
-        return recompute.whole("norm", self.final_norm, x)  # type: ignore[no-any-return]
+        return recompute.whole("norm", self.final_norm, x)
 
     def _joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         return torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)

@@ -76,7 +76,7 @@ class MegatronEngine:
         for part in self._parts:
             part.optimizer = _instead_of(part.optimizer, optimizer)
         if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:  # neither Transformer Engine's nor Apex's
-            clip_grads.l2_norm_impl = _l2_norm
+            clip_grads.l2_norm_impl = _l2_norm  # type: ignore[assignment]
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = None
         syncs = [chunk.no_sync for chunk in self.chunks]

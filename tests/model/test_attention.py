@@ -94,7 +94,8 @@ def test_packed_documents_equal_a_mask_without_making_one(length: int) -> None:
     batch, heads, kv_heads, width = 2, 4, 2, 8
     documents = packed(length) if length < 512 else (torch.arange(length).expand(batch, -1) // 64).int()
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(length, batch, n, width, generator=generator, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
+    made = [torch.randn(length, batch, n, width, generator=generator, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
+    inputs = made[0], made[1], made[2]
     dy = torch.randn(length, batch, heads, width, generator=generator)
     with Largest() as largest:
         out = causal_attention(*inputs, Bounds.of(documents, 0, length))

@@ -25,11 +25,23 @@ from train.optimizer import open_optimizer
 def test_gradients_are_prepared_and_normed_once_a_step(dtype: torch.dtype, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: Counter[int] = Counter()
     norms: list[int] = []
+
+    def counted(method: Any) -> Any:
+        def prepare(self: Any) -> bool:
+            prepared[id(self)] += 1
+            return bool(method(self))
+
+        return prepare
+
     for cls in (megatron.MixedPrecisionOptimizer, megatron.FP32Optimizer):
-        method = cls.prepare_grads
-        monkeypatch.setattr(cls, "prepare_grads", lambda self, method=method: prepared.update([id(self)]) or method(self))
+        monkeypatch.setattr(cls, "prepare_grads", counted(cls.prepare_grads))
     norm = megatron.get_grad_norm_fp32
-    monkeypatch.setattr(megatron, "get_grad_norm_fp32", lambda grads, **given: norms.append(len(grads)) or norm(grads, **given))
+
+    def measured(grads: Any, **given: Any) -> Any:
+        norms.append(len(grads))
+        return norm(grads, **given)
+
+    monkeypatch.setattr(megatron, "get_grad_norm_fp32", measured)
     layout = initialize(ParallelConfig(), seed=0)
     _, engine = open_toy(layout, dtype=dtype)
     train(engine, layout, range(3))
