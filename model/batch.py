@@ -12,39 +12,24 @@ from parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Bounds:
-    """Pieces of documents, as a rank's queries [batch, sequence] hold them one after another, and the keys they see: those of the same document up to
-    their own place. A document whose beginning other ranks hold has more keys than queries; it is the first of its sequence."""
+    """Documents as they follow one another in [batch, sequence], flattened; one ends where its sequence does."""
 
-    queries: tuple[int, ...]
-    """Of each piece."""
-    keys: tuple[int, ...]
-    """Likewise."""
-    before: tuple[int, ...]
-    """Keys of each sequence's first piece that other ranks hold the queries of."""
-    query_starts: Tensor
-    """int32 [pieces + 1], the first query of each piece, and their number."""
-    key_starts: Tensor
-    """The same of keys."""
+    lengths: tuple[int, ...]
+    """Tokens of each."""
+    starts: Tensor
+    """int32 [documents + 1], the first token of each, and the number of tokens."""
 
     @classmethod
-    def of(cls, documents: Tensor, first: int, length: int) -> Self:
-        """documents: int [batch, whole sequence], ordinals, on the host, or reading them waits for the device; the rank has `length` of them from
-        `first` on."""
-        own = documents[:, first : first + length]
-        begins = torch.ones_like(own, dtype=torch.bool)
-        begins[:, 1:] = own[:, 1:] != own[:, :-1]
-        starts = torch.nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=own.numel())
-        before = (documents[:, :first] == own[:, :1]).sum(1)
-        queries = starts.diff()
-        keys = queries.clone()
-        keys[starts[:-1] % length == 0] += before
-        key_starts = torch.nn.functional.pad(keys.cumsum(0), (1, 0))
-        return cls(tuple(queries.tolist()), tuple(keys.tolist()), tuple(before.tolist()), starts.int(), key_starts.int())
+    def of(cls, documents: Tensor) -> Self:
+        """documents: int [batch, sequence], ordinals, on the host, or reading them waits for the device."""
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        starts = torch.nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=documents.numel())
+        return cls(tuple(starts.diff().tolist()), starts.int())
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
         """The same on a device."""
-        query_starts, key_starts = (starts.to(device, non_blocking=non_blocking) for starts in (self.query_starts, self.key_starts))
-        return replace(self, query_starts=query_starts, key_starts=key_starts)
+        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,7 @@ class Microbatch:
     inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample; first: of the first one.
     sequence_length: of the whole samples; whole_documents: int32 [batch, sequence_length], of all their tokens. sample: int64 [batch], global
     sample indices. step: optimizer steps done; progress: the fraction of the run that is done. depth: of multi-token prediction, for which a
-    module is called now (0: none). bounds: what attention sees; None: everything before, which is here.
+    module is called now (0: none). bounds: of the documents; None unless reset, and where ranks split sequences.
     """
 
     tokens: Tensor
@@ -111,7 +96,7 @@ class Microbatch:
             sample=sample,
             step=step,
             progress=progress,
-            bounds=Bounds.of(documents, 0, length) if reset else None,
+            bounds=Bounds.of(documents) if reset else None,
         )
 
     def to(self, device: torch.device) -> Self:
@@ -124,9 +109,6 @@ class Microbatch:
         """What rank `rank` of `size` ranks that split sequences works on: consecutive tokens, as many on each."""
         length = self.sequence_length // size
         own = slice(rank * length, (rank + 1) * length)
-        bounds = None
-        if self.reset or own.start:
-            bounds = Bounds.of(self.whole_documents if self.reset else torch.zeros_like(self.whole_documents), own.start, length)
         return replace(
             self,
             tokens=self.tokens[..., own],
@@ -135,7 +117,7 @@ class Microbatch:
             documents=self.documents[:, own],
             positions=self.positions[own],
             first=self.first + own.start,
-            bounds=bounds,
+            bounds=self.bounds if size == 1 else None,
         )
 
     def documents_before(self, count: int) -> Tensor:

@@ -98,7 +98,7 @@ def test_packed_documents_equal_a_mask_without_making_one(length: int) -> None:
     inputs = made[0], made[1], made[2]
     dy = torch.randn(length, batch, heads, width, generator=generator)
     with Largest() as largest:
-        out = causal_attention(*inputs, Bounds.of(documents, 0, length))
+        out = causal_attention(*inputs, Bounds.of(documents))
         gradients = torch.autograd.grad(out, inputs, dy)
     query, key, value = (each.detach().double().permute(1, 2, 0, 3).requires_grad_() for each in inputs)
     mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
@@ -111,31 +111,13 @@ def test_packed_documents_equal_a_mask_without_making_one(length: int) -> None:
         assert largest.elements <= dy.numel() < batch * length * length // 8
 
 
-@pytest.mark.parametrize("apart", [True, False], ids=["documents", "whole"])
-def test_a_part_of_the_queries_sees_what_it_would_in_the_whole(apart: bool) -> None:
-    length, batch, ranks = 48, 2, 3
-    documents = packed(length) if apart else torch.zeros(batch, length, dtype=torch.int32)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(length, batch, n, 8, generator=generator, requires_grad=True) for n in (4, 2, 2))
-    dy = torch.randn(length, batch, 4, 8, generator=generator)
-    whole = causal_attention(query, key, value, Bounds.of(documents, 0, length) if apart else None)
-    expected = torch.autograd.grad(whole, (query, key, value), dy)
-    own = length // ranks
-    parts = [
-        causal_attention(query[a : a + own], key[: a + own], value[: a + own], Bounds.of(documents, a, own)) for a in range(0, length, own)
-    ]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(torch.autograd.grad(torch.cat(parts), (query, key, value), dy), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
-
-
 def test_a_gpu_gets_all_documents_in_one_call() -> None:
     """Shapes, dtypes and the choice alone: on a pretended device nothing is computed."""
-    bounds = Bounds.of(packed(64), 0, 64)
+    bounds = Bounds.of(packed(64))
     with FakeTensorMode(), Largest() as ops, torch.no_grad():
         query, key = (torch.empty(64, 2, heads, 16, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
-        starts = torch.empty(len(bounds.queries) + 1, dtype=torch.int32, device="cuda")
-        on_device = replace(bounds, query_starts=starts, key_starts=starts)
+        starts = torch.empty(len(bounds.lengths) + 1, dtype=torch.int32, device="cuda")
+        on_device = replace(bounds, starts=starts)
         out = causal_attention(query, key, key, on_device)
         assert (out.shape, out.dtype, out.device.type) == (query.shape, torch.bfloat16, "cuda")
     assert any("_varlen_attn" in name for name in ops.names)
