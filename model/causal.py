@@ -23,8 +23,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Bound
     """
     grouped = query.shape[2] != key.shape[2]
     if documents is None:
-        whole = (each.permute(1, 2, 0, 3) for each in (query, key, value))
-        return scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=grouped).permute(2, 0, 1, 3)
+        query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped).permute(2, 0, 1, 3)
     batch = query.shape[1]
     # [tokens, heads, D], sequence after sequence
     query, key, value = (each.transpose(0, 1).flatten(0, 1) for each in (query, key, value))
@@ -35,6 +35,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Bound
     else:
         # [1, heads, tokens, D]: without a dimension for the batch grouped heads are refused.
         pieces = (each.transpose(0, 1).unsqueeze(0).split(documents.lengths, dim=2) for each in (query, key, value))
-        each = [scaled_dot_product_attention(*piece, is_causal=True, enable_gqa=grouped) for piece in zip(*pieces, strict=True)]
-        out = torch.cat(each, dim=2)[0].transpose(0, 1)
+        outs = [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in zip(*pieces, strict=True)]
+        out = torch.cat(outs, dim=2)[0].transpose(0, 1)
     return out.unflatten(0, (batch, -1)).transpose(0, 1)

@@ -16,7 +16,7 @@ RUN = (*SMALL, "model.pattern=M*-E/*E", "model.ffn_hidden_size=64", "model.hidde
 @pytest.fixture(scope="module", params=["nvfp4", "bf16"])
 def left(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, tuple[str, ...]], float]]:
     """Bytes a token leaves behind, by kind of layer and by what is computed again."""
-    found = {}
+    found: dict[tuple[str, tuple[str, ...]], float] = {}
     with model_of("tiny", *RUN, f"precision={request.param}", "precision.compute=bf16") as (model, context):
         for kind, forward in pieces(model, context, TOKENS).items():
             forward()
