@@ -21,7 +21,7 @@ class Stream:
 
     def check(self) -> None:
         """Raises DataError where the file behind the ids has become too short for them: to read them would end the process without a word."""
-        if not isinstance(self.tokens, np.memmap):
+        if not isinstance(self.tokens, np.memmap) or self.tokens.filename is None:
             return
         try:
             size = os.stat(self.tokens.filename).st_size
