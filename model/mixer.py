@@ -68,8 +68,9 @@ class Mixer(Generic[S]):
 
     letter: in patterns. name: for people. sizes: its keys in the recipe. build: (ModelContext, canonical name) -> its module, called with
     x [sequence, batch, hidden] and a Microbatch, whose result has the shape of x.
-    tensor_divides, expert_divides: keys of sizes that parallel.tensor and parallel.expert must divide. check_layout: raises ValueError, in one
-    sentence, for other layouts it cannot have. products: of a sequence of that many tokens. active_share: the part of a parameter (its name
+    tensor_divides, expert_divides, expert_tensor_divides: keys of sizes that parallel.tensor, parallel.expert and parallel.expert_tensor must
+    divide. check_layout: raises ValueError, in one sentence, for other layouts it cannot have. products: of a sequence of that many tokens.
+    active_share: the part of a parameter (its name
     inside the module) that one token uses. engine: what the engine must know, as fields of `parallel.engine.ModelSizes`.
     hugging_face: None where NemotronH has no such layer.
     """
@@ -80,6 +81,7 @@ class Mixer(Generic[S]):
     sizes: type[S]
     tensor_divides: tuple[str, ...] = ()
     expert_divides: tuple[str, ...] = ()
+    expert_tensor_divides: tuple[str, ...] = ()
     check_layout: Callable[[S, ParallelConfig], None] = lambda sizes, parallel: None
     products: Callable[[S, int], tuple[Products, ...]] = lambda sizes, sequence_length: ()
     active_share: Callable[[S, str], float] = lambda sizes, parameter: 1.0

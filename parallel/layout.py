@@ -61,11 +61,6 @@ class ParallelConfig:
                 raise ValueError(f"parallel.{key}={getattr(self, key)} must be at least 1: use 1 for no such parallelism")
         if self.virtual_pipeline != 1:
             raise ValueError(f"parallel.virtual_pipeline={self.virtual_pipeline} is not available: use parallel.virtual_pipeline=1")
-        if self.expert_tensor != 1:
-            raise ValueError(
-                f"parallel.expert_tensor={self.expert_tensor} is not available: use parallel.expert_tensor=1 and split experts with "
-                "parallel.expert"
-            )
         if self.context != 1:
             raise ValueError(f"parallel.context={self.context} is not available: use parallel.context=1")
         if self.sequence and self.tensor == 1:

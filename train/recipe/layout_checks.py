@@ -15,6 +15,8 @@ def validate_layout(recipe: Recipe) -> None:
             _divides(f"model.{key}", getattr(sizes, key), "parallel.tensor", tensor)
         for key in mixer.expert_divides:
             _divides(f"model.{key}", getattr(sizes, key), "parallel.expert", expert)
+        for key in mixer.expert_tensor_divides:
+            _divides(f"model.{key}", getattr(sizes, key), "parallel.expert_tensor", parallel.expert_tensor)
     if parallel.sequence_parallel and train.sequence_length % tensor:
         raise ValueError(
             f"train.sequence_length={train.sequence_length} is not a multiple of parallel.tensor={tensor}, which splits sequences: change "
@@ -22,12 +24,13 @@ def validate_layout(recipe: Recipe) -> None:
         )
     for mixer in model.used:
         mixer.check_layout(model.sizes(mixer.sizes), parallel)
-    if expert > 1 and not model.has_experts:
-        able = [mixer for mixer in MIXERS.values() if mixer.expert_divides]
-        raise ValueError(
-            f"parallel.expert={expert} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern={model.pattern!r} has no "
-            f"{' or '.join(mixer.letter for mixer in able)}: use 1"
-        )
+    for name in ("expert", "expert_tensor"):
+        if getattr(parallel, name) > 1 and not model.has_experts:
+            able = [mixer for mixer in MIXERS.values() if mixer.expert_divides]
+            raise ValueError(
+                f"parallel.{name}={getattr(parallel, name)} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern="
+                f"{model.pattern!r} has no {' or '.join(mixer.letter for mixer in able)}: use 1"
+            )
     if parallel.pipeline > len(model.layers):
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} exceeds the {len(model.layers)} layers of model.pattern: use at most that many stages"

@@ -9,7 +9,7 @@ from train.recipe.tree import Recipe
 def validate_precision(recipe: Recipe) -> None:
     """Every module must be able to run every format it will be asked for, at any time of the run. Raises ValueError, in one sentence."""
     policy = recipe.policy
-    modules = linear_modules(recipe.model, recipe.parallel.tensor)
+    modules = linear_modules(recipe.model, recipe.parallel.tensor, recipe.parallel.expert_tensor)
     policy.check([module.name for module in modules])
     for time in policy.times:
         for module in modules:
