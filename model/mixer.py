@@ -70,8 +70,9 @@ class Mixer(Generic[S]):
     x [sequence, batch, hidden] and a Microbatch, whose result has the shape of x.
     tensor_divides, expert_divides, expert_tensor_divides: keys of sizes that parallel.tensor, parallel.expert and parallel.expert_tensor must
     divide. check_layout: raises ValueError, in one sentence, for other layouts it cannot have. products: of a sequence of that many tokens.
-    active_share: the part of a parameter (its name
-    inside the module) that one token uses. engine: what the engine must know, as fields of `parallel.engine.ModelSizes`.
+    active_share: the part of a parameter (its name inside the module) that one token uses. context_tokens: consecutive tokens that a rank must
+    hold at least where parallel.context splits sequences; None: it only knows whole ones. engine: what the engine must know, as fields of
+    `parallel.engine.ModelSizes`.
     hugging_face: None where NemotronH has no such layer.
     """
 
@@ -85,6 +86,7 @@ class Mixer(Generic[S]):
     check_layout: Callable[[S, ParallelConfig], None] = lambda sizes, parallel: None
     products: Callable[[S, int], tuple[Products, ...]] = lambda sizes, sequence_length: ()
     active_share: Callable[[S, str], float] = lambda sizes, parameter: 1.0
+    context_tokens: Callable[[S], int] | None = None
     engine: Callable[[S], Mapping[str, int]] = lambda sizes: {}
     hugging_face: HuggingFace | None = None
 

@@ -223,6 +223,7 @@ register_mixer(
         name="MoE",
         build=MoE,
         sizes=MoESizes,
+        context_tokens=lambda sizes: 1,
         tensor_divides=("shared_expert_ffn_size",),
         expert_divides=("experts",),
         expert_tensor_divides=("expert_ffn_size",),

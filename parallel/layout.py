@@ -2,10 +2,10 @@
 
 Two factorisations of the same ranks, as Megatron-core has them:
 
-    dense modules     world = tensor x pipeline x data
+    dense modules     world = tensor x context x pipeline x data
     routed experts    world = expert_tensor x expert x pipeline x expert_data
 
-so expert parallelism spends no ranks of its own: it borrows those the dense modules use for tensor and data parallelism.
+so expert parallelism spends no ranks of its own: it borrows those the dense modules use for tensor, context and data parallelism.
 """
 
 import math
@@ -33,7 +33,10 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """parts of the layers that each stage takes turns with"""
     context: int = 1
-    """ranks that split each sequence in every module"""
+    """ranks that split each sequence in every module, each holding consecutive tokens"""
+    context_mamba: str = "state"
+    """how Mamba layers cross the borders of split sequences: state hands states on and divides nothing further; all_to_all gathers
+    sequences and divides heads"""
     distributed_optimizer: bool = False
     """split fp32 masters and the optimizer's state over the data-parallel ranks"""
     engine: str = "megatron"
@@ -61,16 +64,17 @@ class ParallelConfig:
                 raise ValueError(f"parallel.{key}={getattr(self, key)} must be at least 1: use 1 for no such parallelism")
         if self.virtual_pipeline != 1:
             raise ValueError(f"parallel.virtual_pipeline={self.virtual_pipeline} is not available: use parallel.virtual_pipeline=1")
-        if self.context != 1:
-            raise ValueError(f"parallel.context={self.context} is not available: use parallel.context=1")
+        if self.context_mamba not in ("state", "all_to_all"):
+            raise ValueError(f"parallel.context_mamba={self.context_mamba!r} is unknown: use state or all_to_all")
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence=true needs parallel.tensor > 1: there is no tensor group to split over")
         if not 0 < self.timeout_minutes <= 7 * 24 * 60:
             raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must lie above 0 and within a week: use for instance 10")
-        dense = self.tensor * self.pipeline
+        dense = self.tensor * self.pipeline * self.context
         if world_size % dense:
+            context = f" x parallel.context={self.context}" if self.context > 1 else ""
             raise ValueError(
-                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline} = {dense} does not divide the {world_size} "
+                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline}{context} = {dense} does not divide the {world_size} "
                 f"ranks of this run: start a multiple of {dense} ranks or lower one of them"
             )
         routed = self.expert_tensor * self.expert * self.pipeline
@@ -83,7 +87,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Layout:
-    """What this rank is. `groups` are Megatron's process groups (tp, pp, dp, ep, expt_tp, tp_ep, expt_dp, ...)."""
+    """What this rank is. `groups` are Megatron's process groups (tp, cp, pp, dp, dp_cp, tp_cp, ep, expt_tp, tp_ep, expt_dp, ...)."""
 
     config: ParallelConfig
     world_size: int
@@ -96,6 +100,8 @@ class Layout:
     pipeline_rank: int
     data_size: int
     data_rank: int
+    context_size: int
+    context_rank: int
     expert_size: int
     expert_rank: int
     expert_tensor_size: int
@@ -118,15 +124,17 @@ class Layout:
     @classmethod
     def alone(cls, config: ParallelConfig | None = None) -> "Layout":
         """A layout of one rank without any process group, for building models on the meta device."""
-        ones = (1, 0) * 6
+        ones = (1, 0) * 7
         return cls(config or ParallelConfig(), 1, 0, torch.device("meta"), ProcessGroupCollection(), *ones)
 
     def describe(self) -> str:
         """One line for a person."""
-        parts = [f"tensor {self.tensor_size}" + (" + sequence" if self.sequence_parallel else "")]
-        parts += [f"expert {self.expert_size}", f"pipeline {self.pipeline_size}", f"data {self.data_size}"]
+        parts = [f"tensor {self.tensor_size}" + (" + sequence" if self.sequence_parallel else ""), f"expert {self.expert_size}"]
         if self.expert_tensor_size > 1:
-            parts.insert(2, f"expert tensor {self.expert_tensor_size}")
+            parts.append(f"expert tensor {self.expert_tensor_size}")
+        if self.context_size > 1:
+            parts.append(f"context {self.context_size}")
+        parts += [f"pipeline {self.pipeline_size}", f"data {self.data_size}"]
         if self.config.distributed_optimizer:
             parts.append("distributed optimizer")
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}: " + " x ".join(parts)

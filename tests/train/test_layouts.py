@@ -23,6 +23,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "data, distributed optimizer": (2, ("parallel.distributed_optimizer=true",)),
     "tensor x expert": (4, ("parallel.tensor=2", "parallel.expert=2")),
     "tensor x data, experts whole": (4, ("parallel.tensor=2",)),
+    "context": (2, ("parallel.context=2",)),
+    "context, Mamba by all-to-all": (2, ("parallel.context=2", "parallel.context_mamba=all_to_all")),
     "tensor x pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
 }
 SLOW: dict[str, tuple[int, tuple[str, ...]]] = {

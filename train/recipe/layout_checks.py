@@ -6,7 +6,7 @@ from train.recipe.tree import Recipe
 
 def validate_layout(recipe: Recipe) -> None:
     """Raises ValueError, in one sentence, for a layout that the model's sizes do not divide over."""
-    model, parallel, train = recipe.model, recipe.parallel, recipe.train
+    model, parallel = recipe.model, recipe.parallel
     tensor, expert = parallel.tensor, parallel.expert
     _divides("model.vocab_size", model.vocab_size, "parallel.tensor", tensor)
     for mixer in model.used:
@@ -17,11 +17,7 @@ def validate_layout(recipe: Recipe) -> None:
             _divides(f"model.{key}", getattr(sizes, key), "parallel.expert", expert)
         for key in mixer.expert_tensor_divides:
             _divides(f"model.{key}", getattr(sizes, key), "parallel.expert_tensor", parallel.expert_tensor)
-    if parallel.sequence_parallel and train.sequence_length % tensor:
-        raise ValueError(
-            f"train.sequence_length={train.sequence_length} is not a multiple of parallel.tensor={tensor}, which splits sequences: change "
-            "one of them, or set parallel.sequence=false"
-        )
+    _sequence_divides(recipe)
     for mixer in model.used:
         mixer.check_layout(model.sizes(mixer.sizes), parallel)
     for name in ("expert", "expert_tensor"):
@@ -35,6 +31,32 @@ def validate_layout(recipe: Recipe) -> None:
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} exceeds the {len(model.layers)} layers of model.pattern: use at most that many stages"
         )
+
+
+def _sequence_divides(recipe: Recipe) -> None:
+    """Every rank of the context group holds as many tokens, and with sequence parallelism so does every one of the tensor group."""
+    length, parallel, model = recipe.train.sequence_length, recipe.parallel, recipe.model
+    by = [f"parallel.context={parallel.context}"] * (parallel.context > 1)
+    by += [f"parallel.tensor={parallel.tensor}"] * parallel.sequence_parallel
+    parts = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    if length % parts:
+        fitting = sorted({max(1, length // parts) * parts, -(-length // parts) * parts})
+        splits = ", which splits sequences" if len(by) == 1 else f" = {parts}, which split sequences"
+        raise ValueError(
+            f"train.sequence_length={length} is not a multiple of {' x '.join(by)}{splits}: use train.sequence_length="
+            f"{' or '.join(map(str, fitting))}, or change the layout"
+        )
+    if parallel.context == 1:
+        return
+    for mixer in model.used:
+        if mixer.context_tokens is None:
+            raise ValueError(f"parallel.context={parallel.context} cannot split sequences for {mixer.name} layers: use parallel.context=1")
+        if length // parallel.context < (least := mixer.context_tokens(model.sizes(mixer.sizes))):
+            most = next(n for n in range(max(1, length // least), 0, -1) if n == 1 or length % (n * parts // parallel.context) == 0)
+            raise ValueError(
+                f"parallel.context={parallel.context} leaves a rank {length // parallel.context} of train.sequence_length={length} tokens, but "
+                f"{mixer.name} layers need {least}: use parallel.context={most} or less"
+            )
 
 
 def _divides(key: str, value: int, by: str, ranks: int) -> None:
