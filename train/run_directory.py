@@ -109,7 +109,7 @@ class RunDirectory:
     def store_skipped(self, skipped: Sequence[tuple[int, int]], step: int) -> None:
         """Says in history.jsonl which samples the run never reads, as (first, behind the last), where it does not say so yet."""
         ranges = [list(pair) for pair in skipped]
-        said = next((entry[SKIPPED] for entry in reversed(read_history(self.path)) if SKIPPED in entry), [])
+        said: list[list[int]] = next((entry[SKIPPED] for entry in reversed(read_history(self.path)) if SKIPPED in entry), [])
         if ranges != said:
             self._append(step, SKIPPED, ranges)
 

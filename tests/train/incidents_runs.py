@@ -71,9 +71,9 @@ def nan_in_an_output(samples: Sequence[int], module: str, rank: int) -> Fault:
 
     def fault(made: Run) -> None:
         now = _watch_samples(made)
-        owner = dict(made.chunks[0].named_modules()).get(module)
-        if owner is None or made.layout.rank != rank:
+        if made.layout.rank != rank:
             return
+        owner = made.chunks[0].get_submodule(module)
 
         def spoil(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             if not (owner.training and now["samples"] & set(samples)):
@@ -116,13 +116,15 @@ def flip_a_bit(rank: int, name: str, after: int) -> Fault:
 
     def fault(made: Run) -> None:
         done = [0]
-        weight = dict(made.chunks[0].named_parameters())[name]
+        if made.layout.rank != rank:
+            return
+        weight = made.chunks[0].get_parameter(name)
         real = made.engine.train_step
 
         def step(*arguments: Any, **more: Any) -> Any:
             result = real(*arguments, **more)
             done[0] += 1
-            if made.layout.rank == rank and done[0] == after:
+            if done[0] == after:
                 with torch.no_grad():
                     weight.view(-1).view(torch.int32)[7] ^= 1
             return result

@@ -107,7 +107,7 @@ def test_samples_passed_over_are_on_record_and_behind_the_run(tmp_path: Path) ->
     assert runs.run(run_dir, *given, first, "run.stop_after=8", fault=fault) == 0
     assert [(entry["step"], entry["skipped_samples"]) for entry in read_history(run_dir)] == [(3, [[40, 56]])]
     with pytest.raises(RecipeError, match=r"within the 80 samples its 8 steps have read \(16 of them passed over\): append"):
-        runs.run(run_dir, *given, second.replace("6400", str(79 * 64)))
+        runs.run(run_dir, *given, f"data.phases=[{{blend:[{{path:'{text}'}}],tokens:{79 * 64}}},{{blend:[{{path:'{text}'}}]}}]")
     other = second.replace("text.txt", "other.txt")
     (tmp_path / "other.txt").write_text(text.read_text() * 2)
     assert runs.run(run_dir, *given, other, "run.allow=[data.phases]", "run.stop_after=9") == 0

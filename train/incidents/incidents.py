@@ -144,6 +144,7 @@ class Incidents:
         return Rewind(checkpoint.step, checkpoint.state)
 
     def _stop(self, incident: Incident, why: str) -> NoReturn:
+        self.checkpointer.close()  # all ranks stop here, so the checkpoint under way can still be completed
         path = self._report(incident, f"the run stopped: {why}")
         self.observers.on_alert(Alert(incident.kind, incident.last, f"{incident.cause}; the run stops ({path})", severe=True))
         raise RunFailed(f"{incident.cause}; {why} (report: {path})")
