@@ -11,6 +11,7 @@ from model.count import linear_modules
 from model.hybrid import HybridModel
 from model.precision.backends.choice import check
 from model.precision.health import Health
+from model.stages import parts_of_stage, pipeline_parts
 from parallel import groups
 from parallel.engine import Engine
 from parallel.engines import open_engine
@@ -89,7 +90,8 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
         train.global_batch_size,
         health=Health(recipe.monitor.quantization.modules),
     )
-    chunks = [HybridModel(context)]
+    parts = pipeline_parts(recipe.model, recipe.parallel, train.sequence_length)
+    chunks = [HybridModel(context, part) for part in parts_of_stage(parts, layout.pipeline_size, layout.pipeline_rank)]
     engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
     plan = BatchPlan(train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
     return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))

@@ -61,7 +61,8 @@ class _Watch:
 
     def __init__(self, run: Run, step: int, samples: Sequence[Sequence[int]]) -> None:
         self.run, self.step, self.samples = run, step, samples
-        self.forwards = -1
+        self.forwards = -1  # of the chunk that is called now
+        self._calls: Counter[nn.Module] = Counter()
         self.looks: Counter[tuple[str, int]] = Counter()  # by phase and microbatch
         self.found: Finding | None = None
 
@@ -101,7 +102,8 @@ class _Watch:
                 yield weight.register_hook(self._of_weight(name, weight, owners[id(weight)]))
 
     def _begins(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.forwards += 1
+        self.forwards = self._calls[module]
+        self._calls[module] += 1
 
     def _before(self, name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -163,6 +165,7 @@ def diagnose(run: Run, step: int) -> Finding | None:
     recipe, layout = run.recipe, run.layout
     progress, depths, parts = step / recipe.total_steps, recipe.model.mtp_depths, run.plan.samples(step)
     watch = _Watch(run, step, parts)
+    run.engine.settle()
     _weights(watch, run.chunks)
     microbatches = [to_microbatch(run.data.batch(part, step), layout, progress, depths) for part in parts]
     counts = sum_over_ranks(torch.stack([m.loss_counts() for m in microbatches]).sum(0), layout, pipeline=False)
@@ -190,6 +193,7 @@ def _weights(watch: _Watch, chunks: Sequence[HybridModel]) -> None:
 
 def everything_finite(run: Run) -> bool:
     """Whether all weights, buffers, masters and optimizer state of all ranks are: what makes a checkpoint a good one. Collective."""
+    run.engine.settle()
     mine = all(
         bool(tensor.isfinite().all())
         for chunk in run.chunks

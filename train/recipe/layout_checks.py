@@ -1,6 +1,7 @@
 """Whether the sizes of a model divide over its layout: the general ones, and what its mixers declare."""
 
 from model.mixer import MIXERS
+from model.stages import pipeline_parts
 from train.recipe.tree import Recipe
 
 
@@ -27,10 +28,7 @@ def validate_layout(recipe: Recipe) -> None:
                 f"parallel.{name}={getattr(parallel, name)} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern="
                 f"{model.pattern!r} has no {' or '.join(mixer.letter for mixer in able)}: use 1"
             )
-    if parallel.pipeline > len(model.layers):
-        raise ValueError(
-            f"parallel.pipeline={parallel.pipeline} exceeds the {len(model.layers)} layers of model.pattern: use at most that many stages"
-        )
+    pipeline_parts(model, parallel, recipe.train.sequence_length)
 
 
 def _sequence_divides(recipe: Recipe) -> None:

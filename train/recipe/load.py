@@ -96,7 +96,9 @@ def _micro_batch_size(recipe: Recipe, ranks: int) -> int:
     train, parallel = recipe.train, recipe.parallel
     if min(train.global_batch_size, train.sequence_length, parallel.tensor, parallel.pipeline, parallel.context) < 1:
         return 1
-    return automatic_micro_batch_size(train.global_batch_size, train.sequence_length, max(1, parallel.data(ranks)))
+    return automatic_micro_batch_size(
+        train.global_batch_size, train.sequence_length, max(1, parallel.data(ranks)), parallel.fewest_microbatches
+    )
 
 
 def load_recipe(name: str, *overrides: str, world_size: int | None = 1) -> Recipe:

@@ -66,6 +66,12 @@ def _validate_train(recipe: Recipe, world_size: int) -> None:
     dense = parallel.tensor * parallel.pipeline * parallel.context
     if dense >= 1 and world_size % dense == 0:
         _validate_batch(train.global_batch_size, recipe.micro_batch_size, parallel.data(world_size))
+        microbatches = train.global_batch_size // (recipe.micro_batch_size * parallel.data(world_size))
+        if microbatches < parallel.fewest_microbatches:
+            raise ValueError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs at least parallel.pipeline={parallel.pipeline} microbatches a step, "
+                f"but train.micro_batch_size={recipe.micro_batch_size} makes {microbatches}: lower it, or set parallel.virtual_pipeline=1"
+            )
 
 
 def _validate_batch(global_batch_size: int, micro_batch_size: int, data_ranks: int) -> None:
