@@ -65,6 +65,10 @@ class BatchPlan:
                 merged.append((begin, end))
         return replace(self, skipped=tuple(merged))
 
+    def read(self, steps: int) -> int:
+        """How many samples, from the first on, are behind a run of so many steps: read, or passed over."""
+        return self._sample(steps * self.global_batch_size) if steps else 0
+
     def _sample(self, place: int) -> int:
         """Which sample is number `place` (from 0) of those that are not skipped."""
         for begin, end in self.skipped:

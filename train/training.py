@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -123,6 +123,7 @@ class Training:
         self.owed = bool(state.get("evaluation_owed", False))
         self.failed_saves = int(state.get("failed_saves", 0))
         self.incidents.load_state(state.get("incidents", {}))
+        self._store_skipped()
         hardware = [] if self.utilisation is None else [self.utilisation.line]
         self.observers.on_start(_info(self.run, self.directory, self.step, self._table(self.step).text, hardware))
         self._tell_of_damage()
@@ -158,6 +159,11 @@ class Training:
             self.observers.on_alert(
                 Alert("checkpoint", self.step, f"{line.rstrip('.')}; the run goes on from step {self.step}", severe=True)
             )
+
+    def _store_skipped(self) -> None:
+        if self.is_main:
+            with suppress(OSError):  # of a full disk: the next start says it
+                self.directory.store_skipped(self.run.plan.skipped, self.step)
 
     def _look(self) -> None:
         """Has some rank received a signal?"""
@@ -201,6 +207,7 @@ class Training:
         if self._table(before - 1) is not self._table(self.step):
             self.observers.on_formats(self.step + 1, self._table(self.step).text)
         self._save()
+        self._store_skipped()
         return False
 
     def _log_due(self) -> bool:
