@@ -2,6 +2,7 @@
 
 import datetime
 import gc
+import hashlib
 import os
 
 import torch
@@ -19,8 +20,8 @@ from parallel.megatron import cpu
 def initialize(config: ParallelConfig, seed: int) -> Layout:
     """Joins the process group (a group of one when no launcher started this process), builds Megatron's groups.
 
-    May be called again after `shutdown`, with another layout. seed: for Megatron's own CUDA random states, which nothing here draws
-    from. Raises ValueError for an impossible layout, and NotMet, which names them, when ranks do not come to the start.
+    May be called again after `shutdown`, with another layout. seed: for CUDA random states, see `device_seed`. Raises ValueError for an impossible
+    layout, and NotMet, which names them, when ranks do not come to the start.
     """
     config.validate(world_size())
     cuda = torch.cuda.is_available()
@@ -43,8 +44,6 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=config.timeout_minutes,  # type: ignore[arg-type]  # it makes a timedelta of them, which takes fractions
     )
-    if cuda:
-        model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
 
     def place(group: dist.ProcessGroup) -> tuple[int, int]:
@@ -52,7 +51,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
 
     tensor, pipeline, data, context = place(groups.tp), place(groups.pp), place(groups.dp), place(groups.cp)
     expert, expert_tensor, expert_data = place(groups.ep), place(groups.expt_tp), place(groups.expt_dp)
-    return Layout(
+    layout = Layout(
         config,
         dist.get_world_size(),
         dist.get_rank(),
@@ -66,6 +65,18 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         *expert_tensor,
         *expert_data,
     )
+    if cuda:
+        model_parallel_cuda_manual_seed(seed)
+        torch.cuda.manual_seed(device_seed(layout, seed))
+    return layout
+
+
+def device_seed(layout: Layout, seed: int) -> int:
+    """Of the device's own generator, from which nothing here draws but Transformer Engine's stochastic rounding: another one on every rank, so that
+    their rounding errors are independent. Ranks that compute the same (of a tensor group without sequence parallelism) round alike."""
+    alike = layout.tensor_size > 1 and not layout.sequence_parallel
+    stream = min(dist.get_process_group_ranks(layout.groups.tp)) if alike else layout.rank
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=7).digest(), "big")
 
 
 def _join(backend: str, device: torch.device | None, timeout: datetime.timedelta) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import linear, long_context, quantize, step
+from benchmarks import activations, gpu, linear, long_context, quantize, step
 from benchmarks.arguments import main
 
 
@@ -37,6 +38,13 @@ def test_long_context(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+def test_activations(tmp_path: Path) -> None:
+    to = tmp_path / "activations.json"
+    assert main(activations.run, activations.DEFAULTS, ["recipe=tiny", "precision=bf16", "tokens=64", f"to={to}"]) == 0
+    values = json.loads(to.read_text())["bytes_per_token"]
+    assert values["MoE"]["moe"] < values["MoE"]["nothing"]
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "words"),
     [
@@ -46,6 +54,11 @@ def test_long_context(tmp_path: Path) -> None:
         (linear, ["rounds=soon"], ["rounds=soon", "whole number"]),
         (long_context, ["ranks=[1,3]"], ["tokens=8192", "ranks=3"]),
         (long_context, ["way=ring"], ["way=ring", "state or all_to_all"]),
+        (activations, ["recipe=tinny"], ["recipe=tinny", "tiny"]),
+        (gpu, ["stages=[fly]"], ["stages=['fly']", "repeat"]),
+        pytest.param(
+            gpu, [], ["CUDA device", "none of bf16", "has run"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
+        ),
         (step, ["recepi=tiny"], ["recepi", "recipe"]),
         (step, ["recipe=tinny"], ["recipe=tinny", "tiny"]),
         (step, ["contenders=[fp32,fp5]"], ["fp5", "measured"]),
