@@ -2,11 +2,12 @@
 is allocated."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from model.config import ModelConfig
-from model.context import ModelContext
+from model.context import LinearUse, ModelContext
 from model.hybrid import HybridModel
 from model.layer import Layer
 from model.mixer import MIXERS
@@ -81,8 +82,13 @@ def linear_modules(config: ModelConfig, tensor: int = 1) -> list[LinearModule]:
             use.spread == "everywhere",
             use.spread == "experts",
         )
-        for use in on_meta(config).context.linears
+        for use in _linears(config)
     ]
+
+
+@lru_cache(maxsize=4)
+def _linears(config: ModelConfig) -> tuple[LinearUse, ...]:
+    return tuple(on_meta(config).context.linears)
 
 
 def _uses(module: str, config: ModelConfig) -> int:

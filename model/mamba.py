@@ -10,10 +10,11 @@ from model.batch import Microbatch
 from model.context import ModelContext
 from model.convolution import causal_convolution
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
+from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
 from model.norm import gated_group_norm
 from model.parameter import output_std, sharded_parameter
 from model.ssd import ssd, ssd_flops
+from parallel.misfit import Misfit
 from parallel.shards import Section, split_sections
 
 
@@ -35,9 +36,13 @@ class MambaSizes(Sizes):
     def validate(self) -> None:
         for key in ("mamba_conv_width", "mamba_chunk_size"):
             if getattr(self, key) < 1:
-                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+                raise Misfit(f"model.{key}={getattr(self, key)} must be at least 1", f"model.{key}")
         if self.mamba_heads % self.mamba_groups:
-            raise ValueError(f"model.mamba_heads={self.mamba_heads} must be a multiple of model.mamba_groups={self.mamba_groups}")
+            raise Misfit(
+                f"model.mamba_heads={self.mamba_heads} is not a multiple of model.mamba_groups={self.mamba_groups}",
+                "model.mamba_groups",
+                "model.mamba_heads",
+            )
 
 
 class MambaMixer(nn.Module):
@@ -128,7 +133,7 @@ register_mixer(
         name="Mamba-2",
         build=MambaMixer,
         sizes=MambaSizes,
-        tensor_divides=("mamba_heads", "mamba_groups"),
+        dimensions=(Dimension("mamba_heads", ("tensor",)), Dimension("mamba_groups", ("tensor",))),
         products=products,
         hugging_face=HuggingFace(
             "linear_attention",

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from parallel.misfit import Misfit
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -55,35 +57,26 @@ class ParallelConfig:
         return math.lcm(max(dense, 1), max(self.expert_tensor * self.expert * self.pipeline, 1))
 
     def validate(self, world_size: int) -> None:
-        """Raises ValueError, in one sentence, for a layout `world_size` ranks cannot have."""
+        """Raises ValueError, most of them `Misfit`, for a layout `world_size` ranks cannot have."""
         for key in ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context"):
             if getattr(self, key) < 1:
-                raise ValueError(f"parallel.{key}={getattr(self, key)} must be at least 1: use 1 for no such parallelism")
-        if self.virtual_pipeline != 1:
-            raise ValueError(f"parallel.virtual_pipeline={self.virtual_pipeline} is not available: use parallel.virtual_pipeline=1")
-        if self.expert_tensor != 1:
-            raise ValueError(
-                f"parallel.expert_tensor={self.expert_tensor} is not available: use parallel.expert_tensor=1 and split experts with "
-                "parallel.expert"
-            )
-        if self.context != 1:
-            raise ValueError(f"parallel.context={self.context} is not available: use parallel.context=1")
+                raise Misfit(f"parallel.{key}={getattr(self, key)} must be at least 1", f"parallel.{key}")
+        for key in ("virtual_pipeline", "expert_tensor", "context"):
+            if getattr(self, key) != 1:
+                raise Misfit(f"parallel.{key}={getattr(self, key)} is not available", f"parallel.{key}")
         if self.sequence and self.tensor == 1:
-            raise ValueError("parallel.sequence=true needs parallel.tensor > 1: there is no tensor group to split over")
+            raise Misfit("parallel.sequence=true needs a tensor group to split over: parallel.tensor=1 is none", "parallel.sequence")
         if not 0 < self.timeout_minutes <= 7 * 24 * 60:
             raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must lie above 0 and within a week: use for instance 10")
-        dense = self.tensor * self.pipeline
-        if world_size % dense:
-            raise ValueError(
-                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline} = {dense} does not divide the {world_size} "
-                f"ranks of this run: start a multiple of {dense} ranks or lower one of them"
-            )
-        routed = self.expert_tensor * self.expert * self.pipeline
-        if world_size % routed:
-            raise ValueError(
-                f"parallel.expert={self.expert} x parallel.expert_tensor={self.expert_tensor} x parallel.pipeline="
-                f"{self.pipeline} = {routed} does not divide the {world_size} ranks of this run: lower parallel.expert"
-            )
+        self._divide(world_size, "tensor", "pipeline", "context")
+        self._divide(world_size, "expert", "expert_tensor", "pipeline")
+
+    def _divide(self, world_size: int, *axes: str) -> None:
+        sizes = {f"parallel.{axis}": getattr(self, axis) for axis in axes if getattr(self, axis) > 1}
+        ranks = math.prod(sizes.values())
+        if world_size % ranks:
+            product = " x ".join(f"{axis}={size}" for axis, size in sizes.items()) + (f" = {ranks}" if len(sizes) > 1 else "")
+            raise Misfit(f"{product} does not divide the {world_size} ranks of this run", *sizes, "ranks")
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,80 @@
-"""Whether the sizes of a model divide over its layout: the general ones, and what its mixers declare."""
+"""Whether a model, its batches and its layout fit together: what mixers declare of their sizes, and what needs more than one group of a recipe.
+
+Each check raises `Misfit` with the keys that could give way; `train.recipe.remedies` finds the values.
+"""
+
+import math
+from collections.abc import Sequence
 
 from model.mixer import MIXERS
+from parallel.layout import ParallelConfig
+from parallel.misfit import Misfit
+from train.recipe.microbatch import automatic_sizes, check_micro_batch_size
 from train.recipe.tree import Recipe
 
 
-def validate_layout(recipe: Recipe) -> None:
-    """Raises ValueError, in one sentence, for a layout that the model's sizes do not divide over."""
-    model, parallel, train = recipe.model, recipe.parallel, recipe.train
-    tensor, expert = parallel.tensor, parallel.expert
-    _divides("model.vocab_size", model.vocab_size, "parallel.tensor", tensor)
-    for mixer in model.used:
-        sizes = model.sizes(mixer.sizes)
-        for key in mixer.tensor_divides:
-            _divides(f"model.{key}", getattr(sizes, key), "parallel.tensor", tensor)
-        for key in mixer.expert_divides:
-            _divides(f"model.{key}", getattr(sizes, key), "parallel.expert", expert)
-    if parallel.sequence_parallel and train.sequence_length % tensor:
-        raise ValueError(
-            f"train.sequence_length={train.sequence_length} is not a multiple of parallel.tensor={tensor}, which splits sequences: change "
-            "one of them, or set parallel.sequence=false"
-        )
-    for mixer in model.used:
-        mixer.check_layout(model.sizes(mixer.sizes), parallel)
-    if expert > 1 and not model.has_experts:
-        able = [mixer for mixer in MIXERS.values() if mixer.expert_divides]
-        raise ValueError(
-            f"parallel.expert={expert} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern={model.pattern!r} has no "
-            f"{' or '.join(mixer.letter for mixer in able)}: use 1"
-        )
-    if parallel.pipeline > len(model.layers):
-        raise ValueError(
-            f"parallel.pipeline={parallel.pipeline} exceeds the {len(model.layers)} layers of model.pattern: use at most that many stages"
+def validate_layout(recipe: Recipe, ranks: int) -> None:
+    """Raises ValueError, most of them `Misfit`, for a layout that `ranks` ranks, the model's sizes or its batches do not divide over."""
+    recipe.parallel.validate(ranks)
+    for check in (_experts, _stages, _dimensions, _mixers, _sequence):
+        check(recipe)
+    _batch(recipe, ranks)
+
+
+def _experts(recipe: Recipe) -> None:
+    model, parallel = recipe.model, recipe.parallel
+    if parallel.expert > 1 and not model.has_experts:
+        able = [mixer for mixer in MIXERS.values() if mixer.has_experts]
+        raise Misfit(
+            f"parallel.expert={parallel.expert} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern={model.pattern!r} has no "
+            f"{' or '.join(mixer.letter for mixer in able)}",
+            "parallel.expert",
         )
 
 
-def _divides(key: str, value: int, by: str, ranks: int) -> None:
+def _stages(recipe: Recipe) -> None:
+    layers, stages = len(recipe.model.layers), recipe.parallel.pipeline
+    if stages > layers:
+        raise Misfit(
+            f"parallel.pipeline={stages} exceeds the {layers} layers of model.pattern, and every stage needs one", "parallel.pipeline"
+        )
+
+
+def _dimensions(recipe: Recipe) -> None:
+    for dimension in recipe.model.dimensions:
+        check_multiple(f"model.{dimension.key}", recipe.model.size(dimension.key), dimension.axes, recipe.parallel)
+
+
+def _mixers(recipe: Recipe) -> None:
+    for mixer in recipe.model.used:
+        mixer.check_layout(recipe.model.sizes(mixer.sizes), recipe.parallel)
+
+
+def _sequence(recipe: Recipe) -> None:
+    axes = ("context", "tensor") if recipe.parallel.sequence_parallel else ("context",)
+    check_multiple("train.sequence_length", recipe.train.sequence_length, axes, recipe.parallel)
+
+
+def check_multiple(key: str, value: int, axes: Sequence[str], parallel: ParallelConfig) -> None:
+    """Raises Misfit where the ranks of these axes cannot share out `value` equally."""
+    sizes = {f"parallel.{axis}": getattr(parallel, axis) for axis in axes if getattr(parallel, axis) > 1}
+    ranks = math.prod(sizes.values())
     if value % ranks:
-        raise ValueError(f"{key}={value} is not a multiple of {by}={ranks}: change one of them")
+        product = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        product += f" = {ranks}" if len(sizes) > 1 else ""
+        raise Misfit(f"{key}={value} is not a multiple of {product}", *sizes, key)
+
+
+def _batch(recipe: Recipe, ranks: int) -> None:
+    train, data_ranks = recipe.train, recipe.parallel.data(ranks)
+    share, remainder = divmod(train.global_batch_size, data_ranks)
+    if remainder or share < 1:
+        raise Misfit(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of the {data_ranks} data-parallel ranks of this run",
+            "train.global_batch_size",
+            "ranks",
+        )
+    if train.micro_batch_size != "auto":
+        check_micro_batch_size(recipe, ranks, train.micro_batch_size)
+    elif next(automatic_sizes(recipe, ranks), None) is None:
+        check_micro_batch_size(recipe, ranks, 1)
