@@ -106,7 +106,7 @@ def capture(path: str) -> dict[str, Seen]:
     recipe = run.recipe
     step = min(checkpoint.step, recipe.total_steps - 1)
     batch = run.data.batch(run.plan.samples(step)[0], step)
-    microbatch = to_microbatch(batch, run.layout.device, step / recipe.total_steps, recipe.model.mtp_depths)
+    microbatch = to_microbatch(batch, run.layout, step / recipe.total_steps, recipe.model.mtp_depths)
     losses = LossStep(run.layout, microbatch.loss_counts(), recipe.model.mtp_loss_scale)
     with recording() as seen:
         run.engine.train_step(

@@ -1,6 +1,6 @@
 """What the model is told about one microbatch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -12,13 +12,14 @@ from parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Everything that depends on where a token is, found on whole sequences (see `of`) before any rank takes its part of them.
+    """Everything that depends on where a token is, found on whole sequences (see `of`) before any rank takes its part of them (see `part`).
 
     tokens, labels: int64 [1 + depths, batch, sequence]; row k, of multi-token-prediction depth k (0: the LM loss), holds the tokens k places
     ahead, and their targets. loss_mask: bool of the same shape, the target counts. documents: int32 [batch, sequence], ordinal of the document
-    inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample. sequence_length: of the
-    whole samples. sample: int64 [batch], global sample indices. step: optimizer steps done; progress: the fraction of the run that is done.
-    depth: of multi-token prediction, for which a module is called now (0: none).
+    inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample; first: of the first one.
+    sequence_length: of the whole samples; whole_documents: int32 [batch, sequence_length], of all their tokens. sample: int64 [batch], global
+    sample indices. step: optimizer steps done; progress: the fraction of the run that is done. depth: of multi-token prediction, for which a
+    module is called now (0: none).
     """
 
     tokens: Tensor
@@ -28,10 +29,12 @@ class Microbatch:
     reset: bool
     positions: Tensor
     sequence_length: int
+    whole_documents: Tensor
     sample: Tensor
     step: int
     progress: float = 0.0
     depth: int = 0
+    first: int = 0
 
     @classmethod
     def of(
@@ -66,10 +69,30 @@ class Microbatch:
             reset=reset,
             positions=torch.arange(length, device=tokens.device),
             sequence_length=length,
+            whole_documents=documents,
             sample=sample,
             step=step,
             progress=progress,
         )
+
+    def part(self, rank: int, size: int) -> Self:
+        """What rank `rank` of `size` ranks that split sequences works on: consecutive tokens, as many on each."""
+        length = self.sequence_length // size
+        own = slice(rank * length, (rank + 1) * length)
+        return replace(
+            self,
+            tokens=self.tokens[..., own],
+            labels=self.labels[..., own],
+            loss_mask=self.loss_mask[..., own],
+            documents=self.documents[:, own],
+            positions=self.positions[own],
+            first=self.first + own.start,
+        )
+
+    def documents_before(self, count: int) -> Tensor:
+        """int32 [batch, count]: documents of the tokens right before these, -1 where the sample has none."""
+        held = self.whole_documents[:, max(0, self.first - count) : self.first]
+        return torch.nn.functional.pad(held, (count - held.shape[1], 0), value=-1)
 
     def own_positions(self, layout: Layout) -> Tensor:
         """Positions of the tokens this rank works on outside the tensor-parallel GEMMs: with sequence parallelism its part, else all."""

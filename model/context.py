@@ -71,9 +71,14 @@ class ModelContext:
 
     def site(self, name: str, **where: Any) -> Site:
         """A linear module of this model, for the numerics; see `Site` for `where`."""
-        # With expert parallelism the ranks of a tensor group hold different experts, whose amaxes have nothing to do with each other;
-        # without, they hold the same ones, and share out their tokens.
-        routed = "first_expert" in where
-        amax_group = None if routed and self.layout.expert_size > 1 else self.amax_group
-        where.setdefault("own_tokens", routed)
+        amax_group = self.amax_group
+        if "first_expert" in where:
+            # The ranks that split an expert work on the same tokens. Otherwise the ranks of a tensor group hold different experts, whose amaxes
+            # have nothing to do with each other; or, without expert parallelism, the same ones, and share out their tokens.
+            split = self.layout.expert_tensor_size > 1
+            where.setdefault("own_tokens", not split)
+            if split and self.policy.config.amax_scope == "tensor_parallel":
+                amax_group = self.layout.groups.expt_tp
+            elif split or self.layout.expert_size > 1:
+                amax_group = None
         return Site(name, self.seed, amax_group=amax_group, backend=self.backend, weights=self.weights, health=self.health, **where)

@@ -71,16 +71,19 @@ def count(config: ModelConfig) -> Count:
     return Count(main, active, mtp)
 
 
-def linear_modules(config: ModelConfig, tensor: int = 1) -> list[LinearModule]:
-    """Every linear layer in the order of the model; shared MTP blocks once, with the FLOPs of all their depths. tensor: ranks of its group."""
+def linear_modules(config: ModelConfig, tensor: int = 1, expert_tensor: int = 1) -> list[LinearModule]:
+    """Every linear layer in the order of the model; shared MTP blocks once, with the FLOPs of all their depths. tensor, expert_tensor: ranks of
+    these groups."""
+    rows = {"rows": tensor, "expert_rows": expert_tensor}
+    columns = {"columns": tensor, "expert_columns": expert_tensor}
     return [
         LinearModule(
             use.module,
-            use.rows // tensor if use.spread == "rows" else use.rows,
-            use.columns // tensor if use.spread == "columns" else use.columns,
+            use.rows // rows.get(use.spread, 1),
+            use.columns // columns.get(use.spread, 1),
             use.flops * _uses(use.module, config),
             use.spread == "everywhere",
-            use.spread == "experts",
+            use.spread in ("expert_rows", "expert_columns"),
         )
         for use in _linears(config)
     ]

@@ -157,7 +157,7 @@ def end_step(chunks: Sequence[HybridModel], *, update: bool = True) -> dict[str,
     aux = torch.zeros((), device=context.device)
     if routers:
         load = torch.stack([router.load for router in routers])
-        # sums `load` over the tensor and data-parallel ranks on the way
+        # sums `load` over the tensor, context and data-parallel ranks on the way
         biases = get_updated_expert_bias(load, torch.stack([router.bias for router in routers]), routers[0].bias_update_rate)
         aux = torch.stack([router.loss for router in routers]).sum()
         dist.all_reduce(aux, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))

@@ -14,6 +14,8 @@ from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Produc
 from model.norm import gated_group_norm
 from model.parameter import output_std, sharded_parameter
 from model.ssd import ssd, ssd_flops
+from parallel.context import Scan, halo, to_heads, to_tokens
+from parallel.layout import ParallelConfig
 from parallel.misfit import Misfit
 from parallel.shards import Section, split_sections
 
@@ -45,16 +47,41 @@ class MambaSizes(Sizes):
             )
 
 
+def check_layout(sizes: MambaSizes, parallel: ParallelConfig) -> None:
+    """All-to-all gives every rank of the context group some of the heads a tensor rank has, and the groups those belong to."""
+    ranks, tensor = parallel.context, parallel.tensor
+    if ranks == 1 or parallel.context_mamba != "all_to_all":
+        return
+    heads, groups = sizes.mamba_heads // tensor, sizes.mamba_groups // tensor
+    if not _shares_out(heads, groups, ranks):
+        each = f" / parallel.tensor={tensor}" if tensor > 1 else ""
+        raise Misfit(
+            f"parallel.context={ranks} with parallel.context_mamba=all_to_all does not share out model.mamba_heads={sizes.mamba_heads} and "
+            f"model.mamba_groups={sizes.mamba_groups}{each}",
+            "parallel.context",
+            "parallel.context_mamba",
+        )
+
+
+def _shares_out(heads: int, groups: int, ranks: int) -> bool:
+    """Whether each of `ranks` gets as many heads, of whole groups or of one."""
+    return heads % ranks == 0 and (groups % ranks == 0 or ranks % groups == 0)
+
+
 class MambaMixer(nn.Module):
     """in_proj -> (z, x, B, C, dt); convolution and SiLU on x, B, C; SSD; RMSNorm(y * silu(z)) per group; out_proj.
 
     Heads and groups are split over the tensor group. Convolution, recurrence and norm are computed in fp32.
+
+    Where ranks split sequences (parallel.context), projections and norm work on a rank's own tokens. Between them either the convolution gets
+    the last tokens of the rank before, and states are handed on from rank to rank; or every rank gets all tokens of some heads.
     """
 
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
         config, layout = context.config, context.layout
         sizes = config.sizes(MambaSizes)
+        self.layout = layout
         size, rank = layout.tensor_size, layout.tensor_rank
         self.eps, self.chunk_size = config.norm_eps, sizes.mamba_chunk_size
         self.heads, self.groups = sizes.mamba_heads // size, sizes.mamba_groups // size
@@ -93,31 +120,85 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
-        documents = microbatch.documents if microbatch.reset else None
         projected = self.in_proj(x, microbatch)  # [sequence, batch, z | x | B | C | dt]
         gate, convolved, dt = projected.split((self.inner, self.inner + 2 * self.shared, self.heads), dim=-1)
-        convolved = causal_convolution(convolved, self.conv_weight, self.conv_bias, documents)
-        inputs, b, c = (
-            part.transpose(0, 1).unflatten(-1, (count, -1))
-            for part, count in zip(
-                convolved.split((self.inner, self.shared, self.shared), dim=-1),
-                (self.heads, self.groups, self.groups),
-                strict=True,
-            )
-        )
-        y = ssd(
-            inputs,
-            nn.functional.softplus(dt.float() + self.dt_bias.float()).transpose(0, 1),
-            -torch.exp(self.A_log.float()),
-            b,
-            c,
-            self.D,
-            documents=documents,
-            chunk_size=self.chunk_size,
-        )
-        y = y.transpose(0, 1).flatten(2).to(projected.dtype)
+        whole_or_handed_on = self.layout.context_size == 1 or self.layout.config.context_mamba == "state"
+        y = (self._mixed if whole_or_handed_on else self._mixed_by_heads)(convolved, dt, microbatch)
         normed = gated_group_norm(y, gate, self.norm_weight, self.inner // self.groups, self.eps)
         return self.out_proj(normed, microbatch)
+
+    def _mixed(self, convolved: Tensor, dt: Tensor, microbatch: Microbatch) -> Tensor:
+        """Convolution and recurrence: x | B | C and dt, both [sequence, batch, features] -> [sequence, batch, inner]."""
+        documents = microbatch.documents if microbatch.reset else None
+        weights = self.conv_weight, self.conv_bias, self.A_log, self.D, self.dt_bias
+        if self.layout.context_size == 1:
+            return self._recur(convolved, dt, weights, self.groups, documents)
+        group, rows = self.layout.groups.cp, self.conv_weight.shape[-1] - 1
+        before = halo(convolved, rows, group) if rows else None
+        preceding = microbatch.documents_before(rows or 1) if microbatch.reset else None
+        return self._recur(convolved, dt, weights, self.groups, documents, before, preceding, Scan(group))
+
+    def _mixed_by_heads(self, convolved: Tensor, dt: Tensor, microbatch: Microbatch) -> Tensor:
+        """The same by all-to-all: every rank has whole sequences of some heads."""
+        group, ranks, rank = self.layout.groups.cp, self.layout.context_size, self.layout.context_rank
+        groups = max(1, self.groups // ranks)
+        copies = ranks * groups // self.groups  # ranks that work with the same B and C
+
+        def shared_out(part: Tensor, dim: int) -> Tensor:
+            """Groups of B or C by the rank that gets them."""
+            return part.unflatten(dim, (ranks // copies, -1)).repeat_interleave(copies, dim)
+
+        def by_rank(part: Tensor, dim: int) -> Tensor:
+            """x | B | C by the rank that gets them: dimension `dim` becomes two, [ranks, features]."""
+            x, b, c = part.split((self.inner, self.shared, self.shared), dim)
+            return torch.cat((x.unflatten(dim, (ranks, -1)), shared_out(b, dim), shared_out(c, dim)), dim + 1)
+
+        sent = torch.cat((by_rank(convolved, 2), dt.unflatten(2, (ranks, -1))), -1)
+        received = to_heads(sent, group)
+        heads = self.heads // ranks
+        convolved, dt = received.split((received.shape[-1] - heads, heads), -1)
+        weights = by_rank(self.conv_weight, 0)[rank], by_rank(self.conv_bias, 0)[rank]
+        of_heads = (weight.unflatten(0, (ranks, -1))[rank] for weight in (self.A_log, self.D, self.dt_bias))
+        documents = microbatch.whole_documents if microbatch.reset else None
+        y = self._recur(convolved, dt, (*weights, *of_heads), groups, documents)
+        return to_tokens(y, group).flatten(2)
+
+    def _recur(
+        self,
+        convolved: Tensor,
+        dt: Tensor,
+        weights: tuple[Tensor, ...],
+        groups: int,
+        documents: Tensor | None,
+        before: Tensor | None = None,
+        preceding: Tensor | None = None,
+        scan: Scan | None = None,
+    ) -> Tensor:
+        """weights: of the convolution, its bias, A_log, D and dt_bias. before: rows of x | B | C, and preceding: documents, right before these."""
+        conv_weight, conv_bias, A_log, D, dt_bias = weights
+        seen = documents
+        if documents is not None and preceding is not None and before is not None:
+            seen = torch.cat((preceding, documents), dim=1)
+        out = causal_convolution(convolved, conv_weight, conv_bias, seen, before)
+        heads, shared = dt.shape[-1], groups * self.shared // self.groups
+        inner = out.shape[-1] - 2 * shared
+        x, b, c = (
+            part.transpose(0, 1).unflatten(-1, (count, -1))
+            for part, count in zip(out.split((inner, shared, shared), dim=-1), (heads, groups, groups), strict=True)
+        )
+        y = ssd(
+            x,
+            nn.functional.softplus(dt.float() + dt_bias.float()).transpose(0, 1),
+            -torch.exp(A_log.float()),
+            b,
+            c,
+            D,
+            documents=documents,
+            chunk_size=self.chunk_size,
+            scan=scan,
+            preceding=None if preceding is None else preceding[:, -1],
+        )
+        return y.transpose(0, 1).flatten(2).to(convolved.dtype)
 
 
 def products(sizes: MambaSizes, sequence_length: int) -> tuple[Products, ...]:
@@ -133,6 +214,8 @@ register_mixer(
         name="Mamba-2",
         build=MambaMixer,
         sizes=MambaSizes,
+        check_layout=check_layout,
+        context_tokens=lambda sizes: max(1, sizes.mamba_conv_width - 1),
         dimensions=(Dimension("mamba_heads", ("tensor",)), Dimension("mamba_groups", ("tensor",))),
         products=products,
         hugging_face=HuggingFace(

@@ -84,6 +84,7 @@ class Mixer(Generic[S]):
     x [sequence, batch, hidden] and a Microbatch, whose result has the shape of x.
     dimensions: which of its sizes ranks share out, and over which axes. check_layout: raises `parallel.misfit.Misfit` for other layouts it cannot
     have. products: of a sequence of that many tokens. active_share: the part of a parameter (its name inside the module) that one token uses.
+    context_tokens: consecutive tokens that a rank must hold at least where parallel.context splits sequences; None: it only knows whole ones.
     engine: what the engine must know, as fields of `parallel.engine.ModelSizes`. hugging_face: None where NemotronH has no such layer.
     """
 
@@ -95,6 +96,7 @@ class Mixer(Generic[S]):
     check_layout: Callable[[S, ParallelConfig], None] = lambda sizes, parallel: None
     products: Callable[[S, int], tuple[Products, ...]] = lambda sizes, sequence_length: ()
     active_share: Callable[[S, str], float] = lambda sizes, parameter: 1.0
+    context_tokens: Callable[[S], int] | None = None
     engine: Callable[[S], Mapping[str, int]] = lambda sizes: {}
     hugging_face: HuggingFace | None = None
 

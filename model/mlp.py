@@ -46,6 +46,7 @@ register_mixer(
         name="MLP",
         build=build,
         sizes=MLPSizes,
+        context_tokens=lambda sizes: 1,
         dimensions=(Dimension("ffn_hidden_size", ("tensor",)),),
         hugging_face=HuggingFace(
             "mlp", keys={"intermediate_size": "ffn_hidden_size"}, constants={"mlp_bias": False, "mlp_hidden_act": "relu2"}

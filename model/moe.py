@@ -28,7 +28,7 @@ from model.precision.site import Site, TokenKeys
 from model.router import Router
 from parallel.layout import ParallelConfig
 from parallel.misfit import Misfit
-from parallel.shards import Piece
+from parallel.shards import Piece, Spread
 
 SAMPLE_BITS, POSITION_BITS = 32, 32
 
@@ -99,7 +99,10 @@ def read_stamp(columns: Tensor) -> TokenKeys:
 
 
 class Experts(nn.Module):
-    """This rank's routed experts: down(relu(up(x))^2) for each; weights stacked, one tensor per expert on disk."""
+    """This rank's routed experts: down(relu(up(x))^2) for each; weights stacked, one tensor per expert on disk.
+
+    Hidden features are split over the expert-tensor group, whose ranks work on the same tokens and each return a part of their sum.
+    """
 
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
@@ -109,18 +112,25 @@ class Experts(nn.Module):
         self.local = sizes.experts // layout.expert_size
         self.first = layout.expert_rank * self.local
         width, ffn = sizes.latent_size or config.hidden_size, sizes.expert_ffn_size
-        self.up_proj = self._stack("up_proj", ffn, width, config.init_std)
-        self.down_proj = self._stack("down_proj", width, ffn, output_std(context))
-        self.sites = {kind: context.site(f"{name}.{kind}", first_expert=self.first) for kind in ("up_proj", "down_proj")}
-        for kind, rows, columns in (("up_proj", ffn, width), ("down_proj", width, ffn)):
-            context.linears.append(LinearUse(f"{name}.{kind}", rows, columns, "experts", 2.0 * width * ffn * sizes.top_k))
+        part = ffn // layout.expert_tensor_size
+        start = layout.expert_tensor_rank * part
+        self.up_proj = self._stack("up_proj", (ffn, width), (part, width), (start, 0), config.init_std, "expert_rows")
+        self.down_proj = self._stack("down_proj", (width, ffn), (width, part), (0, start), output_std(context), "expert_columns")
+        features = ((start, part),) if layout.expert_tensor_size > 1 else ()
+        self.sites = {
+            "up_proj": context.site(f"{name}.up_proj", first_expert=self.first, outputs=features),
+            "down_proj": context.site(f"{name}.down_proj", first_expert=self.first, inputs=features),
+        }
+        flops = 2.0 * width * ffn * sizes.top_k
+        context.linears.append(LinearUse(f"{name}.up_proj", ffn, width, "expert_rows", flops))
+        context.linears.append(LinearUse(f"{name}.down_proj", width, ffn, "expert_columns", flops))
 
-    def _stack(self, kind: str, rows: int, columns: int, std: float) -> nn.Parameter:
+    def _stack(
+        self, kind: str, shape: tuple[int, int], part: tuple[int, int], offset: tuple[int, int], std: float, spread: Spread
+    ) -> nn.Parameter:
         everything = (slice(None), slice(None))
-        pieces = [
-            Piece(f"{self.name}.{self.first + e}.{kind}.weight", (rows, columns), (0, 0), (e, *everything)) for e in range(self.local)
-        ]
-        return sharded_parameter(self.context, (self.local, rows, columns), pieces, init.normal(std), "experts")
+        pieces = [Piece(f"{self.name}.{self.first + e}.{kind}.weight", shape, offset, (e, *everything)) for e in range(self.local)]
+        return sharded_parameter(self.context, (self.local, *part), pieces, init.normal(std), spread)
 
     def formats(self, kind: str, microbatch: Microbatch) -> Formats:
         return self.context.policy.formats(f"{self.name}.{kind}", microbatch.progress)
@@ -216,7 +226,12 @@ register_mixer(
         name="MoE",
         build=MoE,
         sizes=MoESizes,
-        dimensions=(Dimension("experts", ("expert",)), Dimension("shared_expert_ffn_size", ("tensor",))),
+        context_tokens=lambda sizes: 1,
+        dimensions=(
+            Dimension("experts", ("expert",)),
+            Dimension("expert_ffn_size", ("expert_tensor",)),
+            Dimension("shared_expert_ffn_size", ("tensor",)),
+        ),
         check_layout=check_layout,
         active_share=active_share,
         engine=lambda sizes: {"experts": sizes.experts, "top_k": sizes.top_k},

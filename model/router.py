@@ -74,8 +74,8 @@ class Router(nn.Module):
         shape = logits.shape
         chosen, scores = compute_routing_scores_for_aux_loss(logits.flatten(0, 1), self.top_k, "sigmoid")
         counts = chosen.view(shape).sum(0).float()  # [batch, experts], of this rank's part of each sequence
-        if layout.sequence_parallel:
-            dist.all_reduce(counts, group=layout.groups.tp)
+        if layout.sequence_parallel or layout.context_size > 1:
+            dist.all_reduce(counts, group=layout.groups.tp_cp)
         mass = scores.view(shape).sum(0)
         scale = self.experts / (self.top_k * sequence_length**2 * self.context.global_batch_size)
         return scale * (counts * mass).sum()

@@ -14,6 +14,9 @@ the running sum of dt A inside a chunk,
 and only the states go from chunk to chunk. C B^T is computed once per group and never repeated for its heads. Where
 documents are packed, a pair (i, j) of different documents counts 0 and no state is carried across a boundary.
 
+Where ranks split a sequence, the same once more: each finds what its tokens alone leave behind, a scan over the ranks (`parallel.context`) says
+what the tokens before them left, and that, decayed, is added to the state at the start of every chunk; backward the other way round.
+
 Exactness. Two places cost a plain fp32 version up to 1e-4:
 
 1. s reaches hundreds within a chunk while the differences that matter are near 0. s is summed in fp64 and split into
@@ -27,11 +30,14 @@ Trade-off: more FLOPs than the recurrence (about Q/2 instead of N per pair), but
 Everything is fp32 (or fp64, for all arguments); the few numbers per token and head are fp64.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from parallel.context import Scan
 
 CPU_CHUNKS = (16, 64)  # smallest and largest
 
@@ -46,12 +52,15 @@ def ssd(
     *,
     documents: Tensor | None = None,
     chunk_size: int,
+    scan: Scan | None = None,
+    preceding: Tensor | None = None,
 ) -> Tensor:
     """The recurrence above, by whatever implementation suits the device: y, fp32 [batch, sequence, heads, P].
 
     x: [batch, sequence, heads, P]; dt: [batch, sequence, heads], positive; a: [heads], negative;
     b, c: [batch, sequence, groups, N]; d: [heads]. documents: int [batch, sequence], 0 or more and not decreasing along
-    a sequence, or None for one document. Any sequence length, any strides.
+    a sequence, or None for one document. Any sequence length, any strides. scan: these are a part of the tokens of longer sequences,
+    which the ranks of the scan have in order; preceding: int [batch], documents of the tokens right before them, with `documents`.
     """
     # The seam for GPU kernels (mamba_ssm's Triton scan): one would be chosen here. The chunked form runs everywhere.
     chunk = chunk_size
@@ -59,19 +68,30 @@ def ssd(
         # Measured: the Q x Q part, memory-bound, balances the products with the states at about Q = P.
         smallest, largest = CPU_CHUNKS
         chunk = min(chunk_size, largest, max(smallest, x.shape[3]))
-    return chunked(x.float(), dt.float(), a.float(), b.float(), c.float(), d.float(), documents, chunk)
+    return chunked(x.float(), dt.float(), a.float(), b.float(), c.float(), d.float(), documents, chunk, scan, preceding)
 
 
-def chunked(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, documents: Tensor | None, chunk: int) -> Tensor:
+def chunked(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    documents: Tensor | None,
+    chunk: int,
+    scan: Scan | None = None,
+    preceding: Tensor | None = None,
+) -> Tensor:
     """See `ssd`; all arguments fp32, or all fp64, and so the result."""
     padding = -x.shape[1] % chunk
     if padding:
-        # Padded tokens have dt = 0: they add nothing and decay nothing.
+        # Padded tokens have dt = 0: they add nothing and decay nothing; being of the last document, they let its state through.
         x, b, c = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, padding)) for t in (x, b, c))
         dt = torch.nn.functional.pad(dt, (0, 0, 0, padding))
         if documents is not None:
-            documents = torch.nn.functional.pad(documents, (0, padding), value=torch.iinfo(documents.dtype).max)
-    y = _Chunked.apply(x, dt, a, b, c, d, documents, chunk)
+            documents = torch.cat((documents, documents[:, -1:].expand(-1, padding)), dim=1)
+    y = _Chunked.apply(x, dt, a, b, c, d, documents, chunk, scan, preceding)
     return y[:, :-padding] if padding else y
 
 
@@ -111,6 +131,26 @@ def _scale_state(state: Tensor, kept: Tensor) -> Tensor:
     return (state.unflatten(-1, (kept.shape[-1], -1)) * kept[:, :, None, :, None]).flatten(-2)
 
 
+def _hand_on(states: Tensor, kept: Tensor, between: Callable[[Tensor, Tensor], Tensor] | None, *, back: bool = False) -> None:
+    """What every chunk adds becomes, in place, what it finds: states [batch, groups, chunks, N, r * P], kept fp64 [batch, groups, r, chunks].
+
+    between: of a Scan over ranks, or None. back: from the last chunk to the first.
+    """
+    state = torch.zeros_like(states[:, :, 0])
+    factors = list(enumerate(kept.to(states.dtype).unbind(-1)))
+    for index, factor in reversed(factors) if back else factors:
+        after = _scale_state(state, factor).add_(states[:, :, index])
+        states[:, :, index] = state
+        state = after
+    if between is not None:
+        through = (kept.flip(-1) if back else kept).cumprod(-1).to(states.dtype)
+        by_head = state.unflatten(-1, (kept.shape[2], -1))
+        entering = between(by_head, through[:, :, None, :, -1:].contiguous())
+        reached = torch.nn.functional.pad(through[..., :-1], (1, 0), value=1.0)
+        reached = (reached.flip(-1) if back else reached).movedim(-1, 2)[:, :, :, None, :, None]
+        states.unflatten(-1, by_head.shape[-2:]).addcmul_(entering.unsqueeze(2), reached)
+
+
 def _later(t: Tensor) -> Tensor:
     """Sum of this and all later entries along the last dimension."""
     return t.flip(-1).cumsum(-1).flip(-1)
@@ -128,6 +168,8 @@ class _Chunked(torch.autograd.Function):
         d: Tensor,
         documents: Tensor | None,
         chunk: int,
+        scan: Scan | None,
+        preceding: Tensor | None,
     ) -> Tensor:
         batch, length, heads, width = x.shape
         groups, dtype = b.shape[2], x.dtype
@@ -149,6 +191,8 @@ class _Chunked(torch.autograd.Function):
             documents = documents.unflatten(1, (-1, chunk))[:, None, None]  # [batch, 1, 1, chunks, Q]
             last = documents[..., -1]  # the document the state belongs to after each chunk
             before = torch.nn.functional.pad(last[..., :-1], (1, 0), value=-1)
+            if preceding is not None:
+                before[..., 0] = preceding[:, None, None]
             visible = visible & (documents.unsqueeze(-1) == documents.unsqueeze(-2))
             from_start = from_start * (documents == before.unsqueeze(-1))
             to_end = to_end * (documents == last.unsqueeze(-1))
@@ -162,12 +206,7 @@ class _Chunked(torch.autograd.Function):
 
         weighted = _product(x, _factor(steps * to_end, dtype)).flatten(4)
         states = b.transpose(-1, -2) @ weighted  # first what each chunk adds, then what it finds: [batch, groups, chunks, N, r * P]
-        state = torch.zeros_like(states[:, :, 0])
-        kept_by_chunk = kept.to(dtype).unbind(-1)
-        for index, factor in enumerate(kept_by_chunk):
-            after = _scale_state(state, factor).add_(states[:, :, index])
-            states[:, :, index] = state
-            state = after
+        _hand_on(states, kept, None if scan is None else scan.entering)
         across = (c @ states).unflatten(-1, (per_group, width)).mul_(_factor(from_start, dtype))
 
         # Laid out as [sequence, batch, ...] in memory, as the layers around want it.
@@ -175,6 +214,7 @@ class _Chunked(torch.autograd.Function):
         by_token = y.permute(2, 3, 0, 1, 4, 5)
         torch.addcmul(across, x, d, out=by_token)
         by_token.addcmul_(within.movedim(2, 4), _factor(fine, dtype))
+        ctx.scan = scan
         ctx.save_for_backward(x, steps, a64, b, c, d, decay, pairs, u, weighted, states, across, fine, from_start, to_end, kept)
         return y.flatten(0, 1).flatten(2, 3).transpose(0, 1)
 
@@ -195,14 +235,10 @@ class _Chunked(torch.autograd.Function):
         crossed = by_pair.cumsum(-1).tril_(-1).sum(-2)[..., :-1]
         dlog = torch.nn.functional.pad(crossed, (1, 0)).double()
 
-        # Across chunks: gradients of the states, from the last chunk to the first.
+        # Across chunks: gradients of the states.
         dacross = _product(dy, _factor(from_start, dtype)).flatten(4)
         dstates = c.transpose(-1, -2) @ dacross
-        following = torch.zeros_like(dstates[:, :, 0])
-        for index, factor in reversed(list(enumerate(kept.to(dtype).unbind(-1)))):
-            earlier = _scale_state(following, factor).add_(dstates[:, :, index])
-            dstates[:, :, index] = following  # of the state after this chunk
-            following = earlier
+        _hand_on(dstates, kept, None if ctx.scan is None else ctx.scan.returning, back=True)  # now of the states after each chunk
         dweighted = (b @ dstates).unflatten(-1, (per_group, width))
         dc = (dpairs @ b).add_(dacross @ states.transpose(-1, -2))
         db = (dpairs.transpose(-1, -2) @ c).add_(weighted @ dstates.transpose(-1, -2))
@@ -227,6 +263,8 @@ class _Chunked(torch.autograd.Function):
             _sequence(db),
             _sequence(dc),
             dd,
+            None,
+            None,
             None,
             None,
         )

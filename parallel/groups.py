@@ -49,7 +49,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     def place(group: dist.ProcessGroup) -> tuple[int, int]:
         return dist.get_world_size(group), dist.get_rank(group)
 
-    tensor, pipeline, data = place(groups.tp), place(groups.pp), place(groups.dp)
+    tensor, pipeline, data, context = place(groups.tp), place(groups.pp), place(groups.dp), place(groups.cp)
     expert, expert_tensor, expert_data = place(groups.ep), place(groups.expt_tp), place(groups.expt_dp)
     return Layout(
         config,
@@ -60,6 +60,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         *tensor,
         *pipeline,
         *data,
+        *context,
         *expert,
         *expert_tensor,
         *expert_data,

@@ -2,15 +2,16 @@
 
 Two factorisations of the same ranks, as Megatron-core has them:
 
-    dense modules     world = tensor x pipeline x data
+    dense modules     world = tensor x context x pipeline x data
     routed experts    world = expert_tensor x expert x pipeline x expert_data
 
-so expert parallelism spends no ranks of its own: it borrows those the dense modules use for tensor and data parallelism.
+so expert parallelism spends no ranks of its own: it borrows those the dense modules use for tensor, context and data parallelism.
 """
 
 import math
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -35,7 +36,10 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """parts of the layers that each stage takes turns with"""
     context: int = 1
-    """ranks that split each sequence in every module"""
+    """ranks that split each sequence in every module, each holding consecutive tokens"""
+    context_mamba: Literal["state", "all_to_all"] = "state"
+    """how Mamba layers cross the borders of split sequences: state hands states on and divides nothing further; all_to_all gathers
+    sequences and divides heads"""
     distributed_optimizer: bool = False
     """split fp32 masters and the optimizer's state over the data-parallel ranks"""
     engine: str = "megatron"
@@ -61,9 +65,8 @@ class ParallelConfig:
         for key in ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context"):
             if getattr(self, key) < 1:
                 raise Misfit(f"parallel.{key}={getattr(self, key)} must be at least 1", f"parallel.{key}")
-        for key in ("virtual_pipeline", "expert_tensor", "context"):
-            if getattr(self, key) != 1:
-                raise Misfit(f"parallel.{key}={getattr(self, key)} is not available", f"parallel.{key}")
+        if self.virtual_pipeline != 1:
+            raise Misfit(f"parallel.virtual_pipeline={self.virtual_pipeline} is not available", "parallel.virtual_pipeline")
         if self.sequence and self.tensor == 1:
             raise Misfit("parallel.sequence=true needs a tensor group to split over: parallel.tensor=1 is none", "parallel.sequence")
         if not 0 < self.timeout_minutes <= 7 * 24 * 60:
@@ -76,12 +79,12 @@ class ParallelConfig:
         ranks = math.prod(sizes.values())
         if world_size % ranks:
             product = " x ".join(f"{axis}={size}" for axis, size in sizes.items()) + (f" = {ranks}" if len(sizes) > 1 else "")
-            raise Misfit(f"{product} does not divide the {world_size} ranks of this run", *sizes, "ranks")
+            raise Misfit(f"{product} does not divide the {world_size} rank{'s' * (world_size > 1)} of this run", *sizes, "ranks")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What this rank is. `groups` are Megatron's process groups (tp, pp, dp, ep, expt_tp, tp_ep, expt_dp, ...)."""
+    """What this rank is. `groups` are Megatron's process groups (tp, cp, pp, dp, dp_cp, tp_cp, ep, expt_tp, tp_ep, expt_dp, ...)."""
 
     config: ParallelConfig
     world_size: int
@@ -94,6 +97,8 @@ class Layout:
     pipeline_rank: int
     data_size: int
     data_rank: int
+    context_size: int
+    context_rank: int
     expert_size: int
     expert_rank: int
     expert_tensor_size: int
@@ -116,15 +121,17 @@ class Layout:
     @classmethod
     def alone(cls, config: ParallelConfig | None = None) -> "Layout":
         """A layout of one rank without any process group, for building models on the meta device."""
-        ones = (1, 0) * 6
+        ones = (1, 0) * 7
         return cls(config or ParallelConfig(), 1, 0, torch.device("meta"), ProcessGroupCollection(), *ones)
 
     def describe(self) -> str:
         """One line for a person."""
-        parts = [f"tensor {self.tensor_size}" + (" + sequence" if self.sequence_parallel else "")]
-        parts += [f"expert {self.expert_size}", f"pipeline {self.pipeline_size}", f"data {self.data_size}"]
+        parts = [f"tensor {self.tensor_size}" + (" + sequence" if self.sequence_parallel else ""), f"expert {self.expert_size}"]
         if self.expert_tensor_size > 1:
-            parts.insert(2, f"expert tensor {self.expert_tensor_size}")
+            parts.append(f"expert tensor {self.expert_tensor_size}")
+        if self.context_size > 1:
+            parts.append(f"context {self.context_size}")
+        parts += [f"pipeline {self.pipeline_size}", f"data {self.data_size}"]
         if self.config.distributed_optimizer:
             parts.append("distributed optimizer")
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}: " + " x ".join(parts)

@@ -2,7 +2,7 @@
 
 Losses can agree to seven digits while replicas drift apart (a gradient that skipped a group moves the loss of twenty steps by 1e-4), and a bit
 that flips in one replica's memory shows in no loss at all. So this compares the tensors themselves, over whatever groups share them:
-data-parallel replicas, norms and routers replicated over the tensor group, experts, the two copies of the embedding.
+data-parallel replicas and ranks that split sequences, norms and routers replicated over the tensor group, experts, the two copies of the embedding.
 
     `differing_replicas`   the parameters and buffers of a model, every rank with every rank: for tests
     `compare_replicas`     what a run does now and then: parameters, buffers, masters and optimizer state, within the groups that share them
@@ -71,7 +71,7 @@ def compare_replicas(chunks: Iterable[nn.Module], states: Iterable[ParameterStat
         return []
     mine = dict(_digests(chunks, states))
     found: dict[Key, dict[int, Digest]] = {}
-    for group in (layout.groups.dp, layout.groups.expt_dp, layout.groups.tp, layout.groups.pp):
+    for group in (layout.groups.dp_cp, layout.groups.expt_dp, layout.groups.tp, layout.groups.pp):
         members = dist.get_process_group_ranks(group)
         if len(members) == 1:
             continue

@@ -10,9 +10,9 @@ from typing import Literal
 
 from torch import Tensor
 
-Spread = Literal["rows", "columns", "everywhere", "experts"]
+Spread = Literal["rows", "columns", "everywhere", "expert_rows", "expert_columns"]
 """How a parameter lies on the ranks: split along dimension 0 or 1 over the tensor group, whole on each of its ranks, or stacked experts, some
-on each rank of the expert group."""
+on each rank of the expert group, their rows or columns split over the expert-tensor group."""
 
 
 @dataclass(frozen=True)

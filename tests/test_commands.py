@@ -17,7 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
-PROGRAMS = r"(?:[A-Z_]+=\S+ +)*(?:python3?|torchrun|make|pytest|pip|git|ruff|mypy|cd|srun|sbatch|\.venv/bin/\S+|\. \.venv\S+)\s"
+PROGRAMS = (
+    r"(?:[A-Z_]+=\S+ +)*(?:python3?|torchrun|ft_launcher|sh|make|pytest|pip|git|ruff|mypy|cd|srun|sbatch|\.venv/bin/\S+|\. \.venv\S+)\s"
+)
 
 QUICK = "train.steps=2 train.sequence_length=64 monitor.wandb=disabled data.validation_fraction=0.001 data.cache={cache}"
 FIRST = "python -m train -cn tiny train.steps=200 run.dir=runs/first"
@@ -51,6 +53,15 @@ WAYS: dict[str, Way] = {
     ),
     "python -m launch.local ranks=2 -cn tiny parallel.tensor=2": Way(
         f"{QUICK} run.dir=runs/two", makes=("runs/two/finished.json",), says="2 ranks on cpu", slow=True
+    ),
+    "python -m launch.local ranks=2 restarts=3 -cn tiny": Way(
+        f"{QUICK} run.dir=runs/restarts", makes=("runs/restarts/finished.json",), says="2 ranks on cpu", slow=True
+    ),
+    "python -m launch.local ranks=2 command=train.branch checkpoint=runs/x precision=bf16": Way(
+        "train.steps=3 run.dir=runs/bf16-two", copies=("runs/x",), makes=("runs/bf16-two/finished.json",), says="2 ranks on cpu", slow=True
+    ),
+    "torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m train -cn tiny": Way(
+        f"{QUICK} run.dir=runs/supervised", makes=("runs/supervised/finished.json",), says="2 ranks on cpu", slow=True
     ),
     f"{SUBMIT} cluster.nodes=8": Way("--dry-run", says="#SBATCH --gpus-per-node=8"),
     f"{SUBMIT} cluster.nodes=8 submit=false": Way(makes=("runs/nemotron3_super/slurm.sh",), slow=True),
@@ -101,7 +112,8 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
 )
 EXPANDED = r"make [\w-]+"
-KNOWN_ELSEWHERE = r"(git|ruff|mypy|pytest|pip|cd|\.|srun) "  # not ours; srun: tests/slurm
+# Not ours; srun: tests/slurm; launch/torchrun.sh: tests/launch. ft_launcher belongs to a package that is not installed for tests.
+KNOWN_ELSEWHERE = r"(git|ruff|mypy|pytest|pip|cd|\.|srun|ft_launcher|([A-Z]+=\S+ )*sh launch/torchrun\.sh) "
 
 
 def commands_of(path: Path) -> Iterator[str]:

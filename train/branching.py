@@ -5,7 +5,7 @@ which stay. What decides the data of a step may not change: a branch is there to
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -60,17 +60,23 @@ class Wanted:
     own: Mapping[str, Any]
 
 
-def branch(arguments: Sequence[str]) -> int:
-    """Trains the branch, or the sweep, of a command line; returns the exit status."""
+def branch(arguments: Sequence[str], begin: Callable[[Recipe], int] = run, ranks: int | None = None) -> int:
+    """Trains the branch, or the sweep, of a command line; returns the exit status.
+
+    begin: what is done with the branch's recipe. ranks: that it is to run on; None: those that were started, on which alone a sweep runs.
+    """
     try:
         forbid_environment()
         wanted = parse(arguments)
         if "branch" in wanted.own:
+            if ranks is not None:
+                raise RecipeError(
+                    "branch=[...] is a sweep, whose jobs run one after the other on one rank each: use python -m train.branch"
+                )
             return branch_sweep.sweep(wanted.checkpoint, wanted.own, wanted.overrides)
         if "every" in wanted.own:
             raise RecipeError(f"every={wanted.own['every']} belongs to a sweep: say of what, as in branch=[bf16,fp32]")
-        recipe = branch_recipe(wanted, world_size())
-        return run(recipe)
+        return begin(branch_recipe(wanted, world_size() if ranks is None else ranks))
     except (HydraException, OmegaConfBaseException) as error:
         return refuse(one_sentence(error, arguments))
     except (ValueError, OSError) as error:

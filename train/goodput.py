@@ -10,8 +10,8 @@
     idle         no process of the run existed
 
 A clock runs from one `spend` to the next, so within a process no second is counted twice or not at all. What is known is kept in <run>/goodput.json,
-rewritten every few seconds: of a process that was killed, the last seconds count as idle, and the steps it took in them as not taken. One clock,
-rank 0's: ranks wait for each other in every step.
+rewritten with every logged step and every few seconds: of a process that was killed, the time since then counts as idle, which is the step it was
+in, or at most INTERVAL and a step where few steps are logged. One clock, rank 0's: ranks wait for each other in every step.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import psutil
 
 FILE_NAME = "goodput.json"
 CATEGORIES = ("useful", "recomputed", "data", "evaluation", "checkpoint", "startup", "other", "idle")
-INTERVAL = 5.0  # seconds between two writes
+INTERVAL = 5.0  # seconds between two writes while no step is logged
 
 _runs_of_this_process = itertools.count()
 
@@ -84,7 +84,8 @@ class Ledger:
 
     def metrics(self) -> dict[str, float]:
         """`goodput/*`: seconds by category since the run began, the share of them that was useful, and that which the hardware's peak would
-        have needed (`goodput/mfu`)."""
+        have needed (`goodput/mfu`). What is told is kept."""
+        self._keep(at_once=True)
         spent = seconds_of(self.starts)
         whole = sum(spent.values())
         result = {f"goodput/{category}_seconds": spent[category] for category in CATEGORIES}

@@ -28,6 +28,7 @@ def _layout(layout: Layout) -> dict[str, Any]:
         "expert_tensor": layout.expert_tensor_size,
         "pipeline": layout.pipeline_size,
         "data": layout.data_size,
+        "context": layout.context_size,
         "text": layout.describe(),
     }
 

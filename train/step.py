@@ -1,8 +1,8 @@
 """One optimizer step: which samples this rank sees, what the loss is, and how it is normalised.
 
 Every loss is a sum over valid tokens divided by the number of valid tokens of the *global* batch, each prediction depth over its own
-count. The counts depend on the token masks alone, so they are known (one small all-reduce over the data-parallel group) before the first
-forward pass; afterwards contributions of microbatches and data-parallel ranks are plain sums and no rank ever rescales a gradient.
+count. The counts depend on the token masks alone, so they are known (one small all-reduce over the ranks with other tokens) before the first
+forward pass; afterwards contributions of microbatches and of those ranks are plain sums and no rank ever rescales a gradient.
 
     loss/total = LM + scale * mean over depths (MTP) + auxiliary losses
 """
@@ -74,12 +74,12 @@ class BatchPlan:
         return place
 
 
-def to_microbatch(batch: Batch, device: torch.device, progress: float, depths: int) -> Microbatch:
-    """The model's view of a data batch, on the device. progress: the fraction of the run behind us, in [0, 1). depths: of multi-token
-    prediction."""
+def to_microbatch(batch: Batch, layout: Layout, progress: float, depths: int) -> Microbatch:
+    """The model's view of this rank's part of a data batch, on its device. progress: the fraction of the run behind us, in [0, 1). depths: of
+    multi-token prediction."""
     values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    values = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in values.items()}
-    return Microbatch.of(**values, progress=progress, depths=depths)
+    values = {name: value.to(layout.device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in values.items()}
+    return Microbatch.of(**values, progress=progress, depths=depths).part(layout.context_rank, layout.context_size)
 
 
 def loss_weights(counts: Tensor, mtp_loss_scale: float) -> Tensor:
@@ -94,10 +94,11 @@ def loss_weights(counts: Tensor, mtp_loss_scale: float) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor, layout: Layout, *, pipeline: bool) -> Tensor:
-    """Sum of `values` over the data-parallel group and, with `pipeline`, over the stages (which hold zeros where they do not know)."""
+    """Sum of `values` over the ranks with other sequences or other parts of them and, with `pipeline`, over the stages (which hold zeros where
+    they do not know)."""
     total = values.clone()
-    if layout.data_size > 1:
-        torch.distributed.all_reduce(total, group=layout.groups.dp)
+    if layout.data_size * layout.context_size > 1:
+        torch.distributed.all_reduce(total, group=layout.groups.dp_cp)
     if pipeline and layout.pipeline_size > 1:
         torch.distributed.all_reduce(total, group=layout.groups.pp)
     return total

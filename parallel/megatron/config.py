@@ -29,6 +29,7 @@ def transformer_config(parallel: ParallelConfig, sizes: ModelSizes) -> Transform
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         pipeline_dtype=sizes.params_dtype,

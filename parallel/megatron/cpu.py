@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 # Modules that allocate a handful of scalars with a literal device="cuda" (a token count, a norm, an overflow flag).
@@ -97,6 +98,29 @@ def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) ->
     return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
+def gather_parts(input_: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+    """Megatron's all-gather along the first dimension, which gloo only has for parts of one size: others go by its all-to-all."""
+    if output_split_sizes is None or group.size() == 1:
+        return _gather_equal(input_, group)
+    output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+    copies = input_.repeat(group.size(), *(1 for _ in input_.shape[1:]))
+    dist.all_to_all_single(output, copies, output_split_sizes, [len(input_)] * group.size(), group=group)
+    return output
+
+
+def reduce_scatter_parts(input_: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+    """Megatron's reduce-scatter along the first dimension, of which the same is true. Sums in the order of the ranks."""
+    if input_split_sizes is None or group.size() == 1:
+        return _reduce_scatter_equal(input_, group)
+    own = input_split_sizes[group.rank()]
+    parts = input_.new_empty(group.size(), own, *input_.shape[1:])
+    dist.all_to_all_single(parts.flatten(0, 1), input_.contiguous(), [own] * group.size(), input_split_sizes, group=group)
+    return parts.sum(0)
+
+
+_gather_equal = mappings._gather_along_first_dim
+_reduce_scatter_equal = mappings._reduce_scatter_along_first_dim
+
 _groups: dict[tuple[int, ...], Any] = {}
 
 
@@ -139,6 +163,8 @@ def apply() -> None:
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     assert callable(dispatcher.maybe_move_tensor_to_cpu)
     dispatcher.maybe_move_tensor_to_cpu = on_host  # type: ignore[attr-defined]
+    mappings._gather_along_first_dim = gather_parts
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
     state = importlib.import_module("megatron.core.parallel_state")
     assert callable(state.create_group)
     state.create_group = shared_group  # type: ignore[attr-defined]

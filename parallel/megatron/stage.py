@@ -28,19 +28,16 @@ from parallel.stage import Stage
 
 def mark(param: nn.Parameter, spread: Spread, layout: Layout) -> None:
     """Tells Megatron over which ranks the parameter is spread."""
-    if spread == "experts":
+    if spread in ("expert_rows", "expert_columns"):
         # Whenever expert and dense modules are not replicated alike (tensor 2, expert 1, expert tensor 1, say) this must be False; 0.16.1
         # itself only looks at expert > 1, and replicas drift apart.
-        alike = layout.expert_size == 1 and layout.expert_tensor_size == layout.tensor_size
-        param.allreduce = alike  # type: ignore[attr-defined]
-        if alike:
-            return
+        param.allreduce = layout.expert_size == 1 and layout.expert_tensor_size == layout.tensor_size  # type: ignore[attr-defined]
     if spread == "everywhere":
         # With sequence parallelism every rank sees other tokens.
         param.sequence_parallel = layout.sequence_parallel  # type: ignore[attr-defined]
     else:
         param.tensor_model_parallel = True  # type: ignore[attr-defined]
-        param.partition_dim = 1 if spread == "columns" else 0  # type: ignore[attr-defined]
+        param.partition_dim = {"rows": 0, "columns": 1, "expert_rows": 1, "expert_columns": 2}[spread]  # type: ignore[attr-defined]
         param.partition_stride = 1  # type: ignore[attr-defined]
 
 

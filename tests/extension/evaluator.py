@@ -23,7 +23,7 @@ class FirstWindows:
 
         def microbatches() -> Iterator[Microbatch]:
             for batch in seen:
-                yield to_microbatch(batch, run.layout.device, run.progress(step), run.mtp_depths)
+                yield to_microbatch(batch, run.layout, run.progress(step), run.mtp_depths)
 
         losses = LossStep(run.layout, torch.tensor([tokens, *[1] * run.mtp_depths], device=run.layout.device), 0.0)
         run.engine.evaluate(losses, microbatches(), count, sequence_length=run.sequence_length, micro_batch_size=run.micro_batch_size)

@@ -23,6 +23,7 @@ from launch.judge import Meeting, Report, findings, rounds, slow_meetings
 from launch.preflight import examine
 from parallel import groups
 from parallel.preflight import PreflightConfig
+from tests.runbook import told
 from train.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +87,7 @@ def test_a_slow_node_and_a_slow_pair() -> None:
     (node,) = slow_meetings(met(lambda a, b: 2e8 if 3 in (a, b) else 1e9), CONFIG)
     assert node.startswith("node n3 reduces 200 MB/s with others, 20% of the median 1,000")
     (pair,) = slow_meetings(met(lambda a, b: 2e8 if (a, b) == (1, 4) else 1e9), CONFIG)
-    assert pair.startswith("nodes n1 and n4 reduce 200 MB/s between them")
+    told("The preflight stops a job", f"error: {pair}", "between them")
     assert slow_meetings([], CONFIG) == []
 
 
@@ -121,7 +122,8 @@ def test_two_nodes_of_the_pool(ranks: Callable[[int], Callable[..., list[tuple[i
     kept = json.loads((tmp_path / "fit/preflight.json").read_text())
     assert kept["unfit"] == [] and kept["meetings"][0]["nodes"] == ["n0", "n1"] and kept["ranks"][1]["clock"][0] == pytest.approx(0, abs=1)
     (status, printed), (other, silent) = ranks(2)(examined, free_port(), str(tmp_path / "slow"), 100)
-    assert (status, other, silent) == (1, 1, "") and printed.startswith("error: node n1 (rank 1) multiplies matrices at"), printed
+    assert (status, other, silent) == (1, 1, "")
+    told("The preflight stops a job", printed, "multiplies matrices")
     assert json.loads((tmp_path / "slow/preflight.json").read_text())["unfit"] == [printed.strip().removeprefix("error: ")]
 
 
@@ -207,6 +209,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     with job(tmp_path, "cluster.preflight.patience_seconds=90", without=3) as ranks:
         statuses, _, errors = ended(ranks)
     assert statuses == [1, 1, 1] and errors == ["error: node n1 (rank 3) gave no answer (come) within 90 s"]
+    told("The preflight stops a job", errors[0], "gave no answer")
     assert json.loads((tmp_path / "run/preflight.json").read_text())["unfit"]
 
 
@@ -259,3 +262,4 @@ def test_a_node_with_other_code_is_named(tmp_path: Path) -> None:
         statuses, _, errors = ended(ranks)
     assert statuses == [1, 1, 1, 1]
     assert errors and all(line.startswith("error: node n1 has code ") for line in errors), errors
+    told("The preflight stops a job", errors[0], "has code")

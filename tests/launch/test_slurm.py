@@ -15,6 +15,7 @@ from launch.script import Batch, Start, render
 from launch.slurm import main
 from parallel.cluster import ClusterConfig
 from parallel.slurm import SlurmConfig
+from tests.runbook import told
 from tests.train.recipes import SMALL
 from train.recipe.load import load_recipe
 from train.recipe.reading import RecipeError
@@ -215,7 +216,7 @@ def test_submission(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("sbatch.log").read_text().splitlines() == ["--parsable", str(root / "slurm.sh")]
     assert (root / "logs").is_dir() and (root / "slurm.sh").stat().st_mode & 0o100
     assert [(entry.job, entry.script) for entry in submitted(root)] == [("4711", str(root / "slurm.sh"))]
-    assert "submitted job 4711" in capsys.readouterr().out
+    told("Start a run on Slurm", capsys.readouterr().out, "1 run on", "submitted job", "launch.logs")
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
@@ -224,7 +225,9 @@ def test_a_run_with_a_job_is_not_submitted_again(fakes: Path, capsys: pytest.Cap
     assert start("run.dir=runs/first") == 0
     fake(fakes, "scontrol", f'echo "JobId=4711 JobName=first JobState={state} Reason=None"')
     assert start("run.dir=runs/first") == 2
-    assert f"is that of job 4711 already, which is {state}: end it with scancel 4711" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"is that of job 4711 already, which is {state}: end it with scancel 4711" in said
+    told("A run is submitted a second time", said.replace("PENDING", "RUNNING"))
     fake(fakes, "scontrol", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')  # forgotten: long over
     assert start("run.dir=runs/first") == 0
 
@@ -249,13 +252,15 @@ def test_what_sbatch_does_not_take_is_one_sentence(
     assert start("run.dir=runs/first") == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and sentence in errors[0], errors
+    if "Invalid account" in sentence:
+        told("Start a run on Slurm", errors[0], "not submitted")
     assert (Path("runs/first/slurm.sh")).exists() and not submitted(Path("runs/first"))
 
 
 def test_nothing_is_submitted_for_a_recipe_that_cannot_run(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake(fakes, "sbatch", "touch called")
     wrong = {
-        ("parallel.tensor=8",): "parallel.tensor=8 x parallel.pipeline=1 = 8 does not divide the 4 ranks",
+        ("parallel.tensor=8",): "parallel.tensor=8 does not divide the 4 ranks",
         ("cluster.devices_per_node=null",): "cluster.devices_per_node=null: say how many ranks a node is to have",
         ("submit=maybe",): "submit=maybe is neither submit=true nor submit=false",
         ("data.phases=[{blend:[{path:https://me:secret@host/x}]}]",): "holds a secret, which the script would keep",
@@ -264,6 +269,8 @@ def test_nothing_is_submitted_for_a_recipe_that_cannot_run(fakes: Path, capsys: 
         assert start("run.dir=runs/first", *overrides) == 2
         errors = capsys.readouterr().err.splitlines()
         assert len(errors) == 1 and sentence in errors[0], errors
+        if "parallel.tensor" in sentence:
+            told("Start a run on Slurm", errors[0], "does not divide")
     assert not Path("called").exists() and not Path("runs/first").exists()
 
 
@@ -325,12 +332,15 @@ def play(tmp_path: Path, statuses: str, slurm: SlurmConfig, *, state: str = "RUN
         'scancel() { echo scancel "$@" >> $calls; }\nSLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=6\n'
     )
     done = subprocess.run(["bash", "-c", fakes + script], capture_output=True, text=True, check=False, timeout=30, env=os.environ)
+    if done.returncode == 137:
+        told("A rank dies", done.stdout + done.stderr, "the run ended with status")
     return done.returncode, (tmp_path / "calls").read_text().replace("\n", " ").strip()
 
 
 def test_a_job_starts_again_goes_on_or_gives_up(tmp_path: Path) -> None:
     requeue, chain = SlurmConfig(retries=2), SlurmConfig(requeue=False, chain=3)
     assert play(tmp_path, "0", requeue) == (0, "srun")
+    assert play(tmp_path, "137 137 137", requeue) == (137, "srun srun srun")
     assert play(tmp_path, "2", requeue) == (2, "srun")  # a wrong recipe is no better the second time
     assert play(tmp_path, "75", requeue) == (75, "srun requeue 7")
     assert play(tmp_path, "137 1 0", requeue) == (0, "srun srun srun")

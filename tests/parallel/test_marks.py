@@ -24,9 +24,9 @@ def marks(spread: Spread, tensor: int, expert: int) -> dict[str, object]:
         ("rows", 1, {"tensor_model_parallel": True, "partition_dim": 0}),
         ("columns", 1, {"tensor_model_parallel": True, "partition_dim": 1}),
         ("everywhere", 1, {"sequence_parallel": True}),
-        ("experts", 2, {"tensor_model_parallel": True, "allreduce": False}),
+        ("expert_rows", 2, {"tensor_model_parallel": True, "allreduce": False}),
         # The experts of one expert rank are whole on both tensor ranks, which hold parts of everything else.
-        ("experts", 1, {"tensor_model_parallel": True, "allreduce": False}),
+        ("expert_columns", 1, {"tensor_model_parallel": True, "allreduce": False}),
     ],
 )
 def test_a_parameter_on_two_tensor_ranks(spread: Spread, expert: int, expected: dict[str, object]) -> None:
@@ -35,4 +35,4 @@ def test_a_parameter_on_two_tensor_ranks(spread: Spread, expert: int, expected: 
 
 
 def test_experts_on_one_rank_are_reduced_like_everything_else() -> None:
-    assert marks("experts", 1, 1) == {"allreduce": True}
+    assert marks("expert_rows", 1, 1).items() >= {"allreduce": True, "tensor_model_parallel": True}.items()

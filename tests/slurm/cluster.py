@@ -117,10 +117,13 @@ class Cluster:
             time.sleep(0.2)
 
     def start_soon(self, job: str, restarts: int) -> None:
-        """Once it has been requeued so often: Slurm waits two minutes before such a job may start, and a test does not."""
+        """Once it has been requeued so often: Slurm waits two minutes before such a job may start, and a test does not wait so long. Not at once,
+        either: a credential as old as the second in which the nodes gave the job up is refused."""
         self.wait(lambda: self.state(job)["Restarts"] == str(restarts), 600, f"job {job} is not put back into the queue")
         self.wait(lambda: self.state(job)["JobState"] in ("PENDING", "RUNNING"), 600, f"job {job} does not end before it starts again")
-        self.ask("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)  # of one that runs already it cannot be changed
+        self.ask(
+            "scontrol", "update", f"jobid={job}", "StartTime=now+10seconds", check=False
+        )  # of one that runs already it cannot be changed
 
     def _start(self, name: str, *arguments: str, program: str | None = None) -> None:
         path = shutil.which(program or name, path=self.environment["PATH"])

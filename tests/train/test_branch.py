@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.runbook import told
 from tests.train.numbers import numbers
 from tests.train.recipes import recipe
 from train import loop
@@ -50,7 +51,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 def test_under_the_same_recipe_it_is_the_parents_own_continuation(parent: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert branch([checkpoint_of(parent)]) == 0
     made = parent.with_name(f"x-step-{FORK}-same")
-    assert f"branch of {parent} after step {FORK}" in capsys.readouterr().out
+    told("Ask what another precision", capsys.readouterr().out, "branch of runs/x after")
     assert [entry["step"] for entry in read_metrics(made)] == list(range(FORK + 1, 21))
     assert values(made, FORK) == values(parent, FORK)
     assert_same_weights(made, parent)
@@ -60,11 +61,12 @@ def test_under_the_same_recipe_it_is_the_parents_own_continuation(parent: Path, 
     assert (made / "wandb_id").read_text().strip() != noted.wandb_id
 
 
-def test_another_precision_stopped_killed_and_continued(parent: Path, tmp_path: Path) -> None:
+def test_another_precision_stopped_killed_and_continued(parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same command goes on: before its first checkpoint from the parent again, behind it from its own."""
     where = f"run.dir={tmp_path / 'fp32'}"
     line = [checkpoint_of(parent), "precision=fp32", where]
     assert branch([*line, "run.stop_after=15steps"]) == 0
+    told("Ask what another precision", capsys.readouterr().out.replace("-> fp32", "-> bf16"), "nvfp4 -> bf16")
     assert [entry["step"] for entry in read_metrics(tmp_path / "fp32")] == [13, 14, 15]
     assert branch(line) == 0
     whole = tmp_path / "whole"
@@ -124,6 +126,12 @@ def test_bad_input_is_one_sentence(parent: Path, overrides: list[str], sentence:
     said = capfd.readouterr().err.strip()
     assert re.search(sentence, said), said
     assert said.startswith("error: ") and "\n" not in said
+    if "data.validation_fraction=0.01" in overrides:
+        told("A branch is refused", said, "data.validation_fraction")
+    if "run.stop_after=5steps" in overrides:
+        told("A branch is refused", said, "run.stop_after ends")
+    if "every=7steps" in overrides:
+        told("A sweep of branches finds no checkpoint", said)
     assert not list(parent.parent.glob("x-step-12-*fp8*"))
 
 
@@ -137,6 +145,8 @@ def test_places_that_are_no_checkpoint(parent: Path, tmp_path: Path, capfd: pyte
         assert branch(arguments) == 2
         said = capfd.readouterr().err.strip()
         assert said.startswith("error: ") and "\n" not in said, said
+        if arguments == [checkpoint_of(parent, 13)]:
+            told("A branch is refused", said, "is not a valid checkpoint")
 
 
 def test_another_parent_is_refused_for_a_branch_that_exists(parent: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from parallel import groups
+from tests.runbook import told
 from tests.train.numbers import numbers_in
 from tests.train.recipes import recipe
 from tests.train.test_checkpointer import Engine, Model, train
@@ -204,9 +205,7 @@ def test_auto_copies_only_where_memory_has_room(tmp_path: Path, monkeypatch: pyt
         saving.close()
         assert latest(tmp_path / str(free) / "checkpoints") is not None
     (line,) = said
-    assert line.startswith(
-        "Training waits while checkpoints are written (checkpoint.asynchronous=auto), because a copy would take 0.00 GiB on host "
-    )
+    told("Training waits for checkpoints although", line)
 
 
 def other_tensors(rank: int, directory: str) -> list[str]:

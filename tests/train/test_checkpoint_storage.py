@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.runbook import told
 from tests.train.numbers import numbers
 from tests.train.recipes import recipe
 from tests.train.store import Store, opened_store
@@ -121,6 +122,8 @@ def test_a_damaged_object_is_named_and_the_one_before_is_used(store: Store, dama
     if damage != "no manifest":
         assert len(lines) == 1 and "s3://checkpoints/run/checkpoints/step-00000002" in lines[0]
         assert (file if damage in ("flipped", "truncated", "missing") else "manifest.json") in lines[0]
+    if damage == "flipped":
+        told("A damaged object in the store", lines[0])
 
 
 def test_an_outage_in_the_middle_of_an_upload(store: Store) -> None:
@@ -166,8 +169,9 @@ def test_an_outage_is_no_reason_to_delete_or_to_go_back(store: Store, monkeypatc
     assert main(["s3://checkpoints/run", "prune=true", "keep=1"]) == 2
     assert {step_of(name) for name in store.names("run/checkpoints/")} == {1, 2, 3}
     bad = "step-00000003"
-    with pytest.raises(StorageError, match=r"cannot read checkpoint .*step-00000003.*start the same command again when the store answers"):
+    with pytest.raises(StorageError, match=r"cannot read checkpoint .*step-00000003.*") as caught:
         checkpointer(model).load_newest()
+    told("The object store fails during a run", f"error: {caught.value}", "cannot read checkpoint")
 
 
 def test_training_does_not_wait_for_a_slow_store(store: Store) -> None:
@@ -251,13 +255,13 @@ def test_a_run_goes_on_from_a_store(store: Store, tmp_path: Path, capsys: pytest
     assert b"a-secret-of-tests-only" not in everything and b"AKIATESTINGTESTING" not in everything
 
 
-def test_a_run_whose_store_fails_goes_on(store: Store, tmp_path: Path) -> None:
+def test_a_run_whose_store_fails_goes_on(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the second save on for a while: alerts, no step lost, and the saves after it succeed."""
     from train.observe.base import OBSERVERS, Observer, register_observer
 
     class Outage(Observer):
         def on_checkpoint(self, step: int, path: Any) -> None:
-            store.proxy.room = 700 if step == 1 else store.proxy.room
+            store.proxy.room = 0 if step == 1 else store.proxy.room
 
         def on_alert(self, alert: Any) -> None:
             if "cannot write" in alert.text:
@@ -275,6 +279,7 @@ def test_a_run_whose_store_fails_goes_on(store: Store, tmp_path: Path) -> None:
     incidents = (tmp_path / "run/incidents.jsonl").read_text()
     assert "cannot write checkpoint s3://checkpoints/out/checkpoints/step-" in incidents and '"checkpoint"' in incidents
     assert read_metrics(tmp_path / "run")[-1]["checkpoint/failures"] >= 1
+    told("The object store fails during a run", capsys.readouterr().out, "cannot write checkpoint s3", "cannot delete")
 
 
 @pytest.mark.parametrize(
@@ -312,4 +317,11 @@ def test_a_store_out_of_reach_is_refused_at_the_start(store: Store, tmp_path: Pa
         run(recipe(f"run.dir={tmp_path / 'run'}", *SHORT, f"checkpoint.storage={url}"))
     assert time.monotonic() - begun < 20 and "\n" not in str(caught.value)
     assert ("no answer within 2 seconds" in str(caught.value)) == (why == "no answer")
+    said = f"error: {caught.value}"
+    if why == "no such bucket":
+        told("The object store cannot be reached", said, "does not exist)")
+    elif why == "nobody listens":
+        told("The object store cannot be reached", said, "Could not connect")
+    else:
+        told("The object store cannot be reached", said, "no answer")
     assert not (tmp_path / "run").exists(), "nothing was begun"

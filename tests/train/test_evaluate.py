@@ -37,7 +37,7 @@ def plain() -> float:
         total = count = 0.0
         for batch in made.data.validation_batches(3):
             with torch.no_grad():
-                logits = made.chunks[0].logits(to_microbatch(batch, made.layout.device, 0.0, made.recipe.model.mtp_depths))[0].double()
+                logits = made.chunks[0].logits(to_microbatch(batch, made.layout, 0.0, made.recipe.model.mtp_depths))[0].double()
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
             total += float(losses[batch.loss_mask.flatten()].sum())
             count += float(batch.loss_mask.sum())

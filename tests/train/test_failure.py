@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.runbook import told
 from tests.train.recipes import SMALL, recipe
 from train import loop
 from train.checkpoint.reader import open_checkpoint
@@ -108,7 +109,7 @@ def test_a_rank_that_is_killed_is_named_and_ends_the_job(jobs: list[Job], tmp_pa
     job.until_logged(1)
     assert job.wait(30) != 0
     (line,) = errors(job.text())
-    assert re.match(r"error: rank 1 \(process \d+ on host .*\) died without a word", line)
+    told("A run was killed", line, "died without a word")
     assert not re.search("gloo|closed by peer", job.text(), re.IGNORECASE)
 
 
@@ -121,6 +122,7 @@ def test_ranks_end_with_their_launcher(jobs: list[Job], tmp_path: Path) -> None:
     job.process.kill()
     _, alive = psutil.wait_procs(job.ranks, timeout=8)
     assert not alive
+    told("A run was killed", job.text(), "because the launcher")
 
 
 @pytest.mark.timeout(200)
@@ -147,6 +149,7 @@ def test_the_local_launcher_passes_signals_on_and_ends_without_a_traceback(jobs:
     job.process.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 75
     assert job.text().count("Stopped by SIGUSR1 after step") == 1
+    told("The time limit of a job nears", job.text(), "Stopped by SIGUSR1")
     assert "Traceback" not in job.text() and not errors(job.text())
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from parallel import groups
 from parallel.collectives import COLLECTIVES, watch
 from parallel.layout import ParallelConfig
+from tests.runbook import told
 from tests.train.test_failure import Job, errors
 from train.hang import Report, judge
 
@@ -108,6 +109,7 @@ def hangs(jobs: list[Job], run_dir: Path, *overrides: str) -> tuple[str, list[Pa
 def test_a_stopped_rank_is_named(jobs: list[Job], tmp_path: Path) -> None:
     line, stacks = hangs(jobs, tmp_path / "run", "evaluation.faulty.what=stop")
     assert re.match(r"error: rank 1 did not come: its process \d+ on host \S+ is stopped \(by SIGSTOP.*; rank 0 has waited for", line), line
+    told("The job hangs", line)
     assert [path.name for path in stacks] == ["rank-00000.txt", "rank-00001.txt"]
     mine, seen = (path.read_text() for path in stacks)
     assert mine.startswith("rank 0, process") and "waits in all-reduce" in mine and "in _train" in mine

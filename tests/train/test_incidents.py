@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.runbook import told
 from tests.train import incidents_runs as runs
 from train.checkpoint.reader import Checkpoint, open_checkpoint
 from train.observe.metrics import read_metrics
@@ -50,7 +51,7 @@ def spared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fault = runs.nan_in_an_experts_gradient([43])
     assert runs.run(tmp_path / "run", "train.steps=6", "run.stop_after=5", "checkpoint.every=5", fault=fault) == 0
     before = tensors(open_checkpoint(tmp_path / "run"))
@@ -62,17 +63,19 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
         assert torch.equal(tensor, after[name]), name
     assert not math.isfinite(read_metrics(tmp_path / "run")[-1]["grad_norm"])
     assert [(a["step"], a["kind"]) for a in alerts(tmp_path / "run")] == [(6, "skipped")]
+    told("Steps that are not finite", capsys.readouterr().out, "no weight was changed")
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_after_going_back_it_is_the_run_that_never_saw_those_samples(
-    world: int, spared: Path, tmp_path: Path, ranks: Callable[..., Any]
+    world: int, spared: Path, tmp_path: Path, ranks: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     overrides = (*SHORT, "monitor.incidents.skips=2")
     bad = [47, 55]  # of both steps; on two ranks they are the second one's
     if world == 1:
         assert runs.run(run_dir, *overrides, fault=runs.nan_in_an_experts_gradient(bad)) == 0
+        told("Steps that are not finite", capsys.readouterr().out, "ALERT (not finite)", "going back to the checkpoint of step")
         assert curve(run_dir) == curve(spared)
         assert same_end(run_dir, spared)
     else:
@@ -108,8 +111,8 @@ def test_it_goes_back_so_often_and_then_stops_with_a_report(tmp_path: Path, caps
     fault = runs.exploding_loss(range(40, 10_000), math.nan)
     assert runs.run(run_dir, *SHORT, "monitor.incidents.skips=2", "monitor.incidents.rewinds=1", fault=fault) == 1
     said = capsys.readouterr().err
-    assert "error: loss or gradients were not finite in 2 consecutive steps, the last one step 7; first of all" in said
-    assert "monitor.incidents.rewinds=1" in said and "Traceback" not in said
+    told("The run stopped because numbers", said, "monitor.incidents.rewinds=1")
+    assert "the last one step 7; first of all" in said and "Traceback" not in said
     assert [report["decision"].split(":")[0][:20] for report in reports(run_dir)] == ["the run went back to", "the run stopped"]
     assert open_checkpoint(run_dir).step == 3
 
@@ -117,16 +120,17 @@ def test_it_goes_back_so_often_and_then_stops_with_a_report(tmp_path: Path, caps
 def test_without_a_checkpoint_to_go_back_to_it_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fault = runs.exploding_loss([0, 8], math.nan)
     assert runs.run(tmp_path / "run", "train.steps=4", "monitor.incidents.skips=2", fault=fault) == 1
-    assert "there is no checkpoint of step 0 or before to go back to" in capsys.readouterr().err
+    told("The run stopped because numbers", capsys.readouterr().err, "there is no checkpoint of step 0")
 
 
 @pytest.mark.parametrize("reaction", [pytest.param("alert", marks=pytest.mark.slow), "rewind"])
-def test_a_spike_is_told_and_can_be_passed_over(reaction: str, tmp_path: Path) -> None:
+def test_a_spike_is_told_and_can_be_passed_over(reaction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ("train.steps=42", "checkpoint.every=10", f"monitor.incidents.on_spike={reaction}")
     sample = 36 * 8 + 5  # of step 37
     assert runs.run(tmp_path / "run", *overrides, fault=runs.exploding_loss([sample], 300.0)) == 0
     spikes = [a for a in alerts(tmp_path / "run") if a["kind"] == "spike"]
     assert spikes and all(a["step"] == 37 for a in spikes)
+    told("A spike of the loss", capsys.readouterr().out, "ALERT (spike): loss/lm")
     if reaction == "rewind":
         assert runs.run(tmp_path / "oracle", *overrides, fault=runs.skipping([(36 * 8, 37 * 8)])) == 0
         assert curve(tmp_path / "run") == curve(tmp_path / "oracle")
@@ -145,6 +149,8 @@ def test_a_bit_that_flips_in_one_replica_is_found_and_named(reaction: str, tmp_p
     (report,) = reports(tmp_path / "run")
     assert report["steps"] == [6, 6]
     assert f"{name.removesuffix('.weight')}" in report["cause"] and "on rank 1 differs from most of ranks 0, 1, 2" in report["cause"]
+    if reaction == "stop":
+        told("Replicas that differ", (tmp_path / "run/log.txt").read_text().replace("Failed: ", "error: "))
     if reaction == "rewind":
         assert ranks(world)(runs.on_ranks, tmp_path / "sound", world, overrides, "", ()) == [0] * world
         assert curve(tmp_path / "run") == curve(tmp_path / "sound")

@@ -15,6 +15,7 @@ from train import loop
 from train.train_step import train_step
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "expert tensor": (2, ("parallel.expert_tensor=2",)),
     "tensor+sequence": (2, ("parallel.tensor=2",)),
     "expert": (2, ("parallel.expert=2",)),
     "pipeline": (2, ("parallel.pipeline=2",)),
@@ -22,7 +23,16 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "data, distributed optimizer": (2, ("parallel.distributed_optimizer=true",)),
     "tensor x expert": (4, ("parallel.tensor=2", "parallel.expert=2")),
     "tensor x data, experts whole": (4, ("parallel.tensor=2",)),
+    "context": (2, ("parallel.context=2",)),
+    "context, Mamba by all-to-all": (2, ("parallel.context=2", "parallel.context_mamba=all_to_all")),
     "tensor x pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+}
+SLOW: dict[str, tuple[int, tuple[str, ...]]] = {
+    "tensor, experts whole": (2, ("parallel.tensor=2", "parallel.expert_tensor=1")),
+    "tensor x expert tensor": (2, ("parallel.tensor=2", "parallel.expert_tensor=2")),
+    "expert x expert tensor": (4, ("parallel.expert=2", "parallel.expert_tensor=2")),
+    "tensor x expert x expert tensor": (4, ("parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=2")),
+    "expert tensor, distributed optimizer": (4, ("parallel.expert_tensor=2", "parallel.distributed_optimizer=true")),
 }
 STEPS = 20
 
@@ -67,9 +77,9 @@ def single(overrides: tuple[str, ...], _pool: Any) -> list[dict[str, float]]:
     return metrics
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_layout_gives_the_losses_of_one_rank(name: str, overrides: Any, single: Any, ranks: Any) -> None:
-    world, extra = LAYOUTS[name]
+    world, extra = (LAYOUTS | SLOW)[name]
     for metrics, differing in ranks(world)(train, (*overrides, *extra), timeout=200):
         assert differing == []
         for key in ("loss/lm", "loss/mtp_1", "loss/mtp_2"):

@@ -16,7 +16,7 @@ class ValidationLoss:
     """eval/loss: nats per token; eval/bits_per_byte: the same in bits per byte of text, which compares tokenizers; absent where the text's
     bytes are unknown. Nothing without validation text.
 
-    Windows are dealt out to the data-parallel ranks in turn; ranks that run out of them go on with masked ones, because every rank must take
+    Windows are dealt out to the data-parallel replicas in turn; those that run out of them go on with masked ones, because every rank must take
     part in every collective.
     """
 
@@ -29,7 +29,7 @@ class ValidationLoss:
 
         def microbatches() -> Iterator[Microbatch]:
             for place in range(layout.data_rank, rounds * layout.data_size, layout.data_size):
-                microbatch = to_microbatch(batches[min(place, len(batches) - 1)], layout.device, progress, run.mtp_depths)
+                microbatch = to_microbatch(batches[min(place, len(batches) - 1)], layout, progress, run.mtp_depths)
                 masked = torch.zeros_like(microbatch.loss_mask)
                 yield microbatch if place < len(batches) else replace(microbatch, loss_mask=masked)
 

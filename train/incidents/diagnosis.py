@@ -154,7 +154,7 @@ def diagnose(run: Run, step: int) -> Finding | None:
     progress, depths, parts = step / recipe.total_steps, recipe.model.mtp_depths, run.plan.samples(step)
     watch = _Watch(run, step, parts)
     _weights(watch, run.chunks)
-    microbatches = [to_microbatch(run.data.batch(part, step), layout.device, progress, depths) for part in parts]
+    microbatches = [to_microbatch(run.data.batch(part, step), layout, progress, depths) for part in parts]
     counts = sum_over_ranks(torch.stack([m.loss_counts() for m in microbatches]).sum(0), layout, pipeline=False)
     losses = LossStep(layout, counts, recipe.model.mtp_loss_scale)
     with _attached(watch):

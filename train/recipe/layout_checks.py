@@ -23,13 +23,14 @@ def validate_layout(recipe: Recipe, ranks: int) -> None:
 
 def _experts(recipe: Recipe) -> None:
     model, parallel = recipe.model, recipe.parallel
-    if parallel.expert > 1 and not model.has_experts:
-        able = [mixer for mixer in MIXERS.values() if mixer.has_experts]
-        raise Misfit(
-            f"parallel.expert={parallel.expert} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern={model.pattern!r} has no "
-            f"{' or '.join(mixer.letter for mixer in able)}",
-            "parallel.expert",
-        )
+    for key, ranks in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
+        if ranks > 1 and not model.has_experts:
+            able = [mixer for mixer in MIXERS.values() if mixer.has_experts]
+            raise Misfit(
+                f"parallel.{key}={ranks} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern={model.pattern!r} has no "
+                f"{' or '.join(mixer.letter for mixer in able)}",
+                f"parallel.{key}",
+            )
 
 
 def _stages(recipe: Recipe) -> None:
@@ -51,8 +52,21 @@ def _mixers(recipe: Recipe) -> None:
 
 
 def _sequence(recipe: Recipe) -> None:
-    axes = ("context", "tensor") if recipe.parallel.sequence_parallel else ("context",)
-    check_multiple("train.sequence_length", recipe.train.sequence_length, axes, recipe.parallel)
+    """Every rank of the context group holds as many tokens, and with sequence parallelism so does every one of the tensor group."""
+    length, parallel = recipe.train.sequence_length, recipe.parallel
+    check_multiple("train.sequence_length", length, ("context", "tensor") if parallel.sequence_parallel else ("context",), parallel)
+    if parallel.context == 1:
+        return
+    for mixer in recipe.model.used:
+        if mixer.context_tokens is None:
+            raise Misfit(f"parallel.context={parallel.context} cannot split sequences for {mixer.name} layers", "parallel.context")
+        if length // parallel.context < (least := mixer.context_tokens(recipe.model.sizes(mixer.sizes))):
+            raise Misfit(
+                f"parallel.context={parallel.context} leaves a rank {length // parallel.context} of train.sequence_length={length} tokens, but "
+                f"{mixer.name} layers need {least}",
+                "parallel.context",
+                "train.sequence_length",
+            )
 
 
 def check_multiple(key: str, value: int, axes: Sequence[str], parallel: ParallelConfig) -> None:

@@ -11,7 +11,7 @@ def validate_precision(recipe: Recipe) -> None:
     """Every module must be able to run every format it will be asked for, at any time of the run. Raises ValueError, in one sentence, or Misfit
     where other sizes on a rank would do."""
     policy = recipe.policy
-    modules = linear_modules(recipe.model, recipe.parallel.tensor)
+    modules = linear_modules(recipe.model, recipe.parallel.tensor, recipe.parallel.expert_tensor)
     policy.check([module.name for module in modules])
     for time in policy.times:
         for module in modules:
@@ -27,7 +27,7 @@ def validate_precision(recipe: Recipe) -> None:
 
 
 def _use(recipe: Recipe, module: LinearModule, gemms: tuple[Gemm, ...]) -> Use:
-    tokens = recipe.micro_batch_size * recipe.train.sequence_length
+    tokens = recipe.micro_batch_size * recipe.train.sequence_length // recipe.parallel.context
     if module.sequence_split and recipe.parallel.sequence_parallel:
         tokens //= recipe.parallel.tensor
     router = module.name.endswith(".gate")
@@ -36,13 +36,13 @@ def _use(recipe: Recipe, module: LinearModule, gemms: tuple[Gemm, ...]) -> Use:
 
 def _keys(recipe: Recipe, module: LinearModule, unfit: Unfit) -> list[str]:
     """Of the recipe, on which the size of that operand on one rank depends; a model's own sizes apart, which stand in the sentence."""
-    parallel = recipe.parallel
+    parallel, keys = recipe.parallel, []
     if unfit.operand == "weight":
-        return ["parallel.tensor"] if parallel.tensor > 1 and not module.routed else []
+        keys = ["parallel.expert_tensor" if module.routed else "parallel.tensor"]
     if unfit.operand == "tokens":
-        split = parallel.tensor > 1 and parallel.sequence_parallel and module.sequence_split
-        return ["train.micro_batch_size", "train.sequence_length", *(["parallel.tensor"] if split else [])]
-    return []
+        keys = ["train.micro_batch_size", "train.sequence_length", "parallel.context"]
+        keys += ["parallel.tensor"] if parallel.sequence_parallel and module.sequence_split else []
+    return [key for key in keys if not key.startswith("parallel.") or getattr(parallel, key.removeprefix("parallel.")) > 1]
 
 
 def _sentence(recipe: Recipe, keys: list[str], what: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.runbook import told
 from tests.train.observe.examples import RECIPE, metrics_of, run_info
 from train.observe import MonitorConfig, Observers, wandb_observer, wandb_session
 from train.observe.base import Alert, Parent
@@ -280,6 +281,7 @@ def test_a_killed_service_is_started_anew(tmp_path: Path, monkeypatch: pytest.Mo
     assert watched.slowest < 0.2
     assert len(files_of(tmp_path, str(watched.wandb.id))) == 2
     assert "could not go on" in watched.said[1] and "again, run id" in watched.said[2] and len(watched.said) == 3
+    told("W&B's service was killed", "\n".join(watched.said))
 
 
 def test_a_full_disk_of_its_own_is_noticed_and_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +302,31 @@ def test_a_full_disk_of_its_own_is_noticed_and_made_up_for(tmp_path: Path, monke
     watched.end()
     check_one_line(tmp_path)
     assert watched.slowest < 0.2
-    assert any("did not reach its file, the disk may be full" in line for line in watched.said)
+    told("The disk W&B writes to is full", "\n".join(watched.said), "did not reach its file")
+
+
+def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next start adds the rest."""
+    monkeypatch.setattr(wandb_observer, "FIRST_RETRY_SECONDS", 600.0)
+    monkeypatch.setattr(wandb_observer, "LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(wandb_session, "CONFIRM_SECONDS", 3.0)
+    watched = Watched(tmp_path, total=40)
+    watched.train(10)
+    watched.wait(9)
+    (file,) = files_of(tmp_path, str(watched.wandb.id))
+    for service in services():
+        size = file.stat().st_size
+        service.rlimit(psutil.RLIMIT_FSIZE, (size, psutil.RLIM_INFINITY))
+    watched.train(30)
+    watched.end()
+    told("The disk W&B writes to is full", "\n".join(watched.said), "has the rows up to step")
+    for service in services():
+        service.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+    again = Watched(tmp_path, step=30, total=40)
+    again.train(40)
+    again.wait(39)
+    again.end()
+    check_one_line(tmp_path)
 
 
 def test_a_branch_stands_beside_its_parent(tmp_path: Path) -> None:
@@ -358,7 +384,7 @@ def test_wandb_service_that_hangs_delays_only_the_end(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[3], stdin=subprocess.DEVNULL, env=without_service(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "W&B did not answer any more" in done.stdout
+    told("W&B hangs at the end of a run", done.stdout)
 
 
 @pytest.mark.parametrize(("key", "reason"), [("", "monitor.wandb=offline"), ("0" * 40, "could not start (")], ids=["no key", "no server"])
@@ -388,6 +414,10 @@ def test_wandb_online_out_of_reach_neither_asks_nor_stops(tmp_path: Path, key: s
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1 W&B could not start (") and reason in done.stdout
     assert not key or key not in done.stdout + done.stderr
+    if key:
+        told("W&B is out of reach", done.stdout, "could not start")
+    else:
+        told("W&B: no API key", done.stdout)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,11 @@ WRONG = [
     Wrong("model.attention_heads=5 is not a multiple of model.key_value_heads=2", "model.attention_heads=5"),
     Wrong("model.attention_heads=4 is not a multiple of model.key_value_heads=3", "model.key_value_heads=3"),
     Wrong("model.mamba_groups=2 is not a multiple of parallel.tensor=4", "parallel.tensor=4 model.key_value_heads=4", 4),
-    Wrong("model.mamba_heads=34 is not a multiple of parallel.tensor=4", "parallel.tensor=4 model.mamba_heads=34 model.pattern=MM", 4),
+    Wrong(
+        "model.mamba_heads=34 is not a multiple of parallel.tensor=4",
+        "parallel.tensor=4 model.mamba_heads=34 model.pattern=MM precision.default=bf16",
+        4,
+    ),
     Wrong("model.mamba_heads=31 is not a multiple of model.mamba_groups=2", "model.mamba_heads=31"),
     Wrong("model.mamba_heads=32 is not a multiple of model.mamba_groups=3", "model.mamba_groups=3"),
     Wrong("model.mamba_groups=8 is not a multiple of parallel.tensor=16", "parallel.tensor=16 model.pattern=MEMEM", 64, "nemotron3_super"),
@@ -98,6 +102,36 @@ WRONG = [
     Wrong("train.micro_batch_size=5 does not divide the 16 sequences of a step", "train.micro_batch_size=5"),
     Wrong("train.micro_batch_size=7 does not divide the 96 sequences of a step", "train.micro_batch_size=7", 64, "nemotron3_super"),
     Wrong("train.micro_batch_size=0 must be at least 1", "train.micro_batch_size=0"),
+    # split sequences
+    Wrong("parallel.tensor=2 x parallel.context=2 = 4 does not divide the 6 ranks", "parallel.context=2 parallel.tensor=2", 6),
+    Wrong("train.sequence_length=129 is not a multiple of parallel.context=2", "parallel.context=2 train.sequence_length=129", 2),
+    Wrong(
+        "train.sequence_length=120 is not a multiple of parallel.context=16 x parallel.tensor=2 = 32",
+        "parallel.context=16 parallel.tensor=2 train.sequence_length=120",
+        32,
+    ),
+    Wrong(
+        "parallel.context=64 with parallel.context_mamba=all_to_all does not share out model.mamba_heads=32 and model.mamba_groups=2",
+        "parallel.context=64 parallel.context_mamba=all_to_all train.sequence_length=1024",
+        64,
+    ),
+    Wrong(
+        "parallel.context=3 with parallel.context_mamba=all_to_all does not share out model.mamba_heads=32 and model.mamba_groups=2 / "
+        "parallel.tensor=2",
+        "parallel.context=3 parallel.tensor=2 parallel.context_mamba=all_to_all train.sequence_length=192",
+        6,
+    ),
+    Wrong("parallel.context=64 leaves a rank 2 of train.sequence_length=128 tokens, but Mamba-2 layers need 3", "parallel.context=64", 64),
+    # split experts
+    Wrong(
+        "model.expert_ffn_size=128 is not a multiple of parallel.expert_tensor=3", "parallel.expert_tensor=3 train.global_batch_size=12", 3
+    ),
+    Wrong("parallel.expert_tensor=2 needs MoE layers, but model.pattern='M*' has no E", "model.pattern=M* parallel.expert_tensor=2", 2),
+    Wrong(
+        "with parallel.expert_tensor=16, precision asks for nvfp4 in layers.1.mixer.experts.up_proj, whose weight on one rank is 8 x 64",
+        "parallel.expert_tensor=16",
+        16,
+    ),
     # formats
     Wrong(
         "with train.micro_batch_size=3 and train.sequence_length=24, precision asks for nvfp4 in layers.0.mixer.in_proj, which gets 72 tokens",
