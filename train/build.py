@@ -78,7 +78,14 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
     layout = layout or groups.initialize(recipe.parallel, recipe.run.seed)
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    train = recipe.train
+    context, chunks = build_model(recipe, layout)
+    engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
+    plan = BatchPlan(recipe.train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
+    return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))
+
+
+def build_model(recipe: Recipe, layout: Layout) -> tuple[ModelContext, list[HybridModel]]:
+    """The model chunks of one rank, on its layout's device."""
     context = ModelContext(
         recipe.model,
         layout,
@@ -86,10 +93,7 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
         recipe.run.seed,
         params_dtype(recipe),
         layout.device,
-        train.global_batch_size,
+        recipe.train.global_batch_size,
         health=Health(recipe.monitor.quantization.modules),
     )
-    chunks = [HybridModel(context)]
-    engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
-    plan = BatchPlan(train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
-    return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))
+    return context, [HybridModel(context)]

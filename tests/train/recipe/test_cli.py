@@ -118,7 +118,7 @@ WRONG = [
     (["checkpoint.milestones=[0]"], ["checkpoint.milestones[0]=0", "between its first and its last"]),
     (["run.seed=-1"], ["run.seed=-1"]),
     (["run.name=a/b"], ["run.name='a/b'", "run.dir"]),
-    (["-cn", "nemotron3_super"], ["parallel.tensor=2", "1 ranks"]),
+    (["-cn", "nemotron3_super"], ["parallel.tensor=2", "the 1 rank of"]),
 ]
 
 
