@@ -60,6 +60,8 @@ class DataConfig:
     """Share of the text that is held out; 0: none."""
     reset_at_document: bool = False
     """Whether state, convolution and attention stop at a document's end inside a sequence."""
+    alternate_length: int | None = None
+    """Every other step cuts its sequences into pieces of so many tokens that are kept apart: long and short batches take turns; null: none does."""
     cache: str = ".cache/data"
     """Directory for tokenised text, which several runs share."""
 
@@ -77,6 +79,8 @@ class DataConfig:
             raise ValueError("data.phases is empty: give at least one phase with a blend, or choose a group such as data=austen")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction={self.validation_fraction} must lie in [0, 1): use for instance 0.05")
+        if self.alternate_length is not None and self.alternate_length < 1:
+            raise ValueError(f"data.alternate_length={self.alternate_length} must be at least 1: use null for sequences of one length")
         for index, phase in enumerate(self.phases):
             key = f"data.phases[{index}]"
             last = index == len(self.phases) - 1

@@ -59,6 +59,7 @@ class TextData:
     def batch(self, samples: Sequence[int], step: int) -> Batch:
         """The batch of these global sample indices. Raises DataError beyond the last phase, and for ids the tokenizer does not have."""
         length, reset = self.sequence_length, self.config.reset_at_document
+        short = self.config.alternate_length if step % 2 else None
         rows = np.empty((len(samples), length + 1), dtype=np.int64)
         documents = np.zeros(rows.shape, dtype=np.int32)
         for row, index in enumerate(samples):
@@ -69,12 +70,16 @@ class TextData:
                 documents[row] = source.train.ordinals(window * length, length + 1)
             if not source.trusted:
                 self._check_ids(source, rows[row], index)
+        mask = documents[:, 1:] == documents[:, :-1]
+        if short is not None:
+            # As whole sequences, pieces know their last target: the mask is that of the documents.
+            documents += np.arange(length + 1, dtype=np.int32) // short
         return Batch(
             tokens=torch.from_numpy(rows[:, :-1].copy()),
             labels=torch.from_numpy(rows[:, 1:].copy()),
-            loss_mask=torch.from_numpy(documents[:, 1:] == documents[:, :-1]),
+            loss_mask=torch.from_numpy(mask),
             documents=torch.from_numpy(documents[:, :-1].copy()),
-            reset=reset,
+            reset=reset or short is not None,
             sample=torch.tensor(samples, dtype=torch.int64),
             step=step,
         )

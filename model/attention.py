@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from model.batch import Microbatch
@@ -10,7 +9,7 @@ from model.context import ModelContext
 from model.linear import Linear
 from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
 from model.parameter import output_std
-from parallel.context import gather
+from model.split_attention import split_attention
 from parallel.misfit import Misfit
 from parallel.shards import Section
 
@@ -36,8 +35,7 @@ class AttentionSizes(Sizes):
 class Attention(nn.Module):
     """Causal attention through PyTorch's scaled_dot_product_attention; heads split over the tensor group.
 
-    Query, key and value are one projection in memory and three tensors on disk. Where ranks split sequences (parallel.context), each gathers keys
-    and values, which are few times narrower than anything else here, and its queries attend to those up to its own.
+    Query, key and value are one projection in memory and three tensors on disk. Where ranks split sequences: `model.split_attention`.
     """
 
     def __init__(self, context: ModelContext, name: str):
@@ -61,20 +59,18 @@ class Attention(nn.Module):
         """x [sequence, batch, hidden] -> the same."""
         qkv = self.qkv_proj(x, microbatch)  # [sequence, batch, (heads + 2 kv_heads) * head_dim]
         sections = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
-        parts = qkv.split(sections, dim=-1)
         if self.layout.context_size > 1:
-            gathered = gather(torch.cat(parts[1:], dim=-1), self.layout.groups.cp)
-            # Keys behind the own tokens are seen by none of them.
-            parts = parts[0], *gathered[: microbatch.first + len(qkv)].split(sections[1:], dim=-1)
+            query, key_value = qkv.split((sections[0], sum(sections[1:])), dim=-1)
+            query, key_value = query.unflatten(-1, (-1, self.head_dim)), key_value.unflatten(-1, (2, -1, self.head_dim))
+            out = split_attention(query, key_value, microbatch, self.layout.groups.cp)
+            return self.o_proj(out.flatten(2), microbatch)
         # [batch, heads, sequence, head_dim]
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for part in parts)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for part in qkv.split(sections, dim=-1))
         mask = None
-        if microbatch.reset or microbatch.first:
-            visible = torch.ones(len(qkv), key.shape[2], dtype=torch.bool, device=x.device).tril(microbatch.first)
-            mask = visible[None, None]
-            if microbatch.reset:
-                held = microbatch.whole_documents[:, : key.shape[2]]
-                mask = mask & (microbatch.documents[:, :, None] == held[:, None, :])[:, None]
+        if microbatch.reset:
+            documents = microbatch.documents
+            same = documents[:, :, None] == documents[:, None, :]
+            mask = same.tril()[:, None]
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )

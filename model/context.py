@@ -65,20 +65,31 @@ class ModelContext:
 
     @property
     def amax_group(self) -> torch.distributed.ProcessGroup | None:
-        """Over which ranks amaxes are maximised: None with precision.amax_scope=local."""
-        wanted = self.policy.config.amax_scope == "tensor_parallel" and self.layout.tensor_size > 1
-        return self.layout.groups.tp if wanted else None
+        """Over which ranks amaxes are maximised, those with parts of the same tensors: None with precision.amax_scope=local."""
+        layout = self.layout
+        wanted = self.policy.config.amax_scope == "tensor_parallel" and layout.tensor_size * layout.context_size > 1
+        return layout.groups.tp_cp if wanted else None
 
-    def site(self, name: str, **where: Any) -> Site:
-        """A linear module of this model, for the numerics; see `Site` for `where`."""
+    def site(self, name: str, *, own_tokens: bool = False, **where: Any) -> Site:
+        """A linear module of this model, for the numerics; see `Site` for `where`. own_tokens: every rank of the tensor group works on others."""
         amax_group = self.amax_group
+        row_amax_group = None if amax_group is None or own_tokens or self.layout.tensor_size == 1 else self.layout.groups.tp
         if "first_expert" in where:
             # The ranks that split an expert work on the same tokens. Otherwise the ranks of a tensor group hold different experts, whose amaxes
             # have nothing to do with each other; or, without expert parallelism, the same ones, and share out their tokens.
             split = self.layout.expert_tensor_size > 1
-            where.setdefault("own_tokens", not split)
             if split and self.policy.config.amax_scope == "tensor_parallel":
                 amax_group = self.layout.groups.expt_tp
             elif split or self.layout.expert_size > 1:
                 amax_group = None
-        return Site(name, self.seed, amax_group=amax_group, backend=self.backend, weights=self.weights, health=self.health, **where)
+            row_amax_group = amax_group if split else None
+        return Site(
+            name,
+            self.seed,
+            amax_group=amax_group,
+            row_amax_group=row_amax_group,
+            backend=self.backend,
+            weights=self.weights,
+            health=self.health,
+            **where,
+        )

@@ -3,7 +3,8 @@
 shift         something from the rank so many places earlier or later
 halo          the tokens right before one's own, with their gradient
 Scan          a linear recurrence over the ranks: what reaches each of them from all earlier ones, and back from all later ones
-gather        all tokens
+gather,       the tokens of all ranks; the sum of what all ranks have for one's own tokens
+scatter_sum
 to_heads,     all-to-all: from some tokens and all features to all tokens and some features, and back
 to_tokens
 """
@@ -77,8 +78,17 @@ class Scan:
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x [sequence / ranks, ...] -> [sequence, ...] on every rank; gradients of all ranks are added where they belong."""
-    return mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
+    """x [sequence / ranks, ...] -> [sequence, ...] on every rank; not differentiable."""
+    whole = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
+
+
+def scatter_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x [sequence, ...], summed over the ranks -> [sequence / ranks, ...], the own part; not differentiable."""
+    part = x.new_empty(len(x) // dist.get_world_size(group), *x.shape[1:])
+    dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
+    return part
 
 
 def to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:

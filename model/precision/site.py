@@ -73,8 +73,8 @@ class Site:
     """Over which ranks amaxes are maximised (precision.amax_scope=tensor_parallel), or None."""
     first_expert: int | None = None
     """Global index of group 0 of a grouped layer, or None for a plain one."""
-    own_tokens: bool = False
-    """Other ranks of amax_group work on other tokens, so that amaxes of rows have nothing to do with theirs."""
+    row_amax_group: Any = None
+    """The same for amaxes of single rows: the ranks of amax_group that work on the same tokens."""
     backend: Backend = field(kw_only=True)
     weights: WeightCache = field(default_factory=WeightCache)
     """Where quantised weights are kept for the rest of the step."""
@@ -121,9 +121,10 @@ class Call:
         return philox.stream_key(self.site.seed, self.site.name, purpose)
 
     def maximum(self, amax: Tensor) -> Tensor:
-        """amax, or where `precision.amax_scope` asks for it, its maximum over the tensor-parallel group (in place)."""
-        if self.site.amax_group is not None and not (amax.dim() == 2 and self.site.own_tokens):
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.site.amax_group)
+        """amax, or where `precision.amax_scope` asks for it, its maximum over the ranks with other parts of the same tensor (in place)."""
+        group = self.site.row_amax_group if amax.dim() == 2 else self.site.amax_group
+        if group is not None:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
         return amax
 
     def cached(self, key: Hashable, weight: Tensor, make: Callable[[], Operand]) -> Operand:

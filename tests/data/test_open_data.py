@@ -92,6 +92,29 @@ def test_documents_are_numbered_and_targets_across_them_masked(tmp_path: Path) -
     assert batch.loss_mask[0].tolist() == [True, True, False, True, True, True, False, True]
 
 
+def test_long_and_short_batches_take_turns(tmp_path: Path) -> None:
+    short = data_of(tmp_path, *AUSTEN, alternate_length=4)
+    long = data_of(tmp_path, *AUSTEN)
+    for step, pieces in ((0, [0] * 16), (1, [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4), (2, [0] * 16)):
+        batch, whole = short.batch([5, 6], step), long.batch([5, 6], step)
+        assert batch.documents.tolist() == [pieces, pieces] and batch.reset == bool(step % 2)
+        for name in ("tokens", "labels", "loss_mask"):  # every token of every piece has its target
+            assert torch.equal(getattr(batch, name), getattr(whole, name))
+
+
+def test_short_pieces_and_documents_are_kept_apart_together(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "x" * size}) for size in (5, 9, 2, 30, 7) * 20))
+    options: dict[str, Any] = {"reset_at_document": True, "validation_fraction": 0.0}
+    whole = data_of(tmp_path, blend((path, 1.0)), **options).batch(range(20), 1)
+    cut = data_of(tmp_path, blend((path, 1.0)), alternate_length=4, **options).batch(range(20), 1)
+    border = torch.arange(1, 16) % 4 == 0
+    apart = whole.documents[:, 1:] != whole.documents[:, :-1]
+    assert apart.any()
+    assert torch.equal(cut.documents[:, 1:] != cut.documents[:, :-1], apart | border)
+    assert torch.equal(cut.loss_mask, whole.loss_mask)
+
+
 def test_the_tail_of_every_novel_is_predicted_once_and_never_trained_on(tmp_path: Path) -> None:
     data = data_of(tmp_path, *AUSTEN, length=128)
     predicted = [int(token) for batch in data.validation_batches(16) for token in batch.labels[batch.loss_mask]]

@@ -24,10 +24,17 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor x expert": (4, ("parallel.tensor=2", "parallel.expert=2")),
     "tensor x data, experts whole": (4, ("parallel.tensor=2",)),
     "context": (2, ("parallel.context=2",)),
-    "context, Mamba by all-to-all": (2, ("parallel.context=2", "parallel.context_mamba=all_to_all")),
     "tensor x pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
 }
 SLOW: dict[str, tuple[int, tuple[str, ...]]] = {
+    "context, Mamba by all-to-all": (2, ("parallel.context=2", "parallel.context_mamba=all_to_all")),
+    "context 4": (4, ("parallel.context=4",)),
+    "context 4, Mamba by all-to-all": (4, ("parallel.context=4", "parallel.context_mamba=all_to_all")),
+    "context x tensor": (4, ("parallel.context=2", "parallel.tensor=2")),
+    "context x tensor, Mamba by all-to-all": (4, ("parallel.context=2", "parallel.tensor=2", "parallel.context_mamba=all_to_all")),
+    "context x expert": (2, ("parallel.context=2", "parallel.expert=2")),
+    "context x pipeline": (4, ("parallel.context=2", "parallel.pipeline=2")),
+    "context x data, distributed optimizer": (4, ("parallel.context=2", "parallel.distributed_optimizer=true")),
     "tensor, experts whole": (2, ("parallel.tensor=2", "parallel.expert_tensor=1")),
     "tensor x expert tensor": (2, ("parallel.tensor=2", "parallel.expert_tensor=2")),
     "expert x expert tensor": (4, ("parallel.expert=2", "parallel.expert_tensor=2")),

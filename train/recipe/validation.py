@@ -78,8 +78,13 @@ def _validate_profile(recipe: Recipe) -> None:
 
 
 def _validate_phases(recipe: Recipe) -> None:
-    """Phases that end must reach the end of the run."""
-    phases, length = recipe.data.phases, recipe.train.sequence_length
+    """Short sequences must divide long ones, and phases that end must reach the end of the run."""
+    phases, length, short = recipe.data.phases, recipe.train.sequence_length, recipe.data.alternate_length
+    if short is not None and length % short:
+        nearest = min((n for n in range(1, length + 1) if length % n == 0), key=lambda n: abs(n - short))
+        raise ValueError(
+            f"data.alternate_length={short} does not divide train.sequence_length={length} into pieces: use for instance {nearest}"
+        )
     if phases[-1].tokens is None:
         return
     samples = sum(-(-phase.tokens // length) for phase in phases if phase.tokens is not None)

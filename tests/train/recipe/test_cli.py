@@ -117,6 +117,8 @@ WRONG = [
     (["checkpoint.milestones=[50%,481]"], ["checkpoint.milestones[1]=481", "none of the run's 480 steps"]),
     (["checkpoint.milestones=[0]"], ["checkpoint.milestones[0]=0", "between its first and its last"]),
     (["run.seed=-1"], ["run.seed=-1"]),
+    (["data.alternate_length=30"], ["data.alternate_length=30", "train.sequence_length=128", "32"]),
+    (["data.alternate_length=0"], ["data.alternate_length=0", "null"]),
     (["run.name=a/b"], ["run.name='a/b'", "run.dir"]),
     (["-cn", "nemotron3_super"], ["parallel.tensor=2", "the 1 rank of"]),
 ]
