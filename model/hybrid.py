@@ -1,9 +1,8 @@
 """The hybrid model: embedding, a stack of layers by pattern, head, and multi-token prediction; one pipeline stage of it per rank."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -26,30 +25,33 @@ from model.router import Router
 from parallel.stage import Stage
 
 
-def stage_layers(layers: int, stages: int) -> list[range]:
-    """Which layers each pipeline stage holds: contiguous, their numbers differing by at most one, earlier stages first."""
-    bounds = [-(-layers * stage // stages) for stage in range(stages + 1)]
-    return [range(a, b) for a, b in pairwise(bounds)]
+@dataclass(frozen=True)
+class Part:
+    """A part of a pipeline: some consecutive layers of the stack. first, last: of all parts."""
+
+    layers: range
+    first: bool = True
+    last: bool = True
 
 
 class HybridModel(Stage):
-    """This rank's pipeline stage.
+    """The model, or one part of its pipeline.
 
-    The first stage holds the embedding; the last one the final norm, the head and the MTP blocks, and, when it is another stage, a second
+    The first part holds the embedding; the last one the final norm, the head and the MTP blocks, and, when it is another part, a second
     copy of the embedding for MTP, kept equal by summing both gradients.
     """
 
-    def __init__(self, context: ModelContext):
+    def __init__(self, context: ModelContext, part: Part | None = None):
         super().__init__()
-        config, layout = context.config, context.layout
+        config = context.config
+        part = part or Part(range(len(config.layers)))
         self.context = context
-        self.is_first, self.is_last = layout.is_first_stage, layout.is_last_stage
+        self.is_first, self.is_last = part.first, part.last
         self.depths = config.mtp_depths
         self.embeddings: Embedding | None = None
         if self.is_first or (self.is_last and self.depths):
             self.embeddings = Embedding(context)
-        mine = stage_layers(len(config.layers), layout.pipeline_size)[layout.pipeline_rank]
-        self.layers = nn.ModuleDict({str(i): Layer(context, f"layers.{i}", config.layers[i]) for i in mine})
+        self.layers = nn.ModuleDict({str(i): Layer(context, f"layers.{i}", config.layers[i]) for i in part.layers})
         if self.is_last:
             self.norm_f = RMSNorm(context, "norm_f")
             self.lm_head = Linear(
@@ -65,7 +67,7 @@ class HybridModel(Stage):
 
     @property
     def shared_weight(self) -> nn.Parameter | None:
-        copied = self.depths > 0 and self.context.layout.pipeline_size > 1
+        copied = self.depths > 0 and not (self.is_first and self.is_last)
         return self.embeddings.weight if copied and self.embeddings is not None else None
 
     def _stack(self, microbatch: Microbatch, input: Tensor | None) -> Tensor:

@@ -90,6 +90,11 @@ class ForwardStep(Protocol):
 class Stateful(Protocol):
     """What saving and restoring a run needs of an engine."""
 
+    def settle(self) -> None:
+        """Makes the weights on this rank those of the last step, where the engine gathers them while the next one begins: to be called before
+        anything but `train_step` reads or fills them. Collective."""
+        ...
+
     def parameter_states(self) -> Iterable[ParameterState]:
         """The optimizer's state on this rank, beside the parameter it belongs to."""
         ...

@@ -32,9 +32,9 @@ class ParallelConfig:
     expert_tensor: int = 1
     """ranks that split each expert's matrices"""
     pipeline: int = 1
-    """stages, each of some consecutive layers"""
+    """stages, each of some consecutive layers: as | in model.pattern says, else balanced by cost"""
     virtual_pipeline: int = 1
-    """parts of the layers that each stage takes turns with"""
+    """parts of the layers that each stage takes turns with (interleaved 1F1B); needs at least as many microbatches as stages"""
     context: int = 1
     """ranks that split each sequence in every module, each holding consecutive tokens"""
     context_mamba: Literal["state", "all_to_all"] = "state"
@@ -42,6 +42,10 @@ class ParallelConfig:
     sequences and divides heads"""
     distributed_optimizer: bool = False
     """split fp32 masters and the optimizer's state over the data-parallel ranks"""
+    overlap_grad_reduce: bool = False
+    """reduce gradients over the data-parallel ranks while the backward pass goes on, in buckets"""
+    overlap_param_gather: bool = False
+    """gather updated weights while the next forward pass begins; with distributed_optimizer and overlap_grad_reduce"""
     engine: str = "megatron"
     """what accumulates gradients and takes steps: megatron"""
     timeout_minutes: float = 10.0
@@ -55,6 +59,15 @@ class ParallelConfig:
         """Data-parallel replicas among `world_size` ranks."""
         return world_size // (self.tensor * self.pipeline * self.context)
 
+    @property
+    def fewest_microbatches(self) -> int:
+        """Of a step on each data-parallel rank: the interleaved schedule needs one for each stage."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
+
+    def overlaps(self) -> dict[str, bool]:
+        """Which communication goes on beside computation."""
+        return {"gradient reduce": self.overlap_grad_reduce, "parameter gather": self.overlap_param_gather}
+
     def fewest_ranks(self) -> int:
         """The smallest world this layout fits."""
         dense = self.tensor * self.pipeline * self.context
@@ -65,8 +78,17 @@ class ParallelConfig:
         for key in ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context"):
             if getattr(self, key) < 1:
                 raise Misfit(f"parallel.{key}={getattr(self, key)} must be at least 1", f"parallel.{key}")
-        if self.virtual_pipeline != 1:
-            raise Misfit(f"parallel.virtual_pipeline={self.virtual_pipeline} is not available", "parallel.virtual_pipeline")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise Misfit(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1",
+                "parallel.virtual_pipeline",
+                "parallel.pipeline",
+            )
+        for key in ("distributed_optimizer", "overlap_grad_reduce"):
+            if self.overlap_param_gather and not getattr(self, key):
+                raise Misfit(
+                    f"parallel.overlap_param_gather=true needs parallel.{key}=true", f"parallel.{key}", "parallel.overlap_param_gather"
+                )
         if self.sequence and self.tensor == 1:
             raise Misfit("parallel.sequence=true needs a tensor group to split over: parallel.tensor=1 is none", "parallel.sequence")
         if not 0 < self.timeout_minutes <= 7 * 24 * 60:
@@ -110,14 +132,6 @@ class Layout:
     def sequence_parallel(self) -> bool:
         return self.config.sequence_parallel
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline_size - 1
-
     @classmethod
     def alone(cls, config: ParallelConfig | None = None) -> "Layout":
         """A layout of one rank without any process group, for building models on the meta device."""
@@ -131,9 +145,13 @@ class Layout:
             parts.append(f"expert tensor {self.expert_tensor_size}")
         if self.context_size > 1:
             parts.append(f"context {self.context_size}")
-        parts += [f"pipeline {self.pipeline_size}", f"data {self.data_size}"]
+        virtual = self.config.virtual_pipeline
+        parts += [f"pipeline {self.pipeline_size}" + f" of {virtual} parts each" * (virtual > 1), f"data {self.data_size}"]
         if self.config.distributed_optimizer:
             parts.append("distributed optimizer")
+        overlapped = [name for name, wanted in self.config.overlaps().items() if wanted]
+        if overlapped:
+            parts.append(f"{' and '.join(overlapped)} overlapped")
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}: " + " x ".join(parts)
 
 

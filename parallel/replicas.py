@@ -4,7 +4,7 @@ Losses can agree to seven digits while replicas drift apart (a gradient that ski
 that flips in one replica's memory shows in no loss at all. So this compares the tensors themselves, over whatever groups share them:
 data-parallel replicas and ranks that split sequences, norms and routers replicated over the tensor group, experts, the two copies of the embedding.
 
-    `differing_replicas`   the parameters and buffers of a model, every rank with every rank: for tests
+    `differing_replicas`   the parameters and buffers of a model's chunks, every rank with every rank: for tests
     `compare_replicas`     what a run does now and then: parameters, buffers, masters and optimizer state, within the groups that share them
 
 The digest is computed where the tensor lies: its bits as integers, each times an odd number that depends on its place, summed modulo 2^64 (in two
@@ -121,14 +121,14 @@ def _digests(chunks: Iterable[nn.Module], states: Iterable[ParameterState]) -> I
                 yield (f"{name} of {piece.name}", piece.offset, tuple(tensor[piece.local].shape)), digest(tensor[piece.local])
 
 
-def differing_replicas(model: nn.Module) -> list[str]:
+def differing_replicas(*chunks: nn.Module) -> list[str]:
     """Names of stored tensors of which two ranks hold the same part with different bits; collective, the same list on every rank.
 
     Parts are compared by name, offset and shape: every parameter and persistent buffer must carry Pieces.
     """
     mine: dict[Key, Digest] = {}
     different = set()
-    for key, own in _digests([model], ()):
+    for key, own in _digests(chunks, ()):
         if mine.setdefault(key, own) != own:
             different.add(key[0])
     everyone: list[dict[Key, Digest]] = [{} for _ in range(dist.get_world_size())]

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class Stage(nn.Module, ABC):
-    """A contiguous part of the model's layers, on one rank of the pipeline."""
+    """A contiguous part of the model's layers, on one rank of the pipeline. is_first, is_last: of all parts."""
+
+    is_first: bool = True
+    is_last: bool = True
 
     @property
     def shared_weight(self) -> nn.Parameter | None:

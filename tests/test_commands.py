@@ -51,6 +51,9 @@ WAYS: dict[str, Way] = {
     "torchrun --nproc-per-node 4 -m train -cn tiny parallel.tensor=2 parallel.expert=2": Way(
         f"{QUICK} run.dir=runs/four", makes=("runs/four/finished.json",), says="4 ranks on cpu"
     ),
+    "torchrun --nproc-per-node 2 -m train -cn tiny parallel.pipeline=2 parallel.virtual_pipeline=2": Way(
+        f"{QUICK} run.dir=runs/interleaved", makes=("runs/interleaved/finished.json",), says="pipeline stage 1", slow=True
+    ),
     "python -m launch.local ranks=2 -cn tiny parallel.tensor=2": Way(
         f"{QUICK} run.dir=runs/two", makes=("runs/two/finished.json",), says="2 ranks on cpu", slow=True
     ),

@@ -11,6 +11,7 @@ from model.count import linear_modules
 from model.hybrid import HybridModel
 from model.precision.backends.choice import check
 from model.precision.health import Health
+from model.stages import parts_of_stage, pipeline_parts
 from parallel import groups
 from parallel.engine import Engine
 from parallel.engines import open_engine
@@ -96,4 +97,5 @@ def build_model(recipe: Recipe, layout: Layout) -> tuple[ModelContext, list[Hybr
         recipe.train.global_batch_size,
         health=Health(recipe.monitor.quantization.modules),
     )
-    return context, [HybridModel(context)]
+    parts = pipeline_parts(recipe.model, recipe.parallel, recipe.train.sequence_length)
+    return context, [HybridModel(context, part) for part in parts_of_stage(parts, layout.pipeline_size, layout.pipeline_rank)]

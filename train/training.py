@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from model.count import count, linear_modules
 from model.mixer import MIXERS
+from model.stages import describe
 from parallel.collectives import COLLECTIVES
 from parallel.layout import Layout
 from train.build import Run
@@ -353,7 +354,8 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
     changes = (f"changed since the run began: {line}" for line in lines(directory.changes))
     parent = read_parent(run.run_dir)
     branch = () if parent is None else (f"branch of {parent.run_dir} after step {parent.step:,}", *lines(parent.changes))
-    description = (*branch, run.layout.describe(), *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
+    stages = describe(recipe.model, recipe.parallel, recipe.train.sequence_length)
+    description = (*branch, run.layout.describe(), *stages, *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
     return RunInfo(
         recipe=without_secrets(plain(recipe)),
         run_dir=run.run_dir,

@@ -12,6 +12,7 @@ def transformer_config(parallel: ParallelConfig, sizes: ModelSizes) -> Transform
 
     `calculate_per_token_loss` makes Megatron add gradients up and never divide them: losses arrive normalised over the global batch.
     """
+    interleaved = parallel.virtual_pipeline > 1
     moe = {}
     if sizes.experts is not None:
         moe = {
@@ -29,6 +30,7 @@ def transformer_config(parallel: ParallelConfig, sizes: ModelSizes) -> Transform
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -37,8 +39,8 @@ def transformer_config(parallel: ParallelConfig, sizes: ModelSizes) -> Transform
         bf16=sizes.params_dtype == torch.bfloat16,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,
-        batch_p2p_comm=torch.cuda.is_available(),  # gloo has no batched point-to-point transfers
-        overlap_p2p_comm=False,
+        batch_p2p_comm=torch.cuda.is_available() and not interleaved,  # gloo has no batched point-to-point transfers
+        overlap_p2p_comm=interleaved,  # the interleaved schedule computes another part meanwhile; batched transfers could not
         variable_seq_lengths=False,
         gradient_accumulation_fusion=False,
         add_bias_linear=False,

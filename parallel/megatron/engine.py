@@ -6,6 +6,7 @@ norm and their all-gather; only torch's optimizer inside each is replaced by the
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat, tee
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class MegatronEngine:
     def __init__(self, chunks: Sequence[Stage], layout: Layout, sizes: ModelSizes, optimizer: Optimizer):
         self.layout = layout
         self.settings = optimizer
-        config = transformer_config(layout.config, sizes)
+        self._config = config = transformer_config(layout.config, sizes)
+        self._gathered = True
         if not torch.cuda.is_available():
             for chunk in chunks:
                 for param in chunk.parameters():
@@ -45,14 +47,14 @@ class MegatronEngine:
                 config,
                 DistributedDataParallelConfig(
                     grad_reduce_in_fp32=True,
-                    overlap_grad_reduce=False,
-                    overlap_param_gather=False,
+                    overlap_grad_reduce=layout.config.overlap_grad_reduce,
+                    overlap_param_gather=layout.config.overlap_param_gather,
                     use_distributed_optimizer=sharded,
                     check_for_nan_in_grad=False,  # checked below, without ending the run
                     average_in_collective=False,
                 ),
                 MegatronStage(chunk, config, layout),
-                disable_bucketing=index > 0,  # only the first chunk's reduction could overlap with anything
+                disable_bucketing=index > 0,  # reduced while other chunks' backward passes go on
             )
             for index, chunk in enumerate(chunks)
         ]
@@ -65,6 +67,7 @@ class MegatronEngine:
                 bf16=sizes.params_dtype == torch.bfloat16,
                 params_dtype=sizes.params_dtype,
                 use_distributed_optimizer=sharded,
+                overlap_param_gather=layout.config.overlap_param_gather,
             ),
             self.chunks,
             use_gloo_process_groups=False,
@@ -99,6 +102,7 @@ class MegatronEngine:
         self._chained.zero_grad()
         feeds = [iter(microbatches) for _ in self.chunks]
         self._run(forward_step, feeds, len(microbatches), sequence_length, micro_batch_size, forward_only=False)
+        self._gathered = True  # by the hooks of the forward pass
         mark("forward_backward")
         for group in self._chained.param_groups:
             group["lr"] = learning_rate
@@ -110,12 +114,21 @@ class MegatronEngine:
     def evaluate(
         self, forward_step: ForwardStep, microbatches: Iterator[Any], count: int, *, sequence_length: int, micro_batch_size: int
     ) -> None:
+        self.settle()
         for chunk in self.chunks:
             chunk.eval()
-        # With several chunks each asks for every microbatch.
-        feeds = [microbatches] if len(self.chunks) == 1 else [iter(kept) for kept in [list(microbatches)] * len(self.chunks)]
+        if len(self.chunks) > 1 and 0 < count < self.layout.pipeline_size:  # fewer than the interleaved schedule takes
+            forward_step, microbatches = _only_first(forward_step, count), _repeating_last(microbatches)
+            count = self.layout.pipeline_size
+        feeds = list(tee(microbatches, len(self.chunks)))  # each chunk asks for every microbatch
         with torch.no_grad():
             self._run(forward_step, feeds, count, sequence_length, micro_batch_size, forward_only=True)
+
+    def settle(self) -> None:
+        if not self._gathered:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+            self._gathered = True
 
     def _run(
         self,
@@ -127,6 +140,8 @@ class MegatronEngine:
         *,
         forward_only: bool,
     ) -> None:
+        if len(self.chunks) > 1:
+            self._config.microbatch_group_size_per_vp_stage = microbatch_group(count, self.layout.pipeline_size)
         self._schedule(
             forward_step_func=forward_step,
             data_iterator=feeds if len(feeds) > 1 else feeds[0],
@@ -155,7 +170,9 @@ class MegatronEngine:
             if parameters := part.get_parameters():
                 # By its module, where Megatron itself looks for it: without CUDA it is another one.
                 megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=self.settings.clip, total_norm=norm)
-        return StepResult(norm, taken=bool(self._chained.step_with_ready_grads()))
+        taken = bool(self._chained.step_with_ready_grads())
+        self._gathered = not self.layout.config.overlap_param_gather
+        return StepResult(norm, taken)
 
     # -- state, by model parameter -------------------------------------------------------------------------------------------------
 
@@ -235,6 +252,36 @@ class MegatronEngine:
                     yield from ((part, param, param, None) for param in models)
             else:
                 yield from ((part, param, param, None) for group in groups for param in group["params"])
+
+
+def microbatch_group(count: int, stages: int) -> int:
+    """How many microbatches a stage passes through one of its parts before it turns to the next: at least one for each stage, and what is left of
+    `count` for the last group must be none, or as many."""
+    return next(group for group in range(stages, count + 1) if count % group == 0 or count % group >= stages)
+
+
+def _repeating_last(microbatches: Iterator[Any]) -> Iterator[Any]:
+    last = None
+    for last in microbatches:
+        yield last
+    yield from repeat(last)
+
+
+def _only_first(forward_step: ForwardStep, count: int) -> ForwardStep:
+    """Losses of the first `count` microbatches; the others leave nothing behind."""
+    losses = 0
+
+    def step(microbatches: Iterator[Any], model: nn.Module) -> tuple[Tensor, Any]:
+        output, loss = forward_step(microbatches, model)
+
+        def counted(output: Tensor) -> Any:
+            nonlocal losses
+            losses += 1
+            return loss(output) if losses <= count else (output.new_zeros(()), torch.zeros((), dtype=torch.int32, device=output.device), {})
+
+        return output, counted
+
+    return step
 
 
 def _instead_of(adam: torch.optim.Optimizer, optimizer: Optimizer) -> torch.optim.Optimizer:

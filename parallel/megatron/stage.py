@@ -49,12 +49,12 @@ class MegatronStage(nn.Module):
         self.stage = stage
         self.config = config
         self.model_type = ModelType.encoder_or_decoder  # one input, one output a stage
-        self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
+        self.pre_process, self.post_process = stage.is_first, stage.is_last
         weight = stage.shared_weight
         self.share_embeddings_and_output_weights = weight is not None
         if weight is not None:
             weight.shared_embedding = True  # type: ignore[attr-defined]
-            if not layout.is_first_stage:
+            if not stage.is_first:
                 weight.shared = True  # type: ignore[attr-defined]
         for param in stage.parameters():
             if (spread := spread_of(param)) is not None:

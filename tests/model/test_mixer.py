@@ -87,7 +87,7 @@ def test_its_keys_are_keys_of_a_recipe() -> None:
         (["model.pattern=SM", "model.shift_width=0"], r"model.shift_width=0 must be at least 1"),
         (["model.pattern=SM", "model.shift_width=16", "model.shift_share=1.5"], r"model.shift_share=1.5 must lie between 0 and 1"),
         (["model.pattern=SM", "model.shift_width=wide"], r"model.shift_width='wide' must be a whole number"),
-        (["model.pattern=SXM"], r"'X' at position 2: use \* \(attention\), M \(Mamba-2\), - \(MLP\), E \(MoE\), S \(shift\) and /"),
+        (["model.pattern=SXM"], r"'X' at position 2: use \* \(attention\), M \(Mamba-2\), - \(MLP\), E \(MoE\), S \(shift\), / "),
     ],
 )
 def test_wrong_values_are_one_sentence(overrides: list[str], sentence: str) -> None:

@@ -18,6 +18,18 @@ from parallel.layout import ParallelConfig
         (ParallelConfig(pipeline=0), 1, "parallel.pipeline=0"),
         (ParallelConfig(sequence=True), 1, "parallel.sequence=true"),
         (ParallelConfig(timeout_minutes=0), 1, "parallel.timeout_minutes=0"),
+        (
+            ParallelConfig(expert=3, expert_tensor=2),
+            8,
+            "parallel.expert=3 .* = 6 does not divide the 8 ranks of this run",
+        ),
+        (
+            ParallelConfig(expert_tensor=4),
+            6,
+            "parallel.expert_tensor=4 does not divide the 6 ranks",
+        ),
+        (ParallelConfig(virtual_pipeline=2), 1, "parallel.virtual_pipeline=2 needs parallel.pipeline > 1"),
+        (ParallelConfig(overlap_param_gather=True), 2, "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true"),
     ],
 )
 def test_impossible_layouts_are_refused(config: ParallelConfig, world: int, named: str) -> None:
@@ -38,7 +50,7 @@ def place(rank: int, config: ParallelConfig) -> dict[str, Any]:
             "expert": dist.get_process_group_ranks(layout.groups.ep),
             "data": dist.get_process_group_ranks(layout.groups.dp),
             "expert_data": dist.get_process_group_ranks(layout.groups.expt_dp),
-            "stage": (layout.is_first_stage, layout.is_last_stage),
+            "stage": layout.pipeline_rank,
         }
     finally:
         shutdown(leave_world=False)
@@ -55,7 +67,7 @@ def test_experts_borrow_the_ranks_of_tensor_and_data_parallelism(ranks: Any) -> 
 
 
 def test_another_layout_may_follow_in_the_same_process(ranks: Any) -> None:
-    assert [p["stage"] for p in ranks(2)(place, ParallelConfig(pipeline=2))] == [(True, False), (False, True)]
+    assert [p["stage"] for p in ranks(2)(place, ParallelConfig(pipeline=2))] == [0, 1]
     assert [p["data"] for p in ranks(2)(place, ParallelConfig())] == [[0, 1], [0, 1]]
 
 

@@ -7,6 +7,7 @@ from model.config import ModelConfig
 from model.context import ModelContext
 from model.hybrid import HybridModel
 from model.precision.policy import Policy, PrecisionConfig
+from model.stages import parts_of_stage, pipeline_parts
 from parallel.engine import Engine
 from parallel.engines import open_engine
 from parallel.groups import initialize, shutdown
@@ -43,6 +44,9 @@ LAYOUTS = {
     "expert": (2, ParallelConfig(expert=2)),
     "pipeline": (2, ParallelConfig(pipeline=2)),
     "sharded": (2, ParallelConfig(distributed_optimizer=True)),
+    "virtual pipeline": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    "expert x expert tensor": (4, ParallelConfig(expert=2, expert_tensor=2)),
+    "tensor x expert tensor sharded": (4, ParallelConfig(tensor=2, expert_tensor=2, distributed_optimizer=True)),
     "pipeline sharded": (4, ParallelConfig(pipeline=2, distributed_optimizer=True)),
     "tensor x expert sharded": (4, ParallelConfig(tensor=2, expert=2, distributed_optimizer=True)),
 }
@@ -57,23 +61,24 @@ def marked(part: Part) -> torch.Tensor:
     return value
 
 
-def build(config: ParallelConfig) -> tuple[HybridModel, Engine]:
+def build(config: ParallelConfig) -> tuple[list[HybridModel], Engine]:
     layout = initialize(config, seed=0)
     policy = Policy(PrecisionConfig(default="fp32"), len(CONFIG.layers))
     context = ModelContext(CONFIG, layout, policy, 3, torch.float32, layout.device)
-    model = HybridModel(context)
-    return model, open_engine("megatron", [model], layout, context.sizes, open_optimizer(OptimizerConfig(learning_rate=1e-3)))
+    parts = parts_of_stage(pipeline_parts(CONFIG, config, 64), layout.pipeline_size, layout.pipeline_rank)
+    chunks = [HybridModel(context, part) for part in parts]
+    return chunks, open_engine("megatron", chunks, layout, context.sizes, open_optimizer(OptimizerConfig(learning_rate=1e-3)))
 
 
 def store(rank: int, directory: str, config: ParallelConfig) -> None:
     """Step 0: as initialised. Step 1: with a recognisable value in every element of weights and moments."""
     try:
-        model, engine = build(config)
-        checkpointer = Checkpointer(directory, engine, [model])
+        chunks, engine = build(config)
+        checkpointer = Checkpointer(directory, engine, chunks)
         checkpointer.save(0, {})
         engine.make_room(lambda param, name: 1)
         with torch.no_grad():
-            for part in (*model_parts([model]), *optimizer_parts(engine.parameter_states())):
+            for part in (*model_parts(chunks), *optimizer_parts(engine.parameter_states())):
                 part.tensor.copy_(marked(part))
         checkpointer.save(1, {})
     finally:
@@ -83,11 +88,11 @@ def store(rank: int, directory: str, config: ParallelConfig) -> None:
 def resume(rank: int, directory: str, config: ParallelConfig) -> list[str]:
     """Names of parts that are not what `store` put there."""
     try:
-        model, engine = build(config)
-        checkpoint = Checkpointer(directory, engine, [model]).load_newest()
+        chunks, engine = build(config)
+        checkpoint = Checkpointer(directory, engine, chunks).load_newest()
         assert checkpoint is not None and checkpoint.step == 1
-        parts = [*model_parts([model]), *optimizer_parts(engine.parameter_states())]
-        assert len(parts) > 50 and all(state.numbers == {"step": 1} for state in engine.parameter_states())
+        parts = [*model_parts(chunks), *optimizer_parts(engine.parameter_states())]
+        assert len(parts) > 40 and all(state.numbers == {"step": 1} for state in engine.parameter_states())
         return [part.name for part in parts if not torch.equal(part.tensor, marked(part))]
     finally:
         shutdown(leave_world=False)
@@ -125,7 +130,7 @@ def test_every_layout_stores_every_element_where_it_belongs(stored, name):
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
-@pytest.mark.parametrize("source", ["pipeline sharded", "tensor x expert sharded"])
+@pytest.mark.parametrize("source", ["pipeline sharded", "tensor x expert sharded", "virtual pipeline", "tensor x expert tensor sharded"])
 def test_every_layout_resumes_from_any_other(ranks, stored, source, target):
     size, config = LAYOUTS[target]
     assert ranks(size)(resume, str(stored / source), config) == [[]] * size

@@ -59,6 +59,8 @@ class Engine:
             moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
             self.adam.state[master] = {"step": torch.tensor(float(number(param, "step"))), **moments}
 
+    def settle(self) -> None: ...
+
     def parameter_states(self) -> list[ParameterState]:
         states = []
         for param, master in zip(self.params, self.masters, strict=True):

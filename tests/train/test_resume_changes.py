@@ -103,6 +103,14 @@ def test_what_may_not(old: tuple[str, ...], new: tuple[str, ...], done: int, nam
     assert "\n" not in str(error.value)
 
 
+def test_the_same_layers_may_lie_on_other_stages() -> None:
+    elsewhere = recipe(*GIVEN, "model.pattern='MEM|*EME/*E/*E'", "parallel.pipeline=2", world_size=2)
+    assert list(changed_keys(plain(recipe(*GIVEN)), elsewhere, 4)) == ["model.pattern", "parallel.pipeline"]
+    others = recipe(*GIVEN, "model.pattern='MEM|EME/*E/*E'", "parallel.pipeline=2", world_size=2)
+    with pytest.raises(RecipeError, match=r"model.pattern='MEM\|EME.* differs from"):
+        changed_keys(plain(recipe(*GIVEN)), others, 4)
+
+
 def test_keys_an_old_recipe_does_not_know_had_their_defaults() -> None:
     stored = plain(recipe(*GIVEN))
     del stored["evaluation"], stored["run"]["allow"], stored["monitor"]["observers"], stored["optimizer"]["eps"]

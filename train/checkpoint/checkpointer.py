@@ -117,6 +117,7 @@ class Checkpointer:
             self._commit(draft, draft.write)
 
     def _begin(self, step: int, state: Mapping[str, Any], tokens: int) -> Draft:
+        self._engine.settle()
         states = list(self._engine.parameter_states())
         parts: list[Part] = []
         doing = f"cannot write a checkpoint of step {step} in {self.directory}"
@@ -241,6 +242,7 @@ class Checkpointer:
     def load(self, checkpoint: Checkpoint) -> None:
         """Fills model and optimizer from this checkpoint (see `load_newest`)."""
         doing = f"cannot resume from {checkpoint.path}"
+        self._engine.settle()  # what was under way must not overwrite what is read
         parts: list[Part] = []
 
         def collect() -> set[str]:

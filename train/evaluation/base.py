@@ -19,6 +19,9 @@ class Forward(Protocol):
     ) -> None:
         """Forward passes alone over `count` microbatches, the same number on every rank; results are left in `forward_step`."""
 
+    def settle(self) -> None:
+        """Makes the weights on this rank those of the last step (see `parallel.engine.Stateful`)."""
+
 
 class Measured(Protocol):
     """A run as an evaluator sees it, on this rank; `train.build.Run` is one."""

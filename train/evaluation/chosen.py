@@ -41,6 +41,7 @@ def measure(run: Measured, evaluators: Mapping[str, Evaluator], step: int) -> di
 
     An error names the evaluator that raised it.
     """
+    run.engine.settle()
     metrics: dict[str, float] = {}
     for name, evaluator in evaluators.items():
         try:

@@ -6,6 +6,7 @@ backward pass the gradient with respect to a module's input, or that of a weight
 first of all ranks is the one of the earliest microbatch, forward before backward, along the pipeline.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -59,7 +60,8 @@ class _Watch:
 
     def __init__(self, run: Run, step: int, samples: Sequence[Sequence[int]]) -> None:
         self.run, self.step, self.samples = run, step, samples
-        self.forwards = -1
+        self.forwards = -1  # of the chunk that is called now
+        self._calls: Counter[nn.Module] = Counter()
         self.found: Finding | None = None
 
     def note(self, phase: str, module: str, what: str, microbatch: int, formats: dict[str, str]) -> None:
@@ -92,7 +94,8 @@ class _Watch:
                 yield weight.register_hook(self._of_weight(name, weight, owners[id(weight)]))
 
     def _begins(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.forwards += 1
+        self.forwards = self._calls[module]
+        self._calls[module] += 1
 
     def _before(self, name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -153,6 +156,7 @@ def diagnose(run: Run, step: int) -> Finding | None:
     recipe, layout = run.recipe, run.layout
     progress, depths, parts = step / recipe.total_steps, recipe.model.mtp_depths, run.plan.samples(step)
     watch = _Watch(run, step, parts)
+    run.engine.settle()
     _weights(watch, run.chunks)
     microbatches = [to_microbatch(run.data.batch(part, step), layout, progress, depths) for part in parts]
     counts = sum_over_ranks(torch.stack([m.loss_counts() for m in microbatches]).sum(0), layout, pipeline=False)
@@ -180,6 +184,7 @@ def _weights(watch: _Watch, chunks: Sequence[HybridModel]) -> None:
 
 def everything_finite(run: Run) -> bool:
     """Whether all weights, buffers, masters and optimizer state of all ranks are: what makes a checkpoint a good one. Collective."""
+    run.engine.settle()
     mine = all(
         bool(tensor.isfinite().all())
         for chunk in run.chunks

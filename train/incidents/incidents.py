@@ -92,6 +92,7 @@ class Incidents:
 
     def compare(self, step: int) -> Rewind | None:
         """Compares replicas after step `step`."""
+        self.run.engine.settle()
         found = compare_replicas(self.run.chunks, self.run.engine.parameter_states(), self.run.layout)
         if not found:
             return None

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from model.mixer import MIXERS
+from model.stages import check_parts
 from parallel.layout import ParallelConfig
 from parallel.misfit import Misfit
 from train.recipe.microbatch import automatic_sizes, check_micro_batch_size
@@ -34,11 +35,7 @@ def _experts(recipe: Recipe) -> None:
 
 
 def _stages(recipe: Recipe) -> None:
-    layers, stages = len(recipe.model.layers), recipe.parallel.pipeline
-    if stages > layers:
-        raise Misfit(
-            f"parallel.pipeline={stages} exceeds the {layers} layers of model.pattern, and every stage needs one", "parallel.pipeline"
-        )
+    check_parts(recipe.model, recipe.parallel)
 
 
 def _dimensions(recipe: Recipe) -> None:

@@ -22,6 +22,15 @@ def check_micro_batch_size(recipe: Recipe, ranks: int, size: int) -> None:
             "train.global_batch_size",
             otherwise="use train.micro_batch_size=auto",
         )
+    parallel, microbatches = recipe.parallel, share // size
+    if microbatches < parallel.fewest_microbatches:
+        raise Misfit(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs at least parallel.pipeline={parallel.pipeline} microbatches a step, "
+            f"but train.micro_batch_size={size} makes {microbatches}",
+            "train.micro_batch_size",
+            "train.global_batch_size",
+            "parallel.virtual_pipeline",
+        )
 
 
 def automatic_sizes(recipe: Recipe, ranks: int) -> Iterator[int]:

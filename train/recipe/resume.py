@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from model.count import linear_modules
+from model.pattern import without_parts
 from train.duration import Duration
 from train.evaluation.base import EVALUATORS
 from train.observe.redact import without_secrets
@@ -40,6 +41,7 @@ FREELY = (
 )
 LENGTH = ("train.steps", "train.tokens")
 SCHEDULE = ("optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.warmup", "optimizer.decay", "optimizer.decay_style")
+PATTERN = "model.pattern"
 DURATIONS = ("optimizer.warmup", "optimizer.decay", "checkpoint.every", "checkpoint.keep_every", "run.stop_after")
 
 
@@ -58,6 +60,8 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int) -> dict[s
     }
     for key, (was, now) in changes.items():
         conditional = key in (*LENGTH, *SCHEDULE, PHASES)
+        if key == PATTERN and without_parts(str(was)) == without_parts(str(now)):
+            continue  # the same layers on other stages
         if not (conditional or key in recipe.run.allow or any(fnmatchcase(key, pattern) for pattern in FREELY)):
             hint = f", or say that it is meant with run.allow=[{key}]" if key in ALLOWABLE else ""
             raise RecipeError(

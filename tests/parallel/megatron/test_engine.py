@@ -10,7 +10,7 @@ from parallel.engine import ModelSizes
 from parallel.engines import check_engine, open_engine, register_engine
 from parallel.groups import initialize, shutdown
 from parallel.layout import Layout, ParallelConfig
-from parallel.megatron.engine import MegatronEngine
+from parallel.megatron.engine import MegatronEngine, microbatch_group
 from parallel.replicas import differing_replicas
 from tests.parallel.toy import Toy, batch, train
 from train.optimizer import OptimizerConfig, open_optimizer, optimizer_options
@@ -117,18 +117,23 @@ def test_masters_may_be_changed_after_a_step(ranks: Any, sharded: bool, dtype: t
 
 
 def timeouts(rank: int) -> set[float]:
-    layout = initialize(ParallelConfig(timeout_minutes=0.25), seed=0)
+    initialize(ParallelConfig(tensor=2, expert_tensor=2, pipeline=2, virtual_pipeline=2, timeout_minutes=0.25), seed=0)
     try:
-        groups = (layout.groups.tp, layout.groups.pp, layout.groups.dp, layout.groups.ep, layout.groups.expt_dp)
-        return {
-            group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups
-        }  # torch has no public way to ask
+        groups = [group for group in torch.distributed.distributed_c10d._world.pg_map if group is not torch.distributed.group.WORLD]
+        assert len(groups) > 3  # those of this rank; the pool made the world
+        # torch has no public way to ask
+        return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
     finally:
         shutdown(leave_world=False)
 
 
 def test_the_timeout_reaches_every_group(ranks: Any) -> None:
-    assert ranks(2)(timeouts) == [{15.0}, {15.0}]
+    assert ranks(4)(timeouts) == [{15.0}] * 4
+
+
+@pytest.mark.parametrize(("count", "stages", "group"), [(4, 2, 2), (5, 2, 3), (7, 3, 4), (8, 3, 4), (3, 3, 3), (5, 4, 5)])
+def test_microbatches_of_a_part_come_in_groups_of_at_least_the_stages(count: int, stages: int, group: int) -> None:
+    assert microbatch_group(count, stages) == group
 
 
 def test_an_engine_is_chosen_by_name() -> None:

@@ -45,6 +45,13 @@ def test_the_size_is_one_that_the_formats_can_run() -> None:
         load_recipe("tiny", "train.global_batch_size=3", "train.sequence_length=24")
 
 
+def test_a_virtual_pipeline_needs_a_microbatch_for_each_stage() -> None:
+    layout = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
+    assert load_recipe("tiny", *layout, world_size=2).micro_batch_size == 8
+    with pytest.raises(RecipeError, match=r"parallel.virtual_pipeline=2 needs at least parallel.pipeline=2 microbatches .* makes 1: use"):
+        load_recipe("tiny", *layout, "train.micro_batch_size=16", world_size=2)
+
+
 def test_recipes_keep_their_microbatches() -> None:
     assert [load_recipe(name).micro_batch_size for name in ("tiny", "small", "nvfp4_gap")] == [16, 8, 16]
     assert load_recipe("tiny", "parallel.tensor=2", "parallel.expert=2", world_size=4).micro_batch_size == 8
