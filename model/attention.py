@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from model.batch import Microbatch
+from model.causal import causal_attention
 from model.context import ModelContext
 from model.linear import Linear
 from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
@@ -33,7 +34,7 @@ class AttentionSizes(Sizes):
 
 
 class Attention(nn.Module):
-    """Causal attention through PyTorch's scaled_dot_product_attention; heads split over the tensor group.
+    """Causal attention (`model.causal`); heads split over the tensor group.
 
     Query, key and value are one projection in memory and three tensors on disk. Where ranks split sequences: `model.split_attention`.
     """
@@ -63,18 +64,10 @@ class Attention(nn.Module):
             query, key_value = qkv.split((sections[0], sum(sections[1:])), dim=-1)
             query, key_value = query.unflatten(-1, (-1, self.head_dim)), key_value.unflatten(-1, (2, -1, self.head_dim))
             out = split_attention(query, key_value, microbatch, self.layout.groups.cp)
-            return self.o_proj(out.flatten(2), microbatch)
-        # [batch, heads, sequence, head_dim]
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for part in qkv.split(sections, dim=-1))
-        mask = None
-        if microbatch.reset:
-            documents = microbatch.documents
-            same = documents[:, :, None] == documents[:, None, :]
-            mask = same.tril()[:, None]
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-        )
-        return self.o_proj(out.permute(2, 0, 1, 3).flatten(2), microbatch)
+        else:
+            query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(sections, dim=-1))
+            out = causal_attention(query, key, value, microbatch.bounds)
+        return self.o_proj(out.flatten(2), microbatch)
 
 
 def products(sizes: AttentionSizes, sequence_length: int) -> tuple[Products, ...]:

@@ -79,6 +79,7 @@ class MambaMixer(nn.Module):
 
     def __init__(self, context: ModelContext, name: str):
         super().__init__()
+        self.context = context
         config, layout = context.config, context.layout
         sizes = config.sizes(MambaSizes)
         self.layout = layout
@@ -121,11 +122,14 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
         projected = self.in_proj(x, microbatch)  # [sequence, batch, z | x | B | C | dt]
+        return self.out_proj(self.context.recompute.whole("mamba", self._core, projected, microbatch), microbatch)
+
+    def _core(self, projected: Tensor, microbatch: Microbatch) -> Tensor:
+        """What lies between the projections."""
         gate, convolved, dt = projected.split((self.inner, self.inner + 2 * self.shared, self.heads), dim=-1)
         whole_or_handed_on = self.layout.context_size == 1 or self.layout.config.context_mamba == "state"
         y = (self._mixed if whole_or_handed_on else self._mixed_by_heads)(convolved, dt, microbatch)
-        normed = gated_group_norm(y, gate, self.norm_weight, self.inner // self.groups, self.eps)
-        return self.out_proj(normed, microbatch)
+        return gated_group_norm(y, gate, self.norm_weight, self.inner // self.groups, self.eps)
 
     def _mixed(self, convolved: Tensor, dt: Tensor, microbatch: Microbatch) -> Tensor:
         """Convolution and recurrence: x | B | C and dt, both [sequence, batch, features] -> [sequence, batch, inner]."""

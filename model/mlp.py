@@ -27,13 +27,15 @@ class MLP(nn.Module):
 
     def __init__(self, context: ModelContext, name: str, ffn_size: int):
         super().__init__()
+        self.context = context
         hidden = context.config.hidden_size
         self.up_proj = Linear(context, f"{name}.up_proj", hidden, ffn_size, "column", std=context.config.init_std)
         self.down_proj = Linear(context, f"{name}.down_proj", ffn_size, hidden, "row", std=output_std(context))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
-        return self.down_proj(squared_relu(self.up_proj(x, microbatch)), microbatch)
+        with self.context.recompute.dropped("activation", squared_relu, self.up_proj(x, microbatch)) as active:
+            return self.down_proj(active, microbatch)
 
 
 def build(context: ModelContext, name: str) -> MLP:

@@ -2,6 +2,7 @@
 
 import datetime
 import gc
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,8 @@ from parallel.megatron import cpu
 def initialize(config: ParallelConfig, seed: int) -> Layout:
     """Joins the process group (a group of one when no launcher started this process), builds Megatron's groups.
 
-    May be called again after `shutdown`, with another layout. seed: for Megatron's own CUDA random states, which nothing here draws
-    from. Raises ValueError for an impossible layout, and NotMet, which names them, when ranks do not come to the start.
+    May be called again after `shutdown`, with another layout. seed: for CUDA random states, see `device_seed`. Raises ValueError for an impossible
+    layout, and NotMet, which names them, when ranks do not come to the start.
     """
     config.validate(world_size())
     cuda = torch.cuda.is_available()
@@ -77,7 +78,7 @@ def divide(config: ParallelConfig, device: torch.device) -> Layout:
 
     tensor, pipeline, data, context = place(groups.tp), place(groups.pp), place(groups.dp), place(groups.cp)
     expert, expert_tensor, expert_data = place(groups.ep), place(groups.expt_tp), place(groups.expt_dp)
-    return Layout(
+    layout = Layout(
         config,
         dist.get_world_size(),
         dist.get_rank(),
@@ -91,6 +92,18 @@ def divide(config: ParallelConfig, device: torch.device) -> Layout:
         *expert_tensor,
         *expert_data,
     )
+    if cuda:
+        model_parallel_cuda_manual_seed(seed)
+        torch.cuda.manual_seed(device_seed(layout, seed))
+    return layout
+
+
+def device_seed(layout: Layout, seed: int) -> int:
+    """Of the device's own generator, from which nothing here draws but Transformer Engine's stochastic rounding: another one on every rank, so that
+    their rounding errors are independent. Ranks that compute the same (of a tensor group without sequence parallelism) round alike."""
+    alike = layout.tensor_size > 1 and not layout.sequence_parallel
+    stream = min(dist.get_process_group_ranks(layout.groups.tp)) if alike else layout.rank
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=7).digest(), "big")
 
 
 def _join(backend: str, device: torch.device | None, timeout: datetime.timedelta) -> None:

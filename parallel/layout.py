@@ -18,6 +18,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel.misfit import Misfit
 
+Recomputable = Literal["norm", "activation", "moe", "head", "mamba", "layer"]
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -42,6 +44,8 @@ class ParallelConfig:
     sequences and divides heads"""
     distributed_optimizer: bool = False
     """split fp32 masters and the optimizer's state over the data-parallel ranks"""
+    recompute: tuple[Recomputable, ...] = ()
+    """kinds of pieces whose activations are computed again in the backward pass instead of kept, as in [norm, moe]; see docs/recomputation.md"""
     overlap_grad_reduce: bool = False
     """reduce gradients over the data-parallel ranks while the backward pass goes on, in buckets"""
     overlap_param_gather: bool = False
@@ -91,6 +95,14 @@ class ParallelConfig:
                 )
         if self.sequence and self.tensor == 1:
             raise Misfit("parallel.sequence=true needs a tensor group to split over: parallel.tensor=1 is none", "parallel.sequence")
+        if len(set(self.recompute)) < len(self.recompute):
+            twice = next(kind for kind in self.recompute if self.recompute.count(kind) > 1)
+            raise ValueError(f"parallel.recompute={list(self.recompute)} names {twice} twice: name each kind once")
+        if "layer" in self.recompute and (within := [kind for kind in self.recompute if kind in ("activation", "moe", "mamba")]):
+            raise ValueError(
+                f"parallel.recompute={list(self.recompute)} names layer, which computes all of a layer again, and {within[0]}, which is part of one: "
+                f"leave {within[0]} out, or layer"
+            )
         if not 0 < self.timeout_minutes <= 7 * 24 * 60:
             raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must lie above 0 and within a week: use for instance 10")
         self._divide(world_size, "tensor", "pipeline", "context")
@@ -152,6 +164,8 @@ class Layout:
         overlapped = [name for name, wanted in self.config.overlaps().items() if wanted]
         if overlapped:
             parts.append(f"{' and '.join(overlapped)} overlapped")
+        if self.config.recompute:
+            parts.append(f"computing {', '.join(self.config.recompute)} again")
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}: " + " x ".join(parts)
 
 

@@ -111,9 +111,14 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m parallel\.inspect ", Way(says="rank 137 of 1024", slow=True)),
     (r"python -m train -cn tiny \S*precision\.schedule=", Way(f"{QUICK} run.dir=runs/schedule", says="Finished 2 steps", slow=True)),
     (r"python -m train\.report\.compare", Way(f"{QUICK} to=runs/compare", makes=("runs/compare/report/gap.png",), slow=True)),
+    (
+        r"python -m train -cn tiny parallel\.recompute=",
+        Way(f"{QUICK} run.dir=runs/recompute", says="computing norm, activation", slow=True),
+    ),
     (r"python -m benchmarks\.quantize", Way("size=64 rounds=1", slow=True)),
     (r"python -m benchmarks\.linear", Way("sizes=[64] rounds=1", slow=True)),
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
+    (r"python -m benchmarks\.activations", Way("recipe=tiny tokens=64", slow=True)),
 )
 EXPANDED = r"make [\w-]+"
 # Not ours; srun: tests/slurm; launch/torchrun.sh: tests/launch. ft_launcher belongs to a package that is not installed for tests.

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import linear, quantize, step
+from benchmarks import activations, gpu, linear, quantize, step
 from benchmarks.arguments import main
 
 
@@ -25,6 +26,13 @@ def test_linear(tmp_path: Path) -> None:
     assert values["kept_bits"] == 4.5 and values["ratio"] > 0  # a code and a sixteenth of a scale
 
 
+def test_activations(tmp_path: Path) -> None:
+    to = tmp_path / "activations.json"
+    assert main(activations.run, activations.DEFAULTS, ["recipe=tiny", "precision=bf16", "tokens=64", f"to={to}"]) == 0
+    values = json.loads(to.read_text())["bytes_per_token"]
+    assert values["MoE"]["moe"] < values["MoE"]["nothing"]
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "words"),
     [
@@ -32,6 +40,11 @@ def test_linear(tmp_path: Path) -> None:
         (quantize, ["shapes=round"], ["shapes=round", "layers"]),
         (linear, ["sizes=[64,0]"], ["sizes=[64, 0]", "[1024, 2048]"]),
         (linear, ["rounds=soon"], ["rounds=soon", "whole number"]),
+        (activations, ["recipe=tinny"], ["recipe=tinny", "tiny"]),
+        (gpu, ["stages=[fly]"], ["stages=['fly']", "repeat"]),
+        pytest.param(
+            gpu, [], ["CUDA device", "none of bf16", "has run"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
+        ),
         (step, ["recepi=tiny"], ["recepi", "recipe"]),
         (step, ["recipe=tinny"], ["recipe=tinny", "tiny"]),
         (step, ["contenders=[fp32,fp5]"], ["fp5", "measured"]),
