@@ -40,6 +40,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     layout = divide(config, device)
     if cuda:
         model_parallel_cuda_manual_seed(seed)
+        torch.cuda.manual_seed(device_seed(layout, seed))
     return layout
 
 
@@ -78,7 +79,7 @@ def divide(config: ParallelConfig, device: torch.device) -> Layout:
 
     tensor, pipeline, data, context = place(groups.tp), place(groups.pp), place(groups.dp), place(groups.cp)
     expert, expert_tensor, expert_data = place(groups.ep), place(groups.expt_tp), place(groups.expt_dp)
-    layout = Layout(
+    return Layout(
         config,
         dist.get_world_size(),
         dist.get_rank(),
@@ -92,10 +93,6 @@ def divide(config: ParallelConfig, device: torch.device) -> Layout:
         *expert_tensor,
         *expert_data,
     )
-    if cuda:
-        model_parallel_cuda_manual_seed(seed)
-        torch.cuda.manual_seed(device_seed(layout, seed))
-    return layout
 
 
 def device_seed(layout: Layout, seed: int) -> int:
