@@ -117,6 +117,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     ),
     (r"python -m train\.checkpoints runs/first", Way(after=(FIRST,), says="runs/first/checkpoints", slow=True)),
     (r"python -m train\.count -cn \w+$", Way(says="active per token", slow=True)),
+    (r"python -m parallel\.inspect ", Way(says="rank 137 of 1024", slow=True)),
     (r"python -m train -cn tiny \S*precision\.schedule=", Way(f"{QUICK} run.dir=runs/schedule", says="Finished 2 steps", slow=True)),
     (r"python -m train\.report\.compare", Way(f"{QUICK} to=runs/compare", makes=("runs/compare/report/gap.png",), slow=True)),
     (
