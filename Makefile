@@ -28,6 +28,7 @@ test-survival: $(TESTED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m survival -s $(ARGS)
 
 test-gpu: $(TESTED)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make test-gpu needs a CUDA device, and there is none here: not one of its tests has run"; exit 2; }
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 # Against a real Slurm, which root installs (Debian's packages) and starts in a directory of its own.

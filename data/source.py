@@ -37,13 +37,13 @@ Split = Callable[[bytes], tuple[bytes, bytes]]
 @dataclass(frozen=True)
 class Source:
     """train: documents, each closed by the end-of-document id (an indexed dataset's as they were written); validation: documents without
-    it, or None. validation_bytes: of their text, None where only ids are known. trusted: ids are known to be within the vocabulary."""
+    it, or None. validation_bytes: of their text, None where only ids are known. given: ids as they came, not tokenised by us."""
 
     path: str
     train: Stream
     validation: Stream | None
     validation_bytes: int | None
-    trusted: bool = True
+    given: bool = False
 
 
 class Progress:
@@ -187,7 +187,7 @@ def _open_indexed(prefix: Path, source: SourceConfig, config: DataConfig, tokeni
             )
     count, fraction = len(data.lengths), config.validation_fraction
     if fraction == 0:
-        return Source(source.path, data, None, None, trusted=False)
+        return Source(source.path, data, None, None, given=True)
     ends_in_id = (data.tokens[data.starts + data.lengths - 1] == tokenizer.end_of_document).astype(np.int64)
     if config.validation == "documents":
         chosen = np.zeros(count, dtype=bool)
@@ -204,7 +204,7 @@ def _open_indexed(prefix: Path, source: SourceConfig, config: DataConfig, tokeni
     kept = train.without_empty()
     if kept is None:
         raise DataError(f"data source {source.path!r} has no training text left: lower data.validation_fraction")
-    return Source(source.path, kept, held.without_empty(), None, trusted=False)
+    return Source(source.path, kept, held.without_empty(), None, given=True)
 
 
 def texts_of(sources: tuple[SourceConfig, ...], config: DataConfig, seed: int) -> Iterator[bytes]:

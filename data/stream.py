@@ -1,6 +1,10 @@
 """Documents one after another: what windows of tokens are cut from."""
 
+import os
+
 import numpy as np
+
+from data.documents import DataError
 
 
 class Stream:
@@ -14,6 +18,20 @@ class Stream:
         self.tokens, self.starts, self.lengths, self.owners = tokens, starts, lengths, owners
         self.ends = np.cumsum(lengths, dtype=np.int64)
         self._unbroken = bool(np.array_equal(starts[1:], starts[:-1] + lengths[:-1]))
+
+    def check(self) -> None:
+        """Raises DataError where the file behind the ids has become too short for them: to read them would end the process without a word."""
+        if not isinstance(self.tokens, np.memmap) or self.tokens.filename is None:
+            return
+        try:
+            size = os.stat(self.tokens.filename).st_size
+        except FileNotFoundError:
+            return  # what is mapped outlives its name
+        if size < self.tokens.nbytes:
+            raise DataError(
+                f"data file {self.tokens.filename} has {size} bytes instead of {self.tokens.nbytes}: it was cut short since the run opened it, "
+                "restore it, and start the same command again"
+            )
 
     def __len__(self) -> int:
         """Tokens."""

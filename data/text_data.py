@@ -49,7 +49,7 @@ class TextData:
                 )
         self.order = Order(phases, windows, seed)
         held = [source.validation for source in self.sources if source.validation is not None]
-        self.validation = Validation(held, tokenizer.end_of_document, sequence_length)
+        self.validation = Validation(held, tokenizer.end_of_document, tokenizer.vocab_size, sequence_length)
         if config.validation_fraction > 0 and not held:
             raise DataError(
                 f"data.validation_fraction={config.validation_fraction} holds out nothing of these sources, whose documents are too short: use "
@@ -65,11 +65,11 @@ class TextData:
         for row, index in enumerate(samples):
             place, window = self.order(index)
             source = self.sources[place]
+            source.train.check()
             rows[row] = source.train.read(window * length, length + 1)
             if reset:
                 documents[row] = source.train.ordinals(window * length, length + 1)
-            if not source.trusted:
-                self._check_ids(source, rows[row], index)
+            self._check_ids(source, rows[row], index)
         mask = documents[:, 1:] == documents[:, :-1]
         if short is not None:
             # As whole sequences, pieces know their last target: the mask is that of the documents.
@@ -94,9 +94,10 @@ class TextData:
     def _check_ids(self, source: Source, ids: np.ndarray, index: int) -> None:
         wrong = ids[(ids < 0) | (ids >= self.tokenizer.vocab_size)]
         if wrong.size:
+            remedy = "use the tokenizer it was prepared with" if source.given else f"remove its tokens in data.cache={self.config.cache}"
             raise DataError(
                 f"data source {source.path!r} holds id {wrong[0]} (in sample {index}), but data.tokenizer has ids 0 to "
-                f"{self.tokenizer.vocab_size - 1}: use the tokenizer it was prepared with"
+                f"{self.tokenizer.vocab_size - 1}: {remedy}"
             )
 
     def validation_batches(self, batch_size: int) -> ValidationBatches:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data.batch import Batch
+from data.documents import DataError
 from data.stream import Stream
 
 
@@ -30,10 +31,10 @@ class Window:
 
 
 class Validation:
-    """streams: validation documents of the sources, each of one part; end: the end-of-document id."""
+    """streams: validation documents of the sources, each of one part; end: the end-of-document id; vocab_size: of the tokenizer."""
 
-    def __init__(self, streams: Sequence[Stream], end: int, sequence_length: int):
-        self.streams, self.end, self.sequence_length = tuple(streams), end, sequence_length
+    def __init__(self, streams: Sequence[Stream], end: int, vocab_size: int, sequence_length: int):
+        self.streams, self.end, self.vocab_size, self.sequence_length = tuple(streams), end, vocab_size, sequence_length
         sizes = np.concatenate([stream.lengths for stream in self.streams]) if self.streams else np.zeros(0, dtype=np.int64)
         self.tokens = int(sizes.sum())
         self._first = np.cumsum([0, *(len(stream.lengths) for stream in self.streams)])  # document number of each stream's first
@@ -94,9 +95,18 @@ class ValidationBatches(Sequence[Batch]):
 
     def _batch(self, index: int) -> Batch:
         numbers = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        for stream in self.validation.streams:
+            stream.check()
         # A window past the end is all padding.
         windows = [self.validation.window(int(number)) for number in numbers]
         ids = np.stack([window.ids for window in windows])
+        wrong = np.argwhere((ids < 0) | (ids >= self.validation.vocab_size))
+        if len(wrong):
+            row, place = wrong[0]
+            raise DataError(
+                f"the validation text of data.phases holds id {ids[row, place]} (in window {numbers[row]}), but data.tokenizer has ids 0 to "
+                f"{self.validation.vocab_size - 1}: use the tokenizer its sources were prepared with"
+            )
         documents = np.stack([window.documents[:-1] for window in windows])
         return Batch(
             tokens=torch.from_numpy(ids[:, :-1].copy()),

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from model.batch import Microbatch
+from model.causal import causal_attention
 from model.context import ModelContext
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
+from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
 from model.parameter import output_std
 from model.split_attention import split_attention
+from parallel.misfit import Misfit
 from parallel.shards import Section
 
 
@@ -24,13 +26,15 @@ class AttentionSizes(Sizes):
 
     def validate(self) -> None:
         if self.attention_heads % self.key_value_heads:
-            raise ValueError(
-                f"model.attention_heads={self.attention_heads} must be a multiple of model.key_value_heads={self.key_value_heads}"
+            raise Misfit(
+                f"model.attention_heads={self.attention_heads} is not a multiple of model.key_value_heads={self.key_value_heads}",
+                "model.key_value_heads",
+                "model.attention_heads",
             )
 
 
 class Attention(nn.Module):
-    """Causal attention through PyTorch's scaled_dot_product_attention; heads split over the tensor group.
+    """Causal attention (`model.causal`); heads split over the tensor group.
 
     Query, key and value are one projection in memory and three tensors on disk. Where ranks split sequences: `model.split_attention`.
     """
@@ -60,18 +64,10 @@ class Attention(nn.Module):
             query, key_value = qkv.split((sections[0], sum(sections[1:])), dim=-1)
             query, key_value = query.unflatten(-1, (-1, self.head_dim)), key_value.unflatten(-1, (2, -1, self.head_dim))
             out = split_attention(query, key_value, microbatch, self.layout.groups.cp)
-            return self.o_proj(out.flatten(2), microbatch)
-        # [batch, heads, sequence, head_dim]
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for part in qkv.split(sections, dim=-1))
-        mask = None
-        if microbatch.reset:
-            documents = microbatch.documents
-            same = documents[:, :, None] == documents[:, None, :]
-            mask = same.tril()[:, None]
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-        )
-        return self.o_proj(out.permute(2, 0, 1, 3).flatten(2), microbatch)
+        else:
+            query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(sections, dim=-1))
+            out = causal_attention(query, key, value, microbatch.bounds)
+        return self.o_proj(out.flatten(2), microbatch)
 
 
 def products(sizes: AttentionSizes, sequence_length: int) -> tuple[Products, ...]:
@@ -86,7 +82,7 @@ register_mixer(
         build=Attention,
         sizes=AttentionSizes,
         context_tokens=lambda sizes: 1,
-        tensor_divides=("attention_heads", "key_value_heads"),
+        dimensions=(Dimension("attention_heads", ("tensor",)), Dimension("key_value_heads", ("tensor",))),
         products=products,
         engine=lambda sizes: {"attention_heads": sizes.attention_heads},
         hugging_face=HuggingFace(

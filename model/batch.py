@@ -1,6 +1,6 @@
 """What the model is told about one microbatch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -8,6 +8,28 @@ from torch import Tensor
 
 from model.precision.site import TokenKeys
 from parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Documents as they follow one another in [batch, sequence], flattened; one ends where its sequence does."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each."""
+    starts: Tensor
+    """int32 [documents + 1], the first token of each, and the number of tokens."""
+
+    @classmethod
+    def of(cls, documents: Tensor) -> Self:
+        """documents: int [batch, sequence], ordinals, on the host, or reading them waits for the device."""
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        starts = torch.nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=documents.numel())
+        return cls(tuple(starts.diff().tolist()), starts.int())
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """The same on a device."""
+        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)
@@ -19,7 +41,7 @@ class Microbatch:
     inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample; first: of the first one.
     sequence_length: of the whole samples; whole_documents: int32 [batch, sequence_length], of all their tokens. sample: int64 [batch], global
     sample indices. step: optimizer steps done; progress: the fraction of the run that is done. depth: of multi-token prediction, for which a
-    module is called now (0: none).
+    module is called now (0: none). bounds: of the documents; None unless reset, and where ranks split sequences.
     """
 
     tokens: Tensor
@@ -35,6 +57,7 @@ class Microbatch:
     progress: float = 0.0
     depth: int = 0
     first: int = 0
+    bounds: Bounds | None = None
 
     @classmethod
     def of(
@@ -73,7 +96,14 @@ class Microbatch:
             sample=sample,
             step=step,
             progress=progress,
+            bounds=Bounds.of(documents) if reset else None,
         )
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        moved = {each.name: getattr(self, each.name) for each in fields(self)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in moved.items() if isinstance(value, Tensor | Bounds)}
+        return replace(self, **moved)
 
     def part(self, rank: int, size: int) -> Self:
         """What rank `rank` of `size` ranks that split sequences works on: consecutive tokens, as many on each."""
@@ -87,6 +117,7 @@ class Microbatch:
             documents=self.documents[:, own],
             positions=self.positions[own],
             first=self.first + own.start,
+            bounds=self.bounds if size == 1 else None,
         )
 
     def documents_before(self, count: int) -> Tensor:

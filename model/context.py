@@ -13,6 +13,7 @@ from model.precision.backends.reference import Reference
 from model.precision.health import Health
 from model.precision.policy import Policy
 from model.precision.site import Site, WeightCache
+from model.recompute import Recompute
 from parallel.engine import ModelSizes
 from parallel.layout import Layout
 from parallel.megatron.config import transformer_config
@@ -37,7 +38,7 @@ class ModelContext:
 
     global_batch_size: sequences, which normalise the sequence-level auxiliary loss. sizes: for the engine. megatron: for what layers take
     from Megatron. linears: filled by the layers as they are built. backend, weights, health: of every linear layer's numerics; `weights` is
-    cleared whenever weights have changed.
+    cleared whenever weights have changed. recompute: what is computed again in the backward pass.
     """
 
     config: ModelConfig
@@ -53,9 +54,11 @@ class ModelContext:
     backend: Backend = field(init=False)
     weights: WeightCache = field(default_factory=WeightCache)
     health: Health = field(default_factory=Health)
+    recompute: Recompute = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
+        self.recompute = Recompute(self.layout.config.recompute)
         self.backend = choose(self.policy.config.backend, self.device) if self.device.type != "meta" else Reference()
         declared = {"attention_heads": self.layout.config.tensor}  # without attention: Megatron wants a number its tensor group divides
         for mixer in config.used:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model import init
 from model.context import ModelContext
 from model.parameter import sharded_parameter
+from model.precision.linear import leave_in_main_grad
 from parallel.shards import Section, split_sections
 
 
@@ -26,7 +27,7 @@ class _Lookup(torch.autograd.Function):
         return weight[index].masked_fill_(outside.unsqueeze(-1), 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None, None]:
         index, outside = ctx.saved_tensors
         weight = ctx.target
         grad = grad.float().masked_fill(outside.unsqueeze(-1), 0.0).flatten(0, -2)
@@ -35,8 +36,8 @@ class _Lookup(torch.autograd.Function):
             total = torch.zeros(weight.shape, dtype=torch.float32, device=grad.device)
             return None, None, total.index_add_(0, index.flatten(), grad).to(weight.dtype), None
         main_grad.index_add_(0, index.flatten(), grad)
-        weight.grad_added_to_main_grad = True
-        return None, None, weight.new_zeros(1).expand(weight.shape), None
+        leave_in_main_grad(weight)
+        return None, None, None, None
 
 
 class Embedding(nn.Module):

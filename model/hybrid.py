@@ -90,14 +90,14 @@ class HybridModel(Stage):
         x = self._stack(microbatch, input)
         if not self.is_last:
             return x
-        hidden = self.norm_f(x)
-        losses = [self._loss(hidden, microbatch, 0)]
+        hidden = self.context.recompute.whole("norm", self.norm_f, x)
+        losses = [self.head_loss(hidden, microbatch)]
         for depth in range(1, self.depths + 1):
             if not self.training:
                 losses.append(torch.zeros_like(losses[0]))
                 continue
             hidden = self._mtp(hidden, microbatch, depth)
-            losses.append(self._loss(hidden, microbatch, depth))
+            losses.append(self.head_loss(hidden, microbatch, depth))
         return torch.stack(losses)
 
     def _mtp(self, hidden: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
@@ -105,7 +105,11 @@ class HybridModel(Stage):
         block = self.mtp[min(depth, len(self.mtp)) - 1]
         return block(self.embeddings(microbatch.tokens[depth]), hidden, replace(microbatch, depth=depth))
 
-    def _loss(self, hidden: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
+    def head_loss(self, hidden: Tensor, microbatch: Microbatch, depth: int = 0) -> Tensor:
+        """hidden [sequence, batch, hidden], normed -> the summed loss of its targets, 0-dim fp32."""
+        return self.context.recompute.whole("head", self._head_loss, hidden, microbatch, depth)
+
+    def _head_loss(self, hidden: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
         logits = self.lm_head(hidden, replace(microbatch, depth=depth))
         return summed_cross_entropy(logits, microbatch.labels[depth], microbatch.loss_mask[depth])
 

@@ -13,10 +13,15 @@ class Layer(nn.Module):
 
     def __init__(self, context: ModelContext, name: str, letter: str):
         super().__init__()
+        self.context = context
         self.kind = MIXERS[letter]
         self.norm = RMSNorm(context, f"{name}.norm")
         self.mixer = self.kind.build(context, f"{name}.mixer")
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
-        return x + self.mixer(self.norm(x), microbatch)
+        return self.context.recompute.whole("layer", self._forward, x, microbatch)
+
+    def _forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
+        with self.context.recompute.dropped("norm", self.norm, x) as normed:
+            return x + self.mixer(normed, microbatch)

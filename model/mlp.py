@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.batch import Microbatch
 from model.context import ModelContext
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Sizes, register_mixer
+from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Sizes, register_mixer
 from model.parameter import output_std
 
 
@@ -27,13 +27,15 @@ class MLP(nn.Module):
 
     def __init__(self, context: ModelContext, name: str, ffn_size: int):
         super().__init__()
+        self.context = context
         hidden = context.config.hidden_size
         self.up_proj = Linear(context, f"{name}.up_proj", hidden, ffn_size, "column", std=context.config.init_std)
         self.down_proj = Linear(context, f"{name}.down_proj", ffn_size, hidden, "row", std=output_std(context))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same."""
-        return self.down_proj(squared_relu(self.up_proj(x, microbatch)), microbatch)
+        with self.context.recompute.dropped("activation", squared_relu, self.up_proj(x, microbatch)) as active:
+            return self.down_proj(active, microbatch)
 
 
 def build(context: ModelContext, name: str) -> MLP:
@@ -47,7 +49,7 @@ register_mixer(
         build=build,
         sizes=MLPSizes,
         context_tokens=lambda sizes: 1,
-        tensor_divides=("ffn_hidden_size",),
+        dimensions=(Dimension("ffn_hidden_size", ("tensor",)),),
         hugging_face=HuggingFace(
             "mlp", keys={"intermediate_size": "ffn_hidden_size"}, constants={"mlp_bias": False, "mlp_hidden_act": "relu2"}
         ),

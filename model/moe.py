@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from model import init
 from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
+from model.dispatch import Places, gather, spread
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Sizes, register_mixer
+from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Sizes, register_mixer
 from model.mlp import MLP, squared_relu
 from model.parameter import output_std, sharded_parameter
 from model.precision.formats.base import Formats
@@ -27,6 +28,7 @@ from model.precision.linear import grouped_linear
 from model.precision.site import Site, TokenKeys
 from model.router import Router
 from parallel.layout import ParallelConfig
+from parallel.misfit import Misfit
 from parallel.shards import Piece, Spread
 
 SAMPLE_BITS, POSITION_BITS = 32, 32
@@ -53,9 +55,9 @@ class MoESizes(Sizes):
 
     def validate(self) -> None:
         if self.latent_size is not None and self.latent_size < 1:
-            raise ValueError(f"model.latent_size={self.latent_size} must be at least 1")
+            raise Misfit(f"model.latent_size={self.latent_size} must be at least 1", "model.latent_size")
         if self.top_k > self.experts:
-            raise ValueError(f"model.top_k={self.top_k} exceeds model.experts={self.experts}: choose at most that many per token")
+            raise Misfit(f"model.top_k={self.top_k} exceeds model.experts={self.experts}", "model.top_k", "model.experts")
         for key in ("router_aux_loss", "router_bias_update_rate"):
             if getattr(self, key) < 0:
                 raise ValueError(f"model.{key}={getattr(self, key)} must not be negative: use 0 to switch it off")
@@ -66,8 +68,10 @@ class MoESizes(Sizes):
 def check_layout(sizes: MoESizes, parallel: ParallelConfig) -> None:
     """Without sequence parallelism the ranks of a tensor group would dispatch the same tokens, each of them all."""
     if parallel.tensor > 1 and not parallel.sequence_parallel:
-        raise ValueError(
-            "parallel.sequence=false with parallel.tensor > 1 cannot run MoE layers (E in model.pattern): set parallel.sequence=true"
+        raise Misfit(
+            f"parallel.sequence=false with parallel.tensor={parallel.tensor} cannot run MoE layers (E in model.pattern)",
+            "parallel.sequence",
+            "parallel.tensor",
         )
 
 
@@ -152,7 +156,8 @@ class Experts(nn.Module):
             weight = getattr(self, kind)
             return grouped_linear(x, weight, tokens_per_expert, self.formats(kind, microbatch), self.sites[kind], keys, microbatch.step)
 
-        return apply("down_proj", squared_relu(apply("up_proj", x)))
+        with self.context.recompute.dropped("activation", squared_relu, apply("up_proj", x)) as active:
+            return apply("down_proj", active)
 
 
 class MoE(nn.Module):
@@ -187,14 +192,20 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same; with sequence parallelism both hold this rank's part of the sequence."""
+        return self.context.recompute.whole("moe", self._forward, x, microbatch)
+
+    def _forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         weights, chosen = self.router(x, microbatch)
         tokens = x if self.down is None else self.down(x, microbatch)
         width, stamped = tokens.shape[-1], self.experts.draws(microbatch)
         if stamped:
             columns = stamp(microbatch.keys(microbatch.own_positions(self.context.layout)), tokens.dtype)
             tokens = torch.cat((tokens, columns.view(*tokens.shape[:-1], -1)), dim=-1)
-        sent, sent_weights = self.dispatcher.dispatch_preprocess(tokens, chosen, weights)
-        sent, sent_weights = self.dispatcher.token_dispatch(sent, sent_weights)
+        tokens = tokens.flatten(0, 1)
+        # Megatron's counts and order of rows; the rows themselves are made here, whose gradient is added in one order.
+        _, sent_weights = self.dispatcher.dispatch_preprocess(tokens.new_empty(len(tokens), 1), chosen, weights)
+        places = Places.of(self.dispatcher.reversed_local_input_permutation_mapping, self.router.top_k)
+        sent, sent_weights = self.dispatcher.token_dispatch(spread(tokens, places), sent_weights)
         routed, counts, routed_weights = self.dispatcher.dispatch_postprocess(sent, sent_weights)
         if stamped:
             keys, routed = replace(read_stamp(routed[:, width:]), depth=microbatch.depth), routed[:, :width]
@@ -203,11 +214,12 @@ class MoE(nn.Module):
             keys = TokenKeys(nobody, nobody)
         out = self.experts(routed, counts.tolist(), keys, microbatch)
         out = (out * routed_weights.unsqueeze(-1)).to(x.dtype)
-        self.dispatcher.hidden_shape = (*x.shape[:-1], width)
-        self.dispatcher.hidden_shape_before_permute = torch.Size((x.shape[0] * x.shape[1], width))
         out = self.dispatcher.combine_preprocess(out)
         out = self.dispatcher.token_combine(out)
-        out = self.dispatcher.combine_postprocess(out)
+        out = gather(out, places).view(*x.shape[:-1], width)
+        # Which would else live until the layer's next microbatch, with all that made them.
+        dispatcher = self.dispatcher
+        dispatcher.probs = dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None  # type: ignore[assignment]
         if self.up is not None:
             out = self.up(out, microbatch)
         return out + self.shared_experts(x, microbatch)
@@ -224,9 +236,11 @@ register_mixer(
         build=MoE,
         sizes=MoESizes,
         context_tokens=lambda sizes: 1,
-        tensor_divides=("shared_expert_ffn_size",),
-        expert_divides=("experts",),
-        expert_tensor_divides=("expert_ffn_size",),
+        dimensions=(
+            Dimension("experts", ("expert",)),
+            Dimension("expert_ffn_size", ("expert_tensor",)),
+            Dimension("shared_expert_ffn_size", ("tensor",)),
+        ),
         check_layout=check_layout,
         active_share=active_share,
         engine=lambda sizes: {"experts": sizes.experts, "top_k": sizes.top_k},

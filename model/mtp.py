@@ -22,6 +22,7 @@ class MTPBlock(nn.Module):
 
     def __init__(self, context: ModelContext, name: str, letters: str):
         super().__init__()
+        self.context = context
         hidden = context.config.hidden_size
         self.embedding_norm = RMSNorm(context, f"{name}.embedding_norm")
         self.hidden_norm = RMSNorm(context, f"{name}.hidden_norm")
@@ -31,8 +32,12 @@ class MTPBlock(nn.Module):
 
     def forward(self, embedded: Tensor, hidden: Tensor, microbatch: Microbatch) -> Tensor:
         """embedded: embeddings of the tokens k places ahead; hidden: of depth k - 1; both [sequence, batch, hidden]."""
-        x = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
-        x = self.eh_proj(x, microbatch)
+        recompute = self.context.recompute
+        with recompute.dropped("norm", self._joined, embedded, hidden) as joined:
+            x = self.eh_proj(joined, microbatch)
         for layer in self.layers:
             x = layer(x, microbatch)
-        return self.final_norm(x)
+        return recompute.whole("norm", self.final_norm, x)
+
+    def _joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        return torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)

@@ -60,11 +60,13 @@ class Router(nn.Module):
             expert_bias=self.bias,
         )
         if torch.is_grad_enabled() and self.training:
-            with torch.no_grad():
+            once = not self.context.recompute.repeating
+            if once:
                 self.load += chosen.sum(0)
             if self.aux_loss > 0:
                 loss = self.aux_loss * self.balance_loss(logits, microbatch.sequence_length)
-                self.loss += loss.detach()
+                if once:
+                    self.loss += loss.detach()
                 weights = MoEAuxLossAutoScaler.apply(weights, loss)
         return weights, chosen
 

@@ -2,13 +2,17 @@
 
 import datetime
 import gc
+import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend, too
 
 from parallel.collectives import COLLECTIVES, watch
 from parallel.layout import Layout, ParallelConfig, world_size
@@ -19,8 +23,8 @@ from parallel.megatron import cpu
 def initialize(config: ParallelConfig, seed: int) -> Layout:
     """Joins the process group (a group of one when no launcher started this process), builds Megatron's groups.
 
-    May be called again after `shutdown`, with another layout. seed: for Megatron's own CUDA random states, which nothing here draws
-    from. Raises ValueError for an impossible layout, and NotMet, which names them, when ranks do not come to the start.
+    May be called again after `shutdown`, with another layout. seed: for CUDA random states, see `device_seed`. Raises ValueError for an impossible
+    layout, and NotMet, which names them, when ranks do not come to the start.
     """
     config.validate(world_size())
     cuda = torch.cuda.is_available()
@@ -33,6 +37,31 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     watch()
     if not dist.is_initialized():
         _join("nccl" if cuda else "gloo", device if cuda else None, datetime.timedelta(minutes=config.timeout_minutes))
+    layout = divide(config, device)
+    if cuda:
+        model_parallel_cuda_manual_seed(seed)
+        torch.cuda.manual_seed(device_seed(layout, seed))
+    return layout
+
+
+@contextmanager
+def imagined(config: ParallelConfig, ranks: int, rank: int) -> Iterator[Layout]:
+    """What rank `rank` of `ranks` would be, without the others: Megatron's own groups, over a process group that sends nothing.
+
+    Models are built on the meta device, where nothing is allocated. Raises ValueError for a layout that cannot be.
+    """
+    config.validate(ranks)
+    cpu.apply()
+    timeout = datetime.timedelta(minutes=config.timeout_minutes)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks, timeout=timeout)
+    try:
+        yield divide(config, torch.device("meta"))
+    finally:
+        shutdown()
+
+
+def divide(config: ParallelConfig, device: torch.device) -> Layout:
+    """Builds Megatron's groups within the process group that stands. Collective."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -43,8 +72,6 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=config.timeout_minutes,  # type: ignore[arg-type]  # it makes a timedelta of them, which takes fractions
     )
-    if cuda:
-        model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
 
     def place(group: dist.ProcessGroup) -> tuple[int, int]:
@@ -66,6 +93,14 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         *expert_tensor,
         *expert_data,
     )
+
+
+def device_seed(layout: Layout, seed: int) -> int:
+    """Of the device's own generator, from which nothing here draws but Transformer Engine's stochastic rounding: another one on every rank, so that
+    their rounding errors are independent. Ranks that compute the same (of a tensor group without sequence parallelism) round alike."""
+    alike = layout.tensor_size > 1 and not layout.sequence_parallel
+    stream = min(dist.get_process_group_ranks(layout.groups.tp)) if alike else layout.rank
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=7).digest(), "big")
 
 
 def _join(backend: str, device: torch.device | None, timeout: datetime.timedelta) -> None:

@@ -1,5 +1,6 @@
 """A recipe made real on this rank: process groups, data, model, engine."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def params_dtype(recipe: Recipe) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision.compute]
 
 
+def repeatable() -> None:
+    """Makes a step that is repeated give the same bits on a GPU: attention's and the embedding's gradients are then added up in a fixed order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # an operation without such a form says so, and runs
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
+
+
 def build(recipe: Recipe, layout: Layout | None = None) -> Run:
     """Data, model and engine, on a layout that stands or on one that is made here.
 
@@ -68,8 +76,6 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
         check(precision.backend, torch.device(wanted), formats, compute=precision.compute, amax_scope=precision.amax_scope)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    if recipe.precision.compute == "bf16" and wanted == "cpu":
-        raise RecipeError("precision.compute=bf16 needs a GPU (a CPU multiplies bf16 up to 80 times slower): use precision.compute=fp32")
     data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)
     if data.tokenizer.vocab_size > recipe.model.vocab_size:
         raise RecipeError(
@@ -79,7 +85,15 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
     layout = layout or groups.initialize(recipe.parallel, recipe.run.seed)
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    train = recipe.train
+        repeatable()
+    context, chunks = build_model(recipe, layout)
+    engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
+    plan = BatchPlan(recipe.train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
+    return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))
+
+
+def build_model(recipe: Recipe, layout: Layout) -> tuple[ModelContext, list[HybridModel]]:
+    """The model chunks of one rank, on its layout's device."""
     context = ModelContext(
         recipe.model,
         layout,
@@ -87,11 +101,8 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
         recipe.run.seed,
         params_dtype(recipe),
         layout.device,
-        train.global_batch_size,
+        recipe.train.global_batch_size,
         health=Health(recipe.monitor.quantization.modules),
     )
-    parts = pipeline_parts(recipe.model, recipe.parallel, train.sequence_length)
-    chunks = [HybridModel(context, part) for part in parts_of_stage(parts, layout.pipeline_size, layout.pipeline_rank)]
-    engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
-    plan = BatchPlan(train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
-    return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))
+    parts = pipeline_parts(recipe.model, recipe.parallel, recipe.train.sequence_length)
+    return context, [HybridModel(context, part) for part in parts_of_stage(parts, layout.pipeline_size, layout.pipeline_rank)]

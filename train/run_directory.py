@@ -2,7 +2,8 @@
 
 recipe.yaml              the recipe as it is now, without secrets
 recipe.before-00000240.yaml  the one before, when a start after step 240 changed it
-history.jsonl            one line for every start that changed something: when, after which step, {key: [old, new]}
+history.jsonl            one line for every start that changed something: when, after which step, {key: [old, new]}; and one whenever the samples
+                         change that the run never reads: when, after which step, all of them as [first, behind the last]
 tokenizer/               what reads this run's tokens
 branch.json              of a branch: where it comes from, see `train.lineage`
 finished.json            the summary of a run that has taken its last step
@@ -12,7 +13,7 @@ lock                     whose the directory is while a run writes there, see `t
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,9 +36,12 @@ from train.recipe.guard import read_yaml
 from train.recipe.reading import RecipeError, plain
 from train.recipe.resume import changed_keys, continued
 from train.recipe.tree import Recipe
+from train.step import BatchPlan
 
 T = TypeVar("T")
 
+HISTORY = "history.jsonl"
+SKIPPED = "skipped_samples"
 STORE_SECONDS = 30  # in which a store must take and give back a few bytes before a run starts
 
 
@@ -54,6 +58,16 @@ def stored_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{path} does not exist, so the model of {checkpoint.path} is unknown: keep checkpoints inside their run directory"
         )
     return read_yaml(path.read_bytes(), str(path))
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of history.jsonl, oldest first; one torn by a kill is left out."""
+    entries: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError):
+        for line in (run_dir / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                entries.append(json.loads(line))
+    return entries
 
 
 def copy_description(checkpoint: Checkpoint, to: Path) -> None:
@@ -85,14 +99,27 @@ class RunDirectory:
         if target.exists() and not self.changes:
             return
         if target.exists():
-            change = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "step": step, "changes": self.changes}
             kept = self.path / f"recipe.before-{step:08d}.yaml"
             if not kept.exists():
                 _write(kept, target.read_text())
-            with (self.path / "history.jsonl").open("a") as history:
-                history.write(json.dumps(without_secrets(change), default=str) + "\n")
+            self._append(step, "changes", self.changes)
             (self.path / "finished.json").unlink(missing_ok=True)
         _write(target, yaml.safe_dump(without_secrets(plain(recipe)), sort_keys=False))
+
+    def store_skipped(self, skipped: Sequence[tuple[int, int]], step: int) -> None:
+        """Says in history.jsonl which samples the run never reads, as (first, behind the last), where it does not say so yet."""
+        ranges = [list(pair) for pair in skipped]
+        said: list[list[int]] = next((entry[SKIPPED] for entry in reversed(read_history(self.path)) if SKIPPED in entry), [])
+        if ranges != said:
+            self._append(step, SKIPPED, ranges)
+
+    def _append(self, step: int, key: str, value: Any) -> None:
+        line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "step": step, key: value}
+        with (self.path / HISTORY).open("a+b") as history:
+            end = history.seek(0, os.SEEK_END)
+            history.seek(max(0, end - 1))
+            torn = history.read(1) not in (b"", b"\n")  # by a kill
+            history.write(b"\n" * torn + json.dumps(without_secrets(line), default=str).encode() + b"\n")
 
     def store_tokenizer(self, tokenizer: Tokenizer) -> None:
         """What an export or a later evaluation needs to read this run's tokens."""
@@ -133,10 +160,11 @@ def opened(recipe: Recipe, rank: int) -> Iterator[RunDirectory]:
         _check_place(path)
         lock.acquire()
         home = _home(recipe)
-        stored, done = _stored(path) or _stored(home), _steps_done(home)
+        stored, (done, skipped) = _stored(path) or _stored(home), _steps_done(home)
+        samples = BatchPlan(recipe.train.global_batch_size, 1, 0, 1).skipping(skipped).read(done)
         _refuse_moved(recipe, stored, path, done)
-        changes = {} if stored is None else changed_keys(stored, recipe, done)
-        current = recipe if stored is None else continued(stored, recipe, done)
+        changes = {} if stored is None else changed_keys(stored, recipe, done, samples)
+        current = recipe if stored is None else continued(stored, recipe, done, samples)
         finished = _finished(recipe, path)
         if finished is None:
             _check_metrics(path)
@@ -215,12 +243,14 @@ def _stored(path: Location) -> dict[str, Any] | None:
     return read_yaml(stored.read_bytes(), str(stored))
 
 
-def _steps_done(home: Location) -> int:
+def _steps_done(home: Location) -> tuple[int, list[list[int]]]:
+    """Of the newest checkpoint, and the samples passed over until then; see `train.incidents`."""
     directory = home / "checkpoints"
     for name in finished(directory):
         with suppress(CheckpointError):
-            return Checkpoint(directory / name).step
-    return 0
+            checkpoint = Checkpoint(directory / name)
+            return checkpoint.step, checkpoint.state.get("incidents", {}).get(SKIPPED, [])
+    return 0, []
 
 
 def _finished(recipe: Recipe, path: Path) -> dict[str, Any] | None:

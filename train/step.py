@@ -65,6 +65,10 @@ class BatchPlan:
                 merged.append((begin, end))
         return replace(self, skipped=tuple(merged))
 
+    def read(self, steps: int) -> int:
+        """How many samples, from the first on, are behind a run of so many steps: read, or passed over."""
+        return self._sample(steps * self.global_batch_size) if steps else 0
+
     def _sample(self, place: int) -> int:
         """Which sample is number `place` (from 0) of those that are not skipped."""
         for begin, end in self.skipped:
@@ -78,8 +82,7 @@ def to_microbatch(batch: Batch, layout: Layout, progress: float, depths: int) ->
     """The model's view of this rank's part of a data batch, on its device. progress: the fraction of the run behind us, in [0, 1). depths: of
     multi-token prediction."""
     values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    values = {name: value.to(layout.device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in values.items()}
-    return Microbatch.of(**values, progress=progress, depths=depths).part(layout.context_rank, layout.context_size)
+    return Microbatch.of(**values, progress=progress, depths=depths).part(layout.context_rank, layout.context_size).to(layout.device)
 
 
 def loss_weights(counts: Tensor, mtp_loss_scale: float) -> Tensor:

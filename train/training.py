@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -123,6 +123,7 @@ class Training:
         self.owed = bool(state.get("evaluation_owed", False))
         self.failed_saves = int(state.get("failed_saves", 0))
         self.incidents.load_state(state.get("incidents", {}))
+        self._store_skipped()
         hardware = [] if self.utilisation is None else [self.utilisation.line]
         self.observers.on_start(_info(self.run, self.directory, self.step, self._table(self.step).text, hardware))
         self._tell_of_damage()
@@ -158,6 +159,11 @@ class Training:
             self.observers.on_alert(
                 Alert("checkpoint", self.step, f"{line.rstrip('.')}; the run goes on from step {self.step}", severe=True)
             )
+
+    def _store_skipped(self) -> None:
+        if self.is_main:
+            with suppress(OSError):  # of a full disk: the next start says it
+                self.directory.store_skipped(self.run.plan.skipped, self.step)
 
     def _look(self) -> None:
         """Has some rank received a signal?"""
@@ -201,6 +207,7 @@ class Training:
         if self._table(before - 1) is not self._table(self.step):
             self.observers.on_formats(self.step + 1, self._table(self.step).text)
         self._save()
+        self._store_skipped()
         return False
 
     def _log_due(self) -> bool:
@@ -355,7 +362,16 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
     parent = read_parent(run.run_dir)
     branch = () if parent is None else (f"branch of {parent.run_dir} after step {parent.step:,}", *lines(parent.changes))
     stages = describe(recipe.model, recipe.parallel, recipe.train.sequence_length)
-    description = (*branch, run.layout.describe(), *stages, *run.data.describe(), _describe_backend(run, step), *hardware, *changes)
+    description = (
+        *branch,
+        run.layout.describe(),
+        *stages,
+        *_describe_compute(run),
+        *run.data.describe(),
+        _describe_backend(run, step),
+        *hardware,
+        *changes,
+    )
     return RunInfo(
         recipe=without_secrets(plain(recipe)),
         run_dir=run.run_dir,
@@ -371,6 +387,13 @@ def _info(run: Run, directory: RunDirectory, step: int, table: str, hardware: li
         parent=parent,
         facts=run_facts(recipe, run.layout),
     )
+
+
+def _describe_compute(run: Run) -> list[str]:
+    """What is asked for and slow, for the head of the run."""
+    if run.recipe.precision.compute != "bf16" or run.layout.device.type == "cuda":
+        return []
+    return ["bf16 activations on a CPU, which multiplies them up to 80 times slower than fp32: precision.compute=fp32 is the faster choice"]
 
 
 def _describe_backend(run: Run, step: int) -> str:

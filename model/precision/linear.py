@@ -21,8 +21,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.precision.formats.base import Formats
-from model.precision.operand import Operand, Rows
+from model.precision.operand import Operand, Rows, apart, together
 from model.precision.site import Call, Site, TokenKeys
+
+NOBODY = TokenKeys(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+
+
+def leave_in_main_grad(weight: Tensor) -> None:
+    """For a backward pass that has added the gradient to `weight.main_grad` itself, and returns none.
+
+    Megatron's hook runs all the same. It leaves main_grad alone when told that it is complete, and wants to see a gradient: one number, for one of
+    the weight's size would be written, or added up where a weight is used several times.
+    """
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    weight.grad = weight.new_zeros(()).expand(weight.shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -34,20 +46,19 @@ class _Linear(torch.autograd.Function):
         left, right = fprop.fprop(x, weight, call)
         y = torch.empty(len(x), weight.shape[1], device=weight.device)
         fprop.multiply("fprop", left, right, y, call)
-        ctx.formats, ctx.call, ctx.target, ctx.x_dtype = formats, call, target, x.dtype
-        ctx.kept = wgrad.keep(x, left, call) if ctx.needs_input_grad[1] else None
-        # Saved the way autograd can check that nothing changed it meanwhile.
-        whole = [ctx.kept.kept] if ctx.kept is not None and isinstance(ctx.kept.kept, Tensor) else []
-        if whole:
-            ctx.kept = replace(ctx.kept, kept=whole[0].new_empty(0))
-        ctx.save_for_backward(weight, *whole)
+        ctx.formats, ctx.target, ctx.x_dtype = formats, target, x.dtype
+        tensors = [weight]
+        ctx.kept = apart(wgrad.keep(x, left, call) if ctx.needs_input_grad[1] else None, tensors)
+        ctx.keys, ctx.call = apart(call.keys, tensors), replace(call, keys=NOBODY)
+        ctx.save_for_backward(*tensors)
         return y.to(out_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        weight, *whole = ctx.saved_tensors
-        call: Call = ctx.call
+        tensors = ctx.saved_tensors
+        weight = tensors[0]
+        call: Call = replace(ctx.call, keys=together(ctx.keys, tensors))
         _, dgrad, wgrad = ctx.formats
         dx = dw = left = None
         dy = dy.contiguous()
@@ -57,7 +68,7 @@ class _Linear(torch.autograd.Function):
             dgrad.multiply("dgrad", left, right, result, call)
             dx = result.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            kept: Operand = replace(ctx.kept, kept=whole[0]) if whole else ctx.kept
+            kept: Operand = together(ctx.kept, tensors)
             main_grad = getattr(ctx.target, "main_grad", None)
             into = torch.zeros(weight.shape, device=weight.device) if main_grad is None else main_grad.view(weight.shape)
             wgrad.multiply("wgrad", *wgrad.wgrad(dy, kept, left, call), into, call)
@@ -66,11 +77,7 @@ class _Linear(torch.autograd.Function):
             if main_grad is None:
                 dw = into.to(weight.dtype)
             else:
-                # Megatron's hook wants a gradient to fire on, and leaves main_grad alone when told it is complete.
-                ctx.target.grad_added_to_main_grad = True
-                dw = weight.new_zeros(1).expand(weight.shape)
-            # Autograd drops saved tensors now, but attributes only with the whole graph.
-            ctx.kept = None
+                leave_in_main_grad(ctx.target)
         return dx, dw, None, None, None, None
 
 

@@ -8,8 +8,9 @@ routed experts' tokens, the experts of a stacked weight; a plain matrix is one g
     Operand      what one side of a GEMM multiplies: values, or what becomes values, and the factor of a second level of scaling
 """
 
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class Packed:
 
 
 class Kept(Protocol):
-    """An operand in fewer bits than its values take."""
+    """An operand in fewer bits than its values take: a frozen dataclass, whose tensors are fields (see `apart`)."""
 
     def values(self, backend: Unpacks, dtype: torch.dtype) -> Tensor:
         """[rows, inner] as stored."""
@@ -142,6 +143,31 @@ class Operand:
     @property
     def nbytes(self) -> int:
         return self.kept.nbytes
+
+
+@dataclass(frozen=True)
+class _Place:
+    index: int
+
+
+def apart(value: Any, tensors: list[Tensor]) -> Any:
+    """A dataclass without its tensors, also those of dataclasses in its fields, which are added to `tensors`: autograd keeps them, can check that
+    nothing changed them, and can drop them to have them computed again. `together` is the inverse."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Place(len(tensors) - 1)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: apart(getattr(value, each.name), tensors) for each in fields(value)})
+    return value
+
+
+def together(value: Any, tensors: Sequence[Tensor]) -> Any:
+    """What `apart` was given."""
+    if isinstance(value, _Place):
+        return tensors[value.index]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: together(getattr(value, each.name), tensors) for each in fields(value)})
+    return value
 
 
 def gemm_dtype(device: torch.device) -> torch.dtype:

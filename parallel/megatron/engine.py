@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor, nn
 
 from parallel.engine import ForwardStep, ModelSizes, Optimizer, ParameterState, StepResult, always, unmarked
@@ -77,6 +78,8 @@ class MegatronEngine:
         self._parts: list[MegatronOptimizer] = [part for part in chained.chained_optimizers if not part.is_stub_optimizer]
         for part in self._parts:
             part.optimizer = _instead_of(part.optimizer, optimizer)
+        if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:  # neither Transformer Engine's nor Apex's
+            clip_grads.l2_norm_impl = _l2_norm  # type: ignore[assignment]
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = None
         syncs = [chunk.no_sync for chunk in self.chunks]
@@ -296,3 +299,9 @@ def _instead_of(adam: torch.optim.Optimizer, optimizer: Optimizer) -> torch.opti
 
 def _group_of(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups if any(param is master for param in group["params"]))
+
+
+def _l2_norm(chunk_size: int, flag: Tensor, lists: Sequence[Sequence[Tensor]], per_tensor: bool, *ignored: Any) -> tuple[Tensor, None]:
+    """The norm of all tensors, fp32 [1], in the signature of Apex's kernel. Megatron's own stand-in for it waits for the device once a tensor."""
+    norms = torch._foreach_norm([tensor for tensors in lists for tensor in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None

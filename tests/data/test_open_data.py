@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import zstandard
 
+from data import indexed
 from data.config import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig
 from data.documents import CORPUS, SHIPPED, DataError
 from data.text_data import TextData, open_data
@@ -234,3 +236,28 @@ def test_a_saved_tokenizer_loads_in_transformers(kind: str, tmp_path: Path) -> N
             *AUSTEN,
             tokenizer=TokenizerConfig(kind="file", path=str(tmp_path / "saved" / "tokenizer.json"), end_of_document="</none>"),
         )
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1])
+def test_damage_after_a_pair_was_opened(tmp_path: Path, fraction: float) -> None:
+    with indexed.Writer(tmp_path / "x", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(20_000) % 256)
+    data = data_of(tmp_path, blend((tmp_path / "x", 1.0)), validation_fraction=fraction)
+    data.batch([0, 1], 0)
+    ids = np.memmap(tmp_path / "x.bin", dtype=np.uint16, mode="r+")
+    ids[:] = 999
+    with pytest.raises(DataError, match=r"holds id 999 \(in sample 0\), but data.tokenizer has ids 0 to 256: use the tokenizer"):
+        data.batch([0, 1], 0)
+    os.truncate(tmp_path / "x.bin", 10_000)
+    cut = r"x.bin has 10000 bytes instead of 40000: it was cut short since the run opened it, restore it, and start the same command again"
+    with pytest.raises(DataError, match=cut):
+        data.batch([0, 1], 0)
+    if fraction:
+        with pytest.raises(DataError, match=cut):
+            data.validation_batches(1)[0]
+        os.truncate(tmp_path / "x.bin", 40_000)
+        with pytest.raises(
+            DataError, match=r"validation text of data.phases holds id \d+ \(in window 0\), but data.tokenizer has ids 0 to 256"
+        ):
+            ids[:] = 999
+            data.validation_batches(1)[0]

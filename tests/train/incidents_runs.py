@@ -48,17 +48,42 @@ def _watch_samples(made: Run) -> dict[str, set[int]]:
 
 
 def nan_in_an_experts_gradient(samples: Sequence[int], expert: int = 1) -> Fault:
-    """The gradient of one expert's up projection is NaN whenever one of these samples is in the microbatch: on the rank that has it alone."""
+    """The gradient of the up projection of expert `expert` of the first MoE layer is NaN whenever one of these samples is in the microbatch: on the
+    ranks that hold that expert alone, and with several data-parallel ones on the one that has the sample."""
 
     def fault(made: Run) -> None:
         now = _watch_samples(made)
         experts = next(module for module in made.chunks[0].modules() if isinstance(module, Experts))
+        if not experts.first <= expert < experts.first + experts.local:
+            return
 
         def spoil(gradient: Tensor) -> None:
             if now["samples"] & set(samples):
-                experts.up_proj.main_grad[expert, 0, 0] = torch.nan  # type: ignore[attr-defined]
+                experts.up_proj.main_grad[expert - experts.first, 0, 0] = torch.nan  # type: ignore[attr-defined]
 
         experts.up_proj.register_hook(spoil)
+
+    return fault
+
+
+def nan_in_an_output(samples: Sequence[int], module: str, rank: int) -> Fault:
+    """What this module gives on this rank begins with a NaN whenever one of these samples is in the microbatch; not in evaluations."""
+
+    def fault(made: Run) -> None:
+        now = _watch_samples(made)
+        if made.layout.rank != rank:
+            return
+        owner = made.chunks[0].get_submodule(module)
+
+        def spoil(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            if not (owner.training and now["samples"] & set(samples)):
+                return None
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            mask = torch.zeros_like(first)
+            mask.view(-1)[0] = torch.nan
+            return (first + mask, *rest) if isinstance(output, tuple) else first + mask
+
+        owner.register_forward_hook(spoil)
 
     return fault
 
@@ -91,13 +116,15 @@ def flip_a_bit(rank: int, name: str, after: int) -> Fault:
 
     def fault(made: Run) -> None:
         done = [0]
-        weight = dict(made.chunks[0].named_parameters())[name]
+        if made.layout.rank != rank:
+            return
+        weight = made.chunks[0].get_parameter(name)
         real = made.engine.train_step
 
         def step(*arguments: Any, **more: Any) -> Any:
             result = real(*arguments, **more)
             done[0] += 1
-            if made.layout.rank == rank and done[0] == after:
+            if done[0] == after:
                 with torch.no_grad():
                     weight.view(-1).view(torch.int32)[7] ^= 1
             return result

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.runbook import told
 from tests.train import incidents_runs as runs
 from train.checkpoint.reader import Checkpoint, open_checkpoint
 from train.observe.metrics import read_metrics
+from train.recipe.reading import RecipeError
+from train.run_directory import read_history
 
 KEYS = ("loss/lm", "loss/mtp_1", "loss/mtp_2", "loss/total", "grad_norm", "learning_rate", "moe/max_violation", "moe/aux_loss")
 SHORT = ("train.steps=12", "checkpoint.every=3")
@@ -93,6 +96,24 @@ def test_after_going_back_it_is_the_run_that_never_saw_those_samples(
     assert [a["kind"] for a in alerts(run_dir)] == ["skipped", "skipped", "not finite", "rewind"]
     assert read_metrics(run_dir)[-1]["data/skipped_samples"] == 16
     assert open_checkpoint(run_dir).state["incidents"]["skipped_samples"] == [[40, 56]]
+
+
+def test_samples_passed_over_are_on_record_and_behind_the_run(tmp_path: Path) -> None:
+    text, run_dir = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("".join(f"{i} is less than {i + 1}. " for i in range(1500)))
+    given = (*SHORT, "monitor.incidents.skips=2", "data.validation_fraction=0")
+    first, second = (f"data.phases=[{{blend:[{{path:'{text}'}}],tokens:{tokens}}}]" for tokens in ("null", 100 * 64))
+    fault = runs.exploding_loss([41, 49], math.nan)
+    assert runs.run(run_dir, *given, first, "run.stop_after=8", fault=fault) == 0
+    assert [(entry["step"], entry["skipped_samples"]) for entry in read_history(run_dir)] == [(3, [[40, 56]])]
+    with pytest.raises(RecipeError, match=r"within the 80 samples its 8 steps have read \(16 of them passed over\): append"):
+        runs.run(run_dir, *given, f"data.phases=[{{blend:[{{path:'{text}'}}],tokens:{79 * 64}}},{{blend:[{{path:'{text}'}}]}}]")
+    other = second.replace("text.txt", "other.txt")
+    (tmp_path / "other.txt").write_text(text.read_text() * 2)
+    assert runs.run(run_dir, *given, other, "run.allow=[data.phases]", "run.stop_after=9") == 0
+    phases = yaml.safe_load((run_dir / "recipe.yaml").read_text())["data"]["phases"]
+    assert [phase["tokens"] for phase in phases] == [80 * 64, 100 * 64]
+    assert [entry["skipped_samples"] for entry in read_history(run_dir) if "skipped_samples" in entry] == [[[40, 56]]]
 
 
 def test_a_run_stopped_after_going_back_goes_on_without_the_samples(spared: Path, tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ def test_a_run_like_any_other_raises_no_alert() -> None:
         assert told(Watches(IncidentsConfig(), 4.0), noisy(1000, seed)) == []
 
 
+def test_a_spike_is_told_while_the_loss_still_falls_steeply() -> None:
+    for seed in range(5):
+        for step, factor in ((40, 3.5), (100, 3.0), (300, 2.5), (900, 2.5)):
+            metrics = noisy(1000, seed)
+            metrics[step - 1]["loss/lm"] *= factor
+            assert told(Watches(IncidentsConfig(), 4.0), metrics) == [(step, "spike")]
+
+
 def test_each_thing_that_is_put_in_is_told_once() -> None:
     metrics = noisy(600)
     for step in (300, 301, 302):

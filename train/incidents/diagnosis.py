@@ -3,7 +3,8 @@
 Random bits depend on the seed and on global indices alone, so the step computes what it computed before; what does not come back was a fault of
 the machine, not of the numbers. Nothing is updated. Each rank notes its first value that is not finite: in the forward pass an output, in the
 backward pass the gradient with respect to a module's input, or that of a weight before ranks reduce it (an expert's by its own name). The
-first of all ranks is the one of the earliest microbatch, forward before backward, along the pipeline.
+first of all ranks is the one of the earliest microbatch, forward before backward, along the pipeline, and within a stage in the order in which its
+ranks, which all run the same modules, come by.
 """
 
 from collections import Counter
@@ -62,7 +63,13 @@ class _Watch:
         self.run, self.step, self.samples = run, step, samples
         self.forwards = -1  # of the chunk that is called now
         self._calls: Counter[nn.Module] = Counter()
+        self.looks: Counter[tuple[str, int]] = Counter()  # by phase and microbatch
         self.found: Finding | None = None
+
+    def looking(self, phase: str, microbatch: int) -> bool:
+        """Counts a place that is come by; whether nothing was found yet."""
+        self.looks[phase, microbatch] += 1
+        return self.found is None
 
     def note(self, phase: str, module: str, what: str, microbatch: int, formats: dict[str, str]) -> None:
         if self.found is None:
@@ -70,7 +77,8 @@ class _Watch:
             stage = layout.pipeline_rank if phase == "forward" else -layout.pipeline_rank
             place = ("weights", "forward", "loss", "backward").index(phase)
             samples = tuple(self.samples[microbatch]) if phase != "weights" else ()
-            self.found = Finding(phase, module, what, layout.rank, microbatch, samples, formats, (microbatch, place, stage, layout.rank))
+            order = (microbatch, place, stage, self.looks[phase, microbatch], layout.rank)
+            self.found = Finding(phase, module, what, layout.rank, microbatch, samples, formats, order)
 
     def formats(self, module: nn.Module) -> dict[str, str]:
         if not isinstance(module, Linear | Experts):
@@ -102,7 +110,7 @@ class _Watch:
             microbatch = self.forwards
 
             def check(gradient: Tensor) -> None:
-                if not gradient.isfinite().all():
+                if self.looking("backward", microbatch) and not gradient.isfinite().all():
                     self.note("backward", name, "the gradient with respect to its input", microbatch, self.formats(module))
 
             for value in inputs:
@@ -113,9 +121,10 @@ class _Watch:
 
     def _after(self, name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            phase, what = ("forward", "its output") if name else ("loss", "the summed loss")
             for value in output if isinstance(output, tuple) else (output,):
-                if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-                    phase, what = ("forward", "its output") if name else ("loss", "the summed loss")
+                wanted = isinstance(value, Tensor) and value.is_floating_point()
+                if wanted and self.looking(phase, self.forwards) and not value.isfinite().all():
                     self.note(phase, name or "loss", what, self.forwards, self.formats(module))
 
         return hook
@@ -127,7 +136,7 @@ class _Watch:
             microbatch = next(times, len(self.samples) - 1)
             held = getattr(weight, "main_grad", None)  # Megatron's, where fused linear layers put theirs
             for value in (gradient, held):
-                if self.found is None and value is not None and not value.isfinite().all():
+                if self.looking("backward", microbatch) and value is not None and not value.isfinite().all():
                     what = f"the gradient of {_stored_name(weight, value.view(weight.shape)) or name}"
                     self.note("backward", name.rpartition(".")[0] or name, what, microbatch, self.formats(owner))
 

@@ -137,14 +137,15 @@ class Incidents:
         rewinds = self.rewinds + 1
         self.load_state(checkpoint.state.get("incidents", {}))
         self.streak, self.rewinds, self.run.plan = 0, rewinds, self.run.plan.skipping(incident.samples)
-        skipped = sum(end - begin for begin, end in incident.samples)
-        passing = f", passing over {skipped} samples" if skipped else ""
+        ranges = " and ".join(f"{begin} to {end - 1}" for begin, end in incident.samples)
+        passing = f", passing over samples {ranges}" if ranges else ""
         path = self._report(incident, f"the run went back to step {checkpoint.step}{passing} (rewind {rewinds} of {self.config.rewinds})")
         said = f"{incident.cause}; going back to the checkpoint of step {checkpoint.step}{passing} ({path})"
         self.observers.on_alert(Alert(incident.kind, incident.last, said, severe=True))
         return Rewind(checkpoint.step, checkpoint.state)
 
     def _stop(self, incident: Incident, why: str) -> NoReturn:
+        self.checkpointer.close()  # all ranks stop here, so the checkpoint under way can still be completed
         path = self._report(incident, f"the run stopped: {why}")
         self.observers.on_alert(Alert(incident.kind, incident.last, f"{incident.cause}; the run stops ({path})", severe=True))
         raise RunFailed(f"{incident.cause}; {why} (report: {path})")

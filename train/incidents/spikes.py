@@ -1,9 +1,10 @@
 """Watches over the metrics of every step: spikes of loss and gradient norm, and what drifts away slowly.
 
-Spikes are told by robust statistics: of the last `window` steps, on a log scale, the median and the median absolute deviation (times 1.4826, which
-makes it a standard deviation where the noise is normal). A value more than `monitor.incidents.spike` of those above the median is a spike; a quiet
+Spikes are told by robust statistics, on a log scale. A step is compared with the median of the LEVEL steps before it, which follows a curve that
+falls; of the last `window` such differences, the median is what is usual and the median absolute deviation (times 1.4826, which makes it a standard
+deviation where the noise is normal) its spread. A difference more than `monitor.incidents.spike` of those above the usual one is a spike; a quiet
 curve's deviation counts as at least FLOOR, so a spike of the loss is at least 22 % and one of the gradient norm at least a factor 2.7 by
-default. Falling is no spike. Nothing is judged before LEAST steps. One alert is raised when a value leaves, and no other until it has come back.
+default. Falling is no spike. Nothing is judged before LEAST differences. One alert is raised when a value leaves, and no other until it is back.
 
 The others compare the median of the last steps with a threshold of the recipe; the share of zero gradients is judged whenever it is measured.
 """
@@ -18,7 +19,8 @@ from train.observe.base import Alert, Metrics
 from train.observe.incident_settings import IncidentsConfig
 
 FLOOR = {"loss/lm": 0.02, "grad_norm": 0.1}  # of the deviation, in units of the natural logarithm
-LEAST = 30  # steps
+LEAST = 30  # differences
+LEVEL = 20  # steps
 SPIKE = "spike"
 ZERO = "/wgrad/zero"
 
@@ -55,6 +57,7 @@ class Watches:
         self.config = config
         self._drifts = drifts(config, worst_violation)
         self._past: dict[str, list[float]] = {}
+        self._differences: dict[str, list[float]] = {}
         self._out: set[str] = set()
 
     def look(self, step: int, metrics: Metrics) -> list[Alert]:
@@ -64,29 +67,33 @@ class Watches:
         return alerts + self._zero_gradients(step, metrics)
 
     def state(self) -> dict[str, Any]:
-        return {"past": self._past, "out": sorted(self._out)}
+        return {"past": self._past, "differences": self._differences, "out": sorted(self._out)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._past = {key: list(values) for key, values in state.get("past", {}).items()}
+        for held, name in ((self._past, "past"), (self._differences, "differences")):
+            held.clear()
+            held.update({key: list(values) for key, values in state.get(name, {}).items()})
         self._out = set(state.get("out", ()))
 
     def _spike(self, step: int, key: str, value: float) -> Alert | None:
-        past = self._past.setdefault(key, [])
+        past, differences = self._past.setdefault(key, []), self._differences.setdefault(key, [])
         log = math.log(max(value, 1e-30))
         alert = None
-        if len(past) >= min(LEAST, self.config.window):
-            middle = statistics.median(past)
-            deviation = max(1.4826 * statistics.median(abs(other - middle) for other in past), FLOOR[key])
-            score = (log - middle) / deviation
-            if self._leaves(key, score > self.config.spike):
-                usual = math.exp(middle)
-                alert = Alert(
-                    SPIKE,
-                    step,
-                    f"{key} is {value:.4g}, {value / usual:.3g} times the median {usual:.4g} of the last {len(past)} steps ({score:.0f} robust "
-                    "standard deviations)",
-                )
-        self._keep(past, log)
+        if past:
+            level = statistics.median(past)
+            if len(differences) >= min(LEAST, self.config.window):
+                usual = statistics.median(differences)
+                deviation = max(1.4826 * statistics.median(abs(other - usual) for other in differences), FLOOR[key])
+                score = (log - level - usual) / deviation
+                if self._leaves(key, score > self.config.spike):
+                    alert = Alert(
+                        SPIKE,
+                        step,
+                        f"{key} is {value:.4g}, {value / math.exp(level):.3g} times the median {math.exp(level):.4g} of the last {len(past)} steps "
+                        f"({score:.0f} robust standard deviations)",
+                    )
+            self._keep(differences, log - level, self.config.window)
+        self._keep(past, log, LEVEL)
         return alert
 
     def _drift(self, step: int, drift: Drift, metrics: Metrics) -> Alert | None:
@@ -94,7 +101,7 @@ class Watches:
         if value is None:
             return None
         past = self._past.setdefault(drift.kind, [])
-        self._keep(past, value)
+        self._keep(past, value, self.config.window)
         middle = statistics.median(past)
         if len(past) < self.config.window or not self._leaves(drift.kind, middle > drift.limit):
             return None
@@ -122,6 +129,7 @@ class Watches:
         (self._out.add if outside else self._out.discard)(key)
         return outside and not was
 
-    def _keep(self, past: list[float], value: float) -> None:
+    @staticmethod
+    def _keep(past: list[float], value: float, most: int) -> None:
         past.append(value)
-        del past[: -self.config.window]
+        del past[:-most]

@@ -45,13 +45,14 @@ PATTERN = "model.pattern"
 DURATIONS = ("optimizer.warmup", "optimizer.decay", "checkpoint.every", "checkpoint.keep_every", "run.stop_after")
 
 
-def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int) -> dict[str, tuple[Any, Any]]:
+def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int, samples: int | None = None) -> dict[str, tuple[Any, Any]]:
     """{key: (old value, new value)} of what this start changes of the run whose recipe was stored, after `done` steps.
 
-    A key that the stored recipe does not know has had its default. Raises RecipeError, in one sentence, for what may not change.
+    samples: that are behind the run, read or passed over; None: it passed over none. A key that the stored recipe does not know has had its
+    default. Raises RecipeError, in one sentence, for what may not change.
     """
     old = _read(stored, recipe)
-    recipe = _with_phases(old, recipe, done)
+    recipe = _with_phases(old, recipe, done, samples)
     before, after = (dict(flatten(without_secrets(plain(which)))) for which in (old, recipe))  # secrets were not stored
     changes = {
         key: (before.get(key), after.get(key))
@@ -77,12 +78,12 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe, done: int) -> dict[s
     return changes
 
 
-def continued(stored: Mapping[str, Any], recipe: Recipe, done: int) -> Recipe:
+def continued(stored: Mapping[str, Any], recipe: Recipe, done: int, samples: int | None = None) -> Recipe:
     """The recipe as the run goes on with it after `done` steps: data.phases that run.allow names take over where reading stopped.
 
-    Raises RecipeError, in one sentence, for phases that are not allowed.
+    samples: see `changed_keys`. Raises RecipeError, in one sentence, for phases that are not allowed.
     """
-    return _with_phases(_read(stored, recipe), recipe, done)
+    return _with_phases(_read(stored, recipe), recipe, done, samples)
 
 
 def lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
@@ -99,13 +100,15 @@ def _read(stored: Mapping[str, Any], recipe: Recipe) -> Recipe:
         raise RecipeError(f"the recipe stored in {recipe.run_dir} cannot be read ({error}): choose another run.dir") from None
 
 
-def _with_phases(old: Recipe, recipe: Recipe, done: int) -> Recipe:
-    samples, length = done * recipe.train.global_batch_size, recipe.train.sequence_length
+def _with_phases(old: Recipe, recipe: Recipe, done: int, samples: int | None) -> Recipe:
+    taken, length = done * recipe.train.global_batch_size, recipe.train.sequence_length
+    samples = taken if samples is None else samples
     phases = going_on(old.data.phases, recipe.data.phases, samples, length, PHASES in recipe.run.allow)
     if phases is None:
+        passed = f" ({samples - taken} of them passed over)" if samples > taken else ""
         raise RecipeError(
-            f"data.phases differ from those of the run in {recipe.run_dir} within the {samples} samples its {done} steps have read: append a phase "
-            f"behind them, let these phases take over from the next step on with run.allow=[{PHASES}], or {_elsewhere(recipe)}"
+            f"data.phases differ from those of the run in {recipe.run_dir} within the {samples} samples its {done} steps have read{passed}: append "
+            f"a phase behind them, let these phases take over from the next step on with run.allow=[{PHASES}], or {_elsewhere(recipe)}"
         )
     return recipe if phases == recipe.data.phases else replace(recipe, data=replace(recipe.data, phases=phases))
 

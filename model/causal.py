@@ -1,0 +1,40 @@
+"""Causal attention of whole sequences, or of the documents packed into them, and what computes it.
+
+    whole sequences                      PyTorch's scaled_dot_product_attention
+    documents, 16-bit on a GPU           variable-length flash attention over all documents at once
+    documents, anything else             scaled_dot_product_attention of one document after another
+
+No [sequence, sequence] mask is made: flash attention refuses one, and at 8192 tokens it is larger than all else of the layer. Where ranks split
+sequences: `model.split_attention`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+
+from model.batch import Bounds
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Bounds | None) -> Tensor:
+    """query [sequence, batch, heads, D]; key, value [sequence, batch, kv_heads, D], kv_heads dividing heads -> query's shape.
+
+    documents: no token sees another document than its own; None: it sees all before it.
+    """
+    grouped = query.shape[2] != key.shape[2]
+    if documents is None:
+        query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped).permute(2, 0, 1, 3)
+    batch = query.shape[1]
+    # [tokens, heads, D], sequence after sequence
+    query, key, value = (each.transpose(0, 1).flatten(0, 1) for each in (query, key, value))
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        starts, longest = documents.starts, max(documents.lengths)
+        out = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+        assert isinstance(out, Tensor)
+    else:
+        # [1, heads, tokens, D]: without a dimension for the batch grouped heads are refused.
+        pieces = (each.transpose(0, 1).unsqueeze(0).split(documents.lengths, dim=2) for each in (query, key, value))
+        outs = [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in zip(*pieces, strict=True)]
+        out = torch.cat(outs, dim=2)[0].transpose(0, 1)
+    return out.unflatten(0, (batch, -1)).transpose(0, 1)
