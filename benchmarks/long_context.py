@@ -5,7 +5,7 @@
 
 activations: bytes that a layer of `tiny` in fp32 saves for its backward pass, each piece of memory once, without parameters. time: CPU seconds of
 its forward and backward pass on one thread, median of rounds in which the lengths take turns.
-peak: the largest resident size of a rank in a training step of one sequence of `tokens`, above what it had before, the most of all ranks.
+peak: the largest resident size of a rank in a training step of one sequence of `tokens`, above what it had before it, the most of all ranks.
 """
 
 import resource
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from matplotlib import pyplot as plt
 
 from benchmarks.arguments import main
-from benchmarks.timing import machine, save, table
+from benchmarks.timing import keep_freed_memory, machine, save, table
 from model.batch import Microbatch
 from model.context import ModelContext
 from model.layer import Layer
@@ -78,6 +78,7 @@ def by_length(lengths: list[int], rounds: int) -> tuple[dict[int, float], dict[i
     """(bytes, seconds) per token of a layer by the length of the sequence."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     recipe = load_recipe("tiny", "precision=fp32")
     layout = groups.initialize(recipe.parallel, 0)
     try:
@@ -98,27 +99,34 @@ def by_length(lengths: list[int], rounds: int) -> tuple[dict[int, float], dict[i
 
 
 def peak(tokens: int, way: str, to: str) -> None:
-    """On every rank: one training step of one sequence over all of them; rank 0 writes the largest peak, in bytes, to a file."""
+    """On every rank: a training step of one sequence over all of them; rank 0 writes the largest peak, in bytes, to a file.
+
+    A short one goes before it, so that what a process loads with its first step does not count.
+    """
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as directory:
-        recipe = load_recipe(
-            "tiny",
-            "precision=fp32",
-            "train.global_batch_size=1",
-            f"train.sequence_length={tokens}",
-            f"parallel.context={world_size()}",
-            f"parallel.context_mamba={way}",
-            f"run.dir={directory}",
-            world_size=world_size(),
-        )
-        run = build(recipe)
-        before = psutil.Process().memory_info().rss
-        train_step(run, 0)
-        largest = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) - before)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        if run.layout.rank == 0:
-            Path(to).write_text(str(int(largest)))
-        groups.shutdown()
+    ranks, before = world_size(), 0
+    for length in (64 * ranks, tokens):
+        with tempfile.TemporaryDirectory() as directory:
+            recipe = load_recipe(
+                "tiny",
+                "precision=fp32",
+                "train.global_batch_size=1",
+                f"train.sequence_length={length}",
+                f"parallel.context={ranks}",
+                f"parallel.context_mamba={way}",
+                f"run.dir={directory}",
+                world_size=ranks,
+            )
+            run = build(recipe)
+            before = psutil.Process().memory_info().rss
+            train_step(run, 0)
+            if length == tokens:
+                most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                largest = torch.tensor(most - before)
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+                if run.layout.rank == 0:
+                    Path(to).write_text(str(int(largest)))
+            groups.shutdown(leave_world=length == tokens)
 
 
 def by_ranks(ranks: list[int], tokens: int, way: str) -> dict[int, int]:
@@ -150,14 +158,15 @@ def draw(values: dict[str, Any], path: Path) -> None:
         left.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
         left.set_ylim(0, 1.5)
         left.margins(x=0.16)
-        left.set_title(f"A Mamba layer, per token, relative to {lengths[0]} tokens")
+        left.set_title(f"A Mamba layer, per token, relative to {lengths[0]:,} tokens")
         left.set_xlabel("tokens of the sequence")
         peaks = values["peak_bytes"]
         first = next(iter(peaks.values()))
         bars = right.bar(
             [str(count) for count in peaks], [value / 2**20 for value in peaks.values()], color=drawing.RUN_COLOURS[0], width=0.6
         )
-        right.bar_label(bars, [f"{value / 2**20:,.0f} MiB\n{first / value:.2f}x less" for value in peaks.values()])
+        less = [f"\n{first / value:.2f}x less" if value < first else "" for value in peaks.values()]
+        right.bar_label(bars, [f"{value / 2**20:,.0f} MiB{text}" for value, text in zip(peaks.values(), less, strict=True)])
         right.set_ylim(0, 1.2 * max(peaks.values()) / 2**20)
         right.set_title(f"Peak of a rank, {values['tokens']:,} tokens")
         right.set_xlabel("parallel.context")

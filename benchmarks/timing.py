@@ -15,7 +15,7 @@ import torch
 
 def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of a call of each, over rounds in which every contender is called once; one round before them is not counted."""
-    _keep_freed_memory()
+    keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
         for name, call in contenders.items():
@@ -28,7 +28,7 @@ def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: to
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc not to return freed memory to the kernel, as in a training step, whose tensors take each other's place: fetching it again
     for every large result costs more than some of what is measured, and hits whoever comes first after another's larger one."""
     with suppress(OSError, AttributeError):

@@ -8,9 +8,10 @@ from model.batch import Microbatch
 from model.causal import causal_attention
 from model.context import ModelContext
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
+from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
 from model.parameter import output_std
 from model.split_attention import split_attention
+from parallel.misfit import Misfit
 from parallel.shards import Section
 
 
@@ -25,8 +26,10 @@ class AttentionSizes(Sizes):
 
     def validate(self) -> None:
         if self.attention_heads % self.key_value_heads:
-            raise ValueError(
-                f"model.attention_heads={self.attention_heads} must be a multiple of model.key_value_heads={self.key_value_heads}"
+            raise Misfit(
+                f"model.attention_heads={self.attention_heads} is not a multiple of model.key_value_heads={self.key_value_heads}",
+                "model.key_value_heads",
+                "model.attention_heads",
             )
 
 
@@ -79,7 +82,7 @@ register_mixer(
         build=Attention,
         sizes=AttentionSizes,
         context_tokens=lambda sizes: 1,
-        tensor_divides=("attention_heads", "key_value_heads"),
+        dimensions=(Dimension("attention_heads", ("tensor",)), Dimension("key_value_heads", ("tensor",))),
         products=products,
         engine=lambda sizes: {"attention_heads": sizes.attention_heads},
         hugging_face=HuggingFace(

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
-from model.mixer import MIXERS, Mixer, Sizes, mixer_sizes
+from model.mixer import MIXERS, Dimension, Mixer, Sizes, mixer_sizes
 from model.pattern import Pattern, parse
+from parallel.misfit import Misfit
 
 S = TypeVar("S", bound=Sizes)
 
@@ -42,6 +43,9 @@ class ModelConfig:
     """All MTP depths are one block, applied again."""
     mtp_loss_scale: float = 0.3
     """Weight of the mean loss of the MTP depths beside the LM loss; 0: they are not trained."""
+
+    def __hash__(self) -> int:  # by hand: `mixers` has none
+        return hash((self.pattern, self.vocab_size, self.hidden_size))
 
     @classmethod
     def of(cls, **keys: Any) -> Self:
@@ -80,9 +84,21 @@ class ModelConfig:
         return tuple(MIXERS[letter] for letter in sorted(letters))
 
     @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """The sizes that ranks share out: the vocabulary, and what the mixers of the pattern declare."""
+        return (Dimension("vocab_size", ("tensor",)), *(dimension for mixer in self.used for dimension in mixer.dimensions))
+
+    def size(self, key: str) -> int:
+        """The value of a size, the model's own or a mixer's, by its key."""
+        if key in {f.name for f in fields(self)}:
+            return getattr(self, key)
+        (kind,) = (kind for kind in mixer_sizes().values() if key in {f.name for f in fields(kind)})
+        return getattr(self.sizes(kind), key)
+
+    @property
     def has_experts(self) -> bool:
         """Whether some layer can be spread over an expert group."""
-        return any(mixer.expert_divides for mixer in self.used)
+        return any(mixer.has_experts for mixer in self.used)
 
     @property
     def mtp_depths(self) -> int:
@@ -120,4 +136,4 @@ class ModelConfig:
 
 def _at_least_one(key: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"model.{key}={value} must be at least 1")
+        raise Misfit(f"model.{key}={value} must be at least 1", f"model.{key}")

@@ -2,11 +2,12 @@
 is allocated."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from model.config import ModelConfig
-from model.context import ModelContext
+from model.context import LinearUse, ModelContext
 from model.hybrid import HybridModel
 from model.layer import Layer
 from model.mixer import MIXERS
@@ -84,8 +85,13 @@ def linear_modules(config: ModelConfig, tensor: int = 1, expert_tensor: int = 1)
             use.spread == "everywhere",
             use.spread in ("expert_rows", "expert_columns"),
         )
-        for use in on_meta(config).context.linears
+        for use in _linears(config)
     ]
+
+
+@lru_cache(maxsize=4)
+def _linears(config: ModelConfig) -> tuple[LinearUse, ...]:
+    return tuple(on_meta(config).context.linears)
 
 
 def _uses(module: str, config: ModelConfig) -> int:

@@ -10,12 +10,13 @@ from model.batch import Microbatch
 from model.context import ModelContext
 from model.convolution import causal_convolution
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
+from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
 from model.norm import gated_group_norm
 from model.parameter import output_std, sharded_parameter
 from model.ssd import ssd, ssd_flops
 from parallel.context import Scan, halo, to_heads, to_tokens
 from parallel.layout import ParallelConfig
+from parallel.misfit import Misfit
 from parallel.shards import Section, split_sections
 
 
@@ -37,9 +38,13 @@ class MambaSizes(Sizes):
     def validate(self) -> None:
         for key in ("mamba_conv_width", "mamba_chunk_size"):
             if getattr(self, key) < 1:
-                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+                raise Misfit(f"model.{key}={getattr(self, key)} must be at least 1", f"model.{key}")
         if self.mamba_heads % self.mamba_groups:
-            raise ValueError(f"model.mamba_heads={self.mamba_heads} must be a multiple of model.mamba_groups={self.mamba_groups}")
+            raise Misfit(
+                f"model.mamba_heads={self.mamba_heads} is not a multiple of model.mamba_groups={self.mamba_groups}",
+                "model.mamba_groups",
+                "model.mamba_heads",
+            )
 
 
 def check_layout(sizes: MambaSizes, parallel: ParallelConfig) -> None:
@@ -48,13 +53,13 @@ def check_layout(sizes: MambaSizes, parallel: ParallelConfig) -> None:
     if ranks == 1 or parallel.context_mamba != "all_to_all":
         return
     heads, groups = sizes.mamba_heads // tensor, sizes.mamba_groups // tensor
-    fits = [n for n in range(1, heads + 1) if _shares_out(heads, groups, n)]
-    if ranks not in fits:
-        nearest = sorted({max((n for n in fits if n < ranks), default=1), min((n for n in fits if n > ranks), default=fits[-1])})
+    if not _shares_out(heads, groups, ranks):
         each = f" / parallel.tensor={tensor}" if tensor > 1 else ""
-        raise ValueError(
+        raise Misfit(
             f"parallel.context={ranks} with parallel.context_mamba=all_to_all does not share out model.mamba_heads={sizes.mamba_heads} and "
-            f"model.mamba_groups={sizes.mamba_groups}{each}: use parallel.context={' or '.join(map(str, nearest))}, or parallel.context_mamba=state"
+            f"model.mamba_groups={sizes.mamba_groups}{each}",
+            "parallel.context",
+            "parallel.context_mamba",
         )
 
 
@@ -215,7 +220,7 @@ register_mixer(
         sizes=MambaSizes,
         check_layout=check_layout,
         context_tokens=lambda sizes: max(1, sizes.mamba_conv_width - 1),
-        tensor_divides=("mamba_heads", "mamba_groups"),
+        dimensions=(Dimension("mamba_heads", ("tensor",)), Dimension("mamba_groups", ("tensor",))),
         products=products,
         hugging_face=HuggingFace(
             "linear_attention",

@@ -8,7 +8,8 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 from torch import nn
 
@@ -33,6 +34,7 @@ class Sizes:
         needed is given."""
 
     @classmethod
+    @cache
     def needed(cls) -> tuple[str, ...]:
         """Keys without which there is no such layer."""
         hints = typing.get_type_hints(cls, include_extras=True)
@@ -40,6 +42,18 @@ class Sizes:
 
 
 S = TypeVar("S", bound=Sizes)
+
+
+Axis = Literal["tensor", "expert", "expert_tensor", "context"]
+"""Keys of the recipe's `parallel` group by which ranks share out what belongs to one layer."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A size that ranks share out equally. key: of the recipe's `model` group; axes: of which the product must divide it."""
+
+    key: str
+    axes: tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
@@ -68,27 +82,28 @@ class Mixer(Generic[S]):
 
     letter: in patterns. name: for people. sizes: its keys in the recipe. build: (ModelContext, canonical name) -> its module, called with
     x [sequence, batch, hidden] and a Microbatch, whose result has the shape of x.
-    tensor_divides, expert_divides, expert_tensor_divides: keys of sizes that parallel.tensor, parallel.expert and parallel.expert_tensor must
-    divide. check_layout: raises ValueError, in one sentence, for other layouts it cannot have. products: of a sequence of that many tokens.
-    active_share: the part of a parameter (its name inside the module) that one token uses. context_tokens: consecutive tokens that a rank must
-    hold at least where parallel.context splits sequences; None: it only knows whole ones. engine: what the engine must know, as fields of
-    `parallel.engine.ModelSizes`.
-    hugging_face: None where NemotronH has no such layer.
+    dimensions: which of its sizes ranks share out, and over which axes. check_layout: raises `parallel.misfit.Misfit` for other layouts it cannot
+    have. products: of a sequence of that many tokens. active_share: the part of a parameter (its name inside the module) that one token uses.
+    context_tokens: consecutive tokens that a rank must hold at least where parallel.context splits sequences; None: it only knows whole ones.
+    engine: what the engine must know, as fields of `parallel.engine.ModelSizes`. hugging_face: None where NemotronH has no such layer.
     """
 
     letter: str
     name: str
     build: Callable[..., nn.Module]
     sizes: type[S]
-    tensor_divides: tuple[str, ...] = ()
-    expert_divides: tuple[str, ...] = ()
-    expert_tensor_divides: tuple[str, ...] = ()
+    dimensions: tuple[Dimension, ...] = ()
     check_layout: Callable[[S, ParallelConfig], None] = lambda sizes, parallel: None
     products: Callable[[S, int], tuple[Products, ...]] = lambda sizes, sequence_length: ()
     active_share: Callable[[S, str], float] = lambda sizes, parameter: 1.0
     context_tokens: Callable[[S], int] | None = None
     engine: Callable[[S], Mapping[str, int]] = lambda sizes: {}
     hugging_face: HuggingFace | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it can be spread over an expert group."""
+        return any("expert" in dimension.axes for dimension in self.dimensions)
 
 
 MIXERS: dict[str, Mixer[Any]] = {}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.batch import Microbatch
 from model.context import ModelContext
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Sizes, register_mixer
+from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Sizes, register_mixer
 from model.parameter import output_std
 
 
@@ -49,7 +49,7 @@ register_mixer(
         build=build,
         sizes=MLPSizes,
         context_tokens=lambda sizes: 1,
-        tensor_divides=("ffn_hidden_size",),
+        dimensions=(Dimension("ffn_hidden_size", ("tensor",)),),
         hugging_face=HuggingFace(
             "mlp", keys={"intermediate_size": "ffn_hidden_size"}, constants={"mlp_bias": False, "mlp_hidden_act": "relu2"}
         ),

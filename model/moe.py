@@ -19,7 +19,7 @@ from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
 from model.dispatch import Places, gather, spread
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, HuggingFace, Mixer, Needed, Sizes, register_mixer
+from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Sizes, register_mixer
 from model.mlp import MLP, squared_relu
 from model.parameter import output_std, sharded_parameter
 from model.precision.formats.base import Formats
@@ -28,6 +28,7 @@ from model.precision.linear import grouped_linear
 from model.precision.site import Site, TokenKeys
 from model.router import Router
 from parallel.layout import ParallelConfig
+from parallel.misfit import Misfit
 from parallel.shards import Piece, Spread
 
 SAMPLE_BITS, POSITION_BITS = 32, 32
@@ -54,9 +55,9 @@ class MoESizes(Sizes):
 
     def validate(self) -> None:
         if self.latent_size is not None and self.latent_size < 1:
-            raise ValueError(f"model.latent_size={self.latent_size} must be at least 1")
+            raise Misfit(f"model.latent_size={self.latent_size} must be at least 1", "model.latent_size")
         if self.top_k > self.experts:
-            raise ValueError(f"model.top_k={self.top_k} exceeds model.experts={self.experts}: choose at most that many per token")
+            raise Misfit(f"model.top_k={self.top_k} exceeds model.experts={self.experts}", "model.top_k", "model.experts")
         for key in ("router_aux_loss", "router_bias_update_rate"):
             if getattr(self, key) < 0:
                 raise ValueError(f"model.{key}={getattr(self, key)} must not be negative: use 0 to switch it off")
@@ -67,8 +68,10 @@ class MoESizes(Sizes):
 def check_layout(sizes: MoESizes, parallel: ParallelConfig) -> None:
     """Without sequence parallelism the ranks of a tensor group would dispatch the same tokens, each of them all."""
     if parallel.tensor > 1 and not parallel.sequence_parallel:
-        raise ValueError(
-            "parallel.sequence=false with parallel.tensor > 1 cannot run MoE layers (E in model.pattern): set parallel.sequence=true"
+        raise Misfit(
+            f"parallel.sequence=false with parallel.tensor={parallel.tensor} cannot run MoE layers (E in model.pattern)",
+            "parallel.sequence",
+            "parallel.tensor",
         )
 
 
@@ -233,9 +236,11 @@ register_mixer(
         build=MoE,
         sizes=MoESizes,
         context_tokens=lambda sizes: 1,
-        tensor_divides=("shared_expert_ffn_size",),
-        expert_divides=("experts",),
-        expert_tensor_divides=("expert_ffn_size",),
+        dimensions=(
+            Dimension("experts", ("expert",)),
+            Dimension("expert_ffn_size", ("expert_tensor",)),
+            Dimension("shared_expert_ffn_size", ("tensor",)),
+        ),
         check_layout=check_layout,
         active_share=active_share,
         engine=lambda sizes: {"experts": sizes.experts, "top_k": sizes.top_k},

@@ -16,6 +16,7 @@ from model.config import ModelConfig
 from model.count import linear_modules, other_products
 from model.hybrid import Part
 from parallel.layout import ParallelConfig
+from parallel.misfit import Misfit
 
 
 def layer_costs(config: ModelConfig, sequence_length: int) -> tuple[list[float], float]:
@@ -59,23 +60,27 @@ def balanced(costs: Sequence[float], behind: float, stages: int, virtual: int = 
     return [range(a, b) for a, b in pairwise([0, *best[count][1]])]
 
 
-def pipeline_parts(config: ModelConfig, parallel: ParallelConfig, sequence_length: int) -> list[Part]:
-    """Every part of the pipeline, in the order in which a token passes them.
-
-    Raises ValueError, in one sentence, where the layers, or `|` in the pattern, do not give as many as the layout has.
-    """
-    count, given = parallel.pipeline * parallel.virtual_pipeline, config.parsed.parts
-    of = f"parallel.pipeline={parallel.pipeline}" + (
-        f" x parallel.virtual_pipeline={parallel.virtual_pipeline} = {count}" if parallel.virtual_pipeline > 1 else ""
-    )
-    layers = len(config.layers)
+def check_parts(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises Misfit where the layers, or `|` in the pattern, do not give as many parts as the layout has."""
+    count, given, layers = parallel.pipeline * parallel.virtual_pipeline, config.parsed.parts, len(config.layers)
+    of, keys = f"parallel.pipeline={parallel.pipeline}", ["parallel.pipeline"]
+    if parallel.virtual_pipeline > 1:
+        of += f" x parallel.virtual_pipeline={parallel.virtual_pipeline} = {count}"
+        keys.append("parallel.virtual_pipeline")
     if count > layers:
-        raise ValueError(f"{of} parts of the pipeline exceed the {layers} layers of model.pattern: use at most that many")
+        raise Misfit(f"{of} exceeds the {layers} layers of model.pattern, and every part of the pipeline needs one", *keys)
     if given and len(given) != count:
-        raise ValueError(
-            f"model.pattern={config.pattern!r} has {len(given)} parts between its '|', but {of}: give as many, or leave '|' out, which balances "
-            "them by cost"
+        raise Misfit(
+            f"model.pattern={config.pattern!r} has {len(given)} parts between its '|', but {of}",
+            *keys,
+            otherwise="leave '|' out, which balances stages by cost",
         )
+
+
+def pipeline_parts(config: ModelConfig, parallel: ParallelConfig, sequence_length: int) -> list[Part]:
+    """Every part of the pipeline, in the order in which a token passes them. Raises Misfit, see `check_parts`."""
+    check_parts(config, parallel)
+    count, given, layers = parallel.pipeline * parallel.virtual_pipeline, config.parsed.parts, len(config.layers)
     if given:
         ranges = [range(a, b) for a, b in pairwise([0, *accumulate(given)])]
     elif count == 1:

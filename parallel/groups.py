@@ -4,12 +4,15 @@ import datetime
 import gc
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend, too
 
 from parallel.collectives import COLLECTIVES, watch
 from parallel.layout import Layout, ParallelConfig, world_size
@@ -34,6 +37,31 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     watch()
     if not dist.is_initialized():
         _join("nccl" if cuda else "gloo", device if cuda else None, datetime.timedelta(minutes=config.timeout_minutes))
+    layout = divide(config, device)
+    if cuda:
+        model_parallel_cuda_manual_seed(seed)
+        torch.cuda.manual_seed(device_seed(layout, seed))
+    return layout
+
+
+@contextmanager
+def imagined(config: ParallelConfig, ranks: int, rank: int) -> Iterator[Layout]:
+    """What rank `rank` of `ranks` would be, without the others: Megatron's own groups, over a process group that sends nothing.
+
+    Models are built on the meta device, where nothing is allocated. Raises ValueError for a layout that cannot be.
+    """
+    config.validate(ranks)
+    cpu.apply()
+    timeout = datetime.timedelta(minutes=config.timeout_minutes)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks, timeout=timeout)
+    try:
+        yield divide(config, torch.device("meta"))
+    finally:
+        shutdown()
+
+
+def divide(config: ParallelConfig, device: torch.device) -> Layout:
+    """Builds Megatron's groups within the process group that stands. Collective."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -51,7 +79,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
 
     tensor, pipeline, data, context = place(groups.tp), place(groups.pp), place(groups.dp), place(groups.cp)
     expert, expert_tensor, expert_data = place(groups.ep), place(groups.expt_tp), place(groups.expt_dp)
-    layout = Layout(
+    return Layout(
         config,
         dist.get_world_size(),
         dist.get_rank(),
@@ -65,10 +93,6 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         *expert_tensor,
         *expert_data,
     )
-    if cuda:
-        model_parallel_cuda_manual_seed(seed)
-        torch.cuda.manual_seed(device_seed(layout, seed))
-    return layout
 
 
 def device_seed(layout: Layout, seed: int) -> int:

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from parallel.misfit import Misfit
+
 Recomputable = Literal["norm", "activation", "moe", "head", "mamba", "layer"]
 
 
@@ -37,7 +39,7 @@ class ParallelConfig:
     """parts of the layers that each stage takes turns with (interleaved 1F1B); needs at least as many microbatches as stages"""
     context: int = 1
     """ranks that split each sequence in every module, each holding consecutive tokens"""
-    context_mamba: str = "state"
+    context_mamba: Literal["state", "all_to_all"] = "state"
     """how Mamba layers cross the borders of split sequences: state hands states on and divides nothing further; all_to_all gathers
     sequences and divides heads"""
     distributed_optimizer: bool = False
@@ -76,21 +78,23 @@ class ParallelConfig:
         return math.lcm(max(dense, 1), max(self.expert_tensor * self.expert * self.pipeline, 1))
 
     def validate(self, world_size: int) -> None:
-        """Raises ValueError, in one sentence, for a layout `world_size` ranks cannot have."""
+        """Raises ValueError, most of them `Misfit`, for a layout `world_size` ranks cannot have."""
         for key in ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context"):
             if getattr(self, key) < 1:
-                raise ValueError(f"parallel.{key}={getattr(self, key)} must be at least 1: use 1 for no such parallelism")
+                raise Misfit(f"parallel.{key}={getattr(self, key)} must be at least 1", f"parallel.{key}")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise ValueError(
-                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1: use parallel.virtual_pipeline=1, or more stages"
+            raise Misfit(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1",
+                "parallel.virtual_pipeline",
+                "parallel.pipeline",
             )
-        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
-            lacking = "distributed_optimizer" if not self.distributed_optimizer else "overlap_grad_reduce"
-            raise ValueError(f"parallel.overlap_param_gather=true needs parallel.{lacking}=true: set it too, or leave both out")
-        if self.context_mamba not in ("state", "all_to_all"):
-            raise ValueError(f"parallel.context_mamba={self.context_mamba!r} is unknown: use state or all_to_all")
+        for key in ("distributed_optimizer", "overlap_grad_reduce"):
+            if self.overlap_param_gather and not getattr(self, key):
+                raise Misfit(
+                    f"parallel.overlap_param_gather=true needs parallel.{key}=true", f"parallel.{key}", "parallel.overlap_param_gather"
+                )
         if self.sequence and self.tensor == 1:
-            raise ValueError("parallel.sequence=true needs parallel.tensor > 1: there is no tensor group to split over")
+            raise Misfit("parallel.sequence=true needs a tensor group to split over: parallel.tensor=1 is none", "parallel.sequence")
         if len(set(self.recompute)) < len(self.recompute):
             twice = next(kind for kind in self.recompute if self.recompute.count(kind) > 1)
             raise ValueError(f"parallel.recompute={list(self.recompute)} names {twice} twice: name each kind once")
@@ -101,23 +105,15 @@ class ParallelConfig:
             )
         if not 0 < self.timeout_minutes <= 7 * 24 * 60:
             raise ValueError(f"parallel.timeout_minutes={self.timeout_minutes} must lie above 0 and within a week: use for instance 10")
-        dense = self.tensor * self.pipeline * self.context
-        if world_size % dense:
-            context = f" x parallel.context={self.context}" if self.context > 1 else ""
-            raise ValueError(
-                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline}{context} = {dense} does not divide the {world_size} "
-                f"ranks of this run: start a multiple of {dense} ranks or lower one of them"
-            )
-        routed = self.expert_tensor * self.expert * self.pipeline
-        if world_size % routed:
-            key = "expert" if self.expert > 1 else "expert_tensor"
-            beside = routed // getattr(self, key)
-            fits = [value for value in range(1, getattr(self, key)) if world_size % (beside * value) == 0]
-            remedy = f"use {fits[-1]} for parallel.{key}" if fits else f"start a multiple of {routed} ranks"
-            raise ValueError(
-                f"parallel.expert={self.expert} x parallel.expert_tensor={self.expert_tensor} x parallel.pipeline="
-                f"{self.pipeline} = {routed} does not divide the {world_size} ranks of this run: {remedy}"
-            )
+        self._divide(world_size, "tensor", "pipeline", "context")
+        self._divide(world_size, "expert", "expert_tensor", "pipeline")
+
+    def _divide(self, world_size: int, *axes: str) -> None:
+        sizes = {f"parallel.{axis}": getattr(self, axis) for axis in axes if getattr(self, axis) > 1}
+        ranks = math.prod(sizes.values())
+        if world_size % ranks:
+            product = " x ".join(f"{axis}={size}" for axis, size in sizes.items()) + (f" = {ranks}" if len(sizes) > 1 else "")
+            raise Misfit(f"{product} does not divide the {world_size} rank{'s' * (world_size > 1)} of this run", *sizes, "ranks")
 
 
 @dataclass(frozen=True)

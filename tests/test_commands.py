@@ -51,6 +51,15 @@ WAYS: dict[str, Way] = {
     "torchrun --nproc-per-node 4 -m train -cn tiny parallel.tensor=2 parallel.expert=2": Way(
         f"{QUICK} run.dir=runs/four", makes=("runs/four/finished.json",), says="4 ranks on cpu"
     ),
+    "torchrun --nproc-per-node 2 -m train -cn tiny parallel.context=2": Way(
+        f"{QUICK} run.dir=runs/split", makes=("runs/split/finished.json",), says="context 2", slow=True
+    ),
+    "torchrun --nproc-per-node 2 -m train -cn tiny parallel.context=2 parallel.context_mamba=all_to_all": Way(
+        f"{QUICK} run.dir=runs/heads", makes=("runs/heads/finished.json",), says="context 2", slow=True
+    ),
+    "python -m train -cn tiny data.alternate_length=32": Way(
+        f"{QUICK} run.dir=runs/alternate", makes=("runs/alternate/finished.json",), slow=True
+    ),
     "torchrun --nproc-per-node 2 -m train -cn tiny parallel.pipeline=2 parallel.virtual_pipeline=2": Way(
         f"{QUICK} run.dir=runs/interleaved", makes=("runs/interleaved/finished.json",), says="pipeline stage 1", slow=True
     ),
@@ -108,6 +117,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     ),
     (r"python -m train\.checkpoints runs/first", Way(after=(FIRST,), says="runs/first/checkpoints", slow=True)),
     (r"python -m train\.count -cn \w+$", Way(says="active per token", slow=True)),
+    (r"python -m parallel\.inspect ", Way(says="rank 137 of 1024", slow=True)),
     (r"python -m train -cn tiny \S*precision\.schedule=", Way(f"{QUICK} run.dir=runs/schedule", says="Finished 2 steps", slow=True)),
     (r"python -m train\.report\.compare", Way(f"{QUICK} to=runs/compare", makes=("runs/compare/report/gap.png",), slow=True)),
     (
@@ -117,6 +127,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.quantize", Way("size=64 rounds=1", slow=True)),
     (r"python -m benchmarks\.linear", Way("sizes=[64] rounds=1", slow=True)),
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
+    (r"python -m benchmarks\.long_context", Way("lengths=[64,128] rounds=1 ranks=[1,2] tokens=256", slow=True)),
     (r"python -m benchmarks\.activations", Way("recipe=tiny tokens=64", slow=True)),
 )
 EXPANDED = r"make [\w-]+"

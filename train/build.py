@@ -86,7 +86,14 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
         repeatable()
-    train = recipe.train
+    context, chunks = build_model(recipe, layout)
+    engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
+    plan = BatchPlan(recipe.train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
+    return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))
+
+
+def build_model(recipe: Recipe, layout: Layout) -> tuple[ModelContext, list[HybridModel]]:
+    """The model chunks of one rank, on its layout's device."""
     context = ModelContext(
         recipe.model,
         layout,
@@ -94,11 +101,8 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
         recipe.run.seed,
         params_dtype(recipe),
         layout.device,
-        train.global_batch_size,
+        recipe.train.global_batch_size,
         health=Health(recipe.monitor.quantization.modules),
     )
-    parts = pipeline_parts(recipe.model, recipe.parallel, train.sequence_length)
-    chunks = [HybridModel(context, part) for part in parts_of_stage(parts, layout.pipeline_size, layout.pipeline_rank)]
-    engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
-    plan = BatchPlan(train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
-    return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))
+    parts = pipeline_parts(recipe.model, recipe.parallel, recipe.train.sequence_length)
+    return context, [HybridModel(context, part) for part in parts_of_stage(parts, layout.pipeline_size, layout.pipeline_rank)]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import activations, gpu, linear, quantize, step
+from benchmarks import activations, gpu, linear, long_context, quantize, step
 from benchmarks.arguments import main
 
 
@@ -26,6 +26,18 @@ def test_linear(tmp_path: Path) -> None:
     assert values["kept_bits"] == 4.5 and values["ratio"] > 0  # a code and a sixteenth of a scale
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_long_context(tmp_path: Path) -> None:
+    to, picture = tmp_path / "long.json", tmp_path / "long.png"
+    arguments = ["lengths=[64,256]", "rounds=1", "ranks=[1,2]", "tokens=1024", f"to={to}", f"picture={picture}"]
+    assert main(long_context.run, long_context.DEFAULTS, arguments) == 0
+    values = json.loads(to.read_text())
+    assert values["bytes"]["256"] == pytest.approx(values["bytes"]["64"], rel=0.02)
+    assert values["peak_bytes"]["1"] > 1.4 * values["peak_bytes"]["2"]
+    assert picture.stat().st_size > 10_000
+
+
 def test_activations(tmp_path: Path) -> None:
     to = tmp_path / "activations.json"
     assert main(activations.run, activations.DEFAULTS, ["recipe=tiny", "precision=bf16", "tokens=64", f"to={to}"]) == 0
@@ -40,6 +52,8 @@ def test_activations(tmp_path: Path) -> None:
         (quantize, ["shapes=round"], ["shapes=round", "layers"]),
         (linear, ["sizes=[64,0]"], ["sizes=[64, 0]", "[1024, 2048]"]),
         (linear, ["rounds=soon"], ["rounds=soon", "whole number"]),
+        (long_context, ["ranks=[1,3]"], ["tokens=8192", "ranks=3"]),
+        (long_context, ["way=ring"], ["way=ring", "state or all_to_all"]),
         (activations, ["recipe=tinny"], ["recipe=tinny", "tiny"]),
         (gpu, ["stages=[fly]"], ["stages=['fly']", "repeat"]),
         pytest.param(

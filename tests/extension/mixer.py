@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.batch import Microbatch
 from model.context import ModelContext
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, Mixer, Needed, Sizes, register_mixer
+from model.mixer import NOT_GIVEN, Dimension, Mixer, Needed, Sizes, register_mixer
 from model.parameter import output_std
 
 
@@ -40,4 +40,4 @@ class Shift(nn.Module):
 
 
 def register() -> None:
-    register_mixer(Mixer(letter="S", name="shift", build=Shift, sizes=ShiftSizes, tensor_divides=("shift_size",)))
+    register_mixer(Mixer(letter="S", name="shift", build=Shift, sizes=ShiftSizes, dimensions=(Dimension("shift_size", ("tensor",)),)))

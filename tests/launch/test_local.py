@@ -33,7 +33,7 @@ def test_command() -> None:
     ("arguments", "named"),
     [
         (["ranks=3", "-cn", "tiny"], "train.global_batch_size=16 is not a multiple of the 3 data-parallel ranks"),
-        (["ranks=2", "-cn", "tiny", "parallel.tensor=4"], "parallel.tensor=4 x parallel.pipeline=1 = 4 does not divide the 2 ranks"),
+        (["ranks=2", "-cn", "tiny", "parallel.tensor=4"], "parallel.tensor=4 does not divide the 2 ranks"),
         (["ranks=2", "-cn", "tiny", "train.stepz=3"], "did you mean train.steps?"),
         (["ranks=2", "-m", "run.seed=1,2"], "-m is a sweep"),
         (["restarts=often"], "restarts=often is no number of restarts: use for instance restarts=3"),

@@ -260,7 +260,7 @@ def test_what_sbatch_does_not_take_is_one_sentence(
 def test_nothing_is_submitted_for_a_recipe_that_cannot_run(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake(fakes, "sbatch", "touch called")
     wrong = {
-        ("parallel.tensor=8",): "parallel.tensor=8 x parallel.pipeline=1 = 8 does not divide the 4 ranks",
+        ("parallel.tensor=8",): "parallel.tensor=8 does not divide the 4 ranks",
         ("cluster.devices_per_node=null",): "cluster.devices_per_node=null: say how many ranks a node is to have",
         ("submit=maybe",): "submit=maybe is neither submit=true nor submit=false",
         ("data.phases=[{blend:[{path:https://me:secret@host/x}]}]",): "holds a secret, which the script would keep",

@@ -1,6 +1,6 @@
 """Sequences split over ranks: layers and the recurrence give what they give for whole sequences, forward and backward."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def through(rank: int, parallel: ParallelConfig) -> list[Gradients]:
 
 
 @pytest.mark.parametrize("way", ["state", "all_to_all"])  # by all-to-all 4 ranks are more than there are groups
-def test_layers_on_parts_of_sequences_equal_the_whole(way: str, ranks: Any, alone: None) -> None:
+def test_layers_on_parts_of_sequences_equal_the_whole(way: Literal["state", "all_to_all"], ranks: Any, alone: None) -> None:
     wholes = through(0, ParallelConfig())
     answers = ranks(4)(through, ParallelConfig(context=4, context_mamba=way))
     for index, (y, dx, grads) in enumerate(wholes):

@@ -15,7 +15,7 @@ from model.context import ModelContext
 from model.count import count, linear_modules, other_products
 from model.hybrid import HybridModel
 from model.linear import Linear
-from model.mixer import MIXERS, NOT_GIVEN, Mixer, Needed, Products, Sizes, register_mixer
+from model.mixer import MIXERS, NOT_GIVEN, Dimension, Mixer, Needed, Products, Sizes, register_mixer
 from model.mlp import MLPSizes
 from model.parameter import output_std
 from model.pattern import parse
@@ -58,7 +58,7 @@ SHIFT = Mixer(
     name="shift",
     build=Shift,
     sizes=ShiftSizes,
-    tensor_divides=("shift_width",),
+    dimensions=(Dimension("shift_width", ("tensor",)),),
     products=lambda sizes, sequence_length: (Products("shift", 3.0 * sizes.shift_width),),
     active_share=lambda sizes, parameter: 0.5 if parameter.startswith("up_proj") else 1.0,
 )

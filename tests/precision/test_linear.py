@@ -127,10 +127,10 @@ def test_the_rotation_leaves_the_product_over_tokens_alone() -> None:
 
 def test_shapes_the_format_cannot_take_name_the_module() -> None:
     x, w = torch.randn(32, 32), torch.randn(24, 32)
-    with pytest.raises(ValueError, match=r"layers.1.mixer.gate, whose weight on one rank is 24 x 32: 2d scaling needs multiples of 16"):
+    with pytest.raises(ValueError, match=r"layers.1.mixer.gate, whose weight on one rank is 24 x 32, but 2d scaling needs multiples of 16"):
         linear(x, w, (NVFP4,) * 3, site("layers.1.mixer.gate"), keys(32), 0)
     x, w = torch.randn(24, 32, requires_grad=True), torch.randn(32, 32, requires_grad=True)
-    with pytest.raises(ValueError, match=r"gives lm_head 24 tokens on one rank"):
+    with pytest.raises(ValueError, match=r"lm_head, which gets 24 tokens of a microbatch on one rank"):
         linear(x, w, (NVFP4,) * 3, site("lm_head"), keys(24), 0)
 
 

@@ -44,6 +44,7 @@ LAYOUTS = {
     "expert": (2, ParallelConfig(expert=2)),
     "pipeline": (2, ParallelConfig(pipeline=2)),
     "sharded": (2, ParallelConfig(distributed_optimizer=True)),
+    "context sharded": (2, ParallelConfig(context=2, distributed_optimizer=True)),
     "virtual pipeline": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
     "expert x expert tensor": (4, ParallelConfig(expert=2, expert_tensor=2)),
     "tensor x expert tensor sharded": (4, ParallelConfig(tensor=2, expert_tensor=2, distributed_optimizer=True)),

@@ -1,62 +1,91 @@
-"""Whether the sizes of a model divide over its layout: the general ones, and what its mixers declare."""
+"""Whether a model, its batches and its layout fit together: what mixers declare of their sizes, and what needs more than one group of a recipe.
+
+Each check raises `Misfit` with the keys that could give way; `train.recipe.remedies` finds the values.
+"""
+
+import math
+from collections.abc import Sequence
 
 from model.mixer import MIXERS
-from model.stages import pipeline_parts
+from model.stages import check_parts
+from parallel.layout import ParallelConfig
+from parallel.misfit import Misfit
+from train.recipe.microbatch import automatic_sizes, check_micro_batch_size
 from train.recipe.tree import Recipe
 
 
-def validate_layout(recipe: Recipe) -> None:
-    """Raises ValueError, in one sentence, for a layout that the model's sizes do not divide over."""
+def validate_layout(recipe: Recipe, ranks: int) -> None:
+    """Raises ValueError, most of them `Misfit`, for a layout that `ranks` ranks, the model's sizes or its batches do not divide over."""
+    recipe.parallel.validate(ranks)
+    for check in (_experts, _stages, _dimensions, _mixers, _sequence):
+        check(recipe)
+    _batch(recipe, ranks)
+
+
+def _experts(recipe: Recipe) -> None:
     model, parallel = recipe.model, recipe.parallel
-    tensor, expert = parallel.tensor, parallel.expert
-    _divides("model.vocab_size", model.vocab_size, "parallel.tensor", tensor)
-    for mixer in model.used:
-        sizes = model.sizes(mixer.sizes)
-        for key in mixer.tensor_divides:
-            _divides(f"model.{key}", getattr(sizes, key), "parallel.tensor", tensor)
-        for key in mixer.expert_divides:
-            _divides(f"model.{key}", getattr(sizes, key), "parallel.expert", expert)
-        for key in mixer.expert_tensor_divides:
-            _divides(f"model.{key}", getattr(sizes, key), "parallel.expert_tensor", parallel.expert_tensor)
-    _sequence_divides(recipe)
-    for mixer in model.used:
-        mixer.check_layout(model.sizes(mixer.sizes), parallel)
-    for name in ("expert", "expert_tensor"):
-        if getattr(parallel, name) > 1 and not model.has_experts:
-            able = [mixer for mixer in MIXERS.values() if mixer.expert_divides]
-            raise ValueError(
-                f"parallel.{name}={getattr(parallel, name)} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern="
-                f"{model.pattern!r} has no {' or '.join(mixer.letter for mixer in able)}: use 1"
+    for key, ranks in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
+        if ranks > 1 and not model.has_experts:
+            able = [mixer for mixer in MIXERS.values() if mixer.has_experts]
+            raise Misfit(
+                f"parallel.{key}={ranks} needs {' or '.join(mixer.name for mixer in able)} layers, but model.pattern={model.pattern!r} has no "
+                f"{' or '.join(mixer.letter for mixer in able)}",
+                f"parallel.{key}",
             )
-    pipeline_parts(model, parallel, recipe.train.sequence_length)
 
 
-def _sequence_divides(recipe: Recipe) -> None:
+def _stages(recipe: Recipe) -> None:
+    check_parts(recipe.model, recipe.parallel)
+
+
+def _dimensions(recipe: Recipe) -> None:
+    for dimension in recipe.model.dimensions:
+        check_multiple(f"model.{dimension.key}", recipe.model.size(dimension.key), dimension.axes, recipe.parallel)
+
+
+def _mixers(recipe: Recipe) -> None:
+    for mixer in recipe.model.used:
+        mixer.check_layout(recipe.model.sizes(mixer.sizes), recipe.parallel)
+
+
+def _sequence(recipe: Recipe) -> None:
     """Every rank of the context group holds as many tokens, and with sequence parallelism so does every one of the tensor group."""
-    length, parallel, model = recipe.train.sequence_length, recipe.parallel, recipe.model
-    by = [f"parallel.context={parallel.context}"] * (parallel.context > 1)
-    by += [f"parallel.tensor={parallel.tensor}"] * parallel.sequence_parallel
-    parts = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-    if length % parts:
-        fitting = sorted({max(1, length // parts) * parts, -(-length // parts) * parts})
-        splits = ", which splits sequences" if len(by) == 1 else f" = {parts}, which split sequences"
-        raise ValueError(
-            f"train.sequence_length={length} is not a multiple of {' x '.join(by)}{splits}: use train.sequence_length="
-            f"{' or '.join(map(str, fitting))}, or change the layout"
-        )
+    length, parallel = recipe.train.sequence_length, recipe.parallel
+    check_multiple("train.sequence_length", length, ("context", "tensor") if parallel.sequence_parallel else ("context",), parallel)
     if parallel.context == 1:
         return
-    for mixer in model.used:
+    for mixer in recipe.model.used:
         if mixer.context_tokens is None:
-            raise ValueError(f"parallel.context={parallel.context} cannot split sequences for {mixer.name} layers: use parallel.context=1")
-        if length // parallel.context < (least := mixer.context_tokens(model.sizes(mixer.sizes))):
-            most = next(n for n in range(max(1, length // least), 0, -1) if n == 1 or length % (n * parts // parallel.context) == 0)
-            raise ValueError(
+            raise Misfit(f"parallel.context={parallel.context} cannot split sequences for {mixer.name} layers", "parallel.context")
+        if length // parallel.context < (least := mixer.context_tokens(recipe.model.sizes(mixer.sizes))):
+            raise Misfit(
                 f"parallel.context={parallel.context} leaves a rank {length // parallel.context} of train.sequence_length={length} tokens, but "
-                f"{mixer.name} layers need {least}: use parallel.context={most} or less"
+                f"{mixer.name} layers need {least}",
+                "parallel.context",
+                "train.sequence_length",
             )
 
 
-def _divides(key: str, value: int, by: str, ranks: int) -> None:
+def check_multiple(key: str, value: int, axes: Sequence[str], parallel: ParallelConfig) -> None:
+    """Raises Misfit where the ranks of these axes cannot share out `value` equally."""
+    sizes = {f"parallel.{axis}": getattr(parallel, axis) for axis in axes if getattr(parallel, axis) > 1}
+    ranks = math.prod(sizes.values())
     if value % ranks:
-        raise ValueError(f"{key}={value} is not a multiple of {by}={ranks}: change one of them")
+        product = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        product += f" = {ranks}" if len(sizes) > 1 else ""
+        raise Misfit(f"{key}={value} is not a multiple of {product}", *sizes, key)
+
+
+def _batch(recipe: Recipe, ranks: int) -> None:
+    train, data_ranks = recipe.train, recipe.parallel.data(ranks)
+    share, remainder = divmod(train.global_batch_size, data_ranks)
+    if remainder or share < 1:
+        raise Misfit(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of the {data_ranks} data-parallel ranks of this run",
+            "train.global_batch_size",
+            "ranks",
+        )
+    if train.micro_batch_size != "auto":
+        check_micro_batch_size(recipe, ranks, train.micro_batch_size)
+    elif next(automatic_sizes(recipe, ranks), None) is None:
+        check_micro_batch_size(recipe, ranks, 1)

@@ -17,11 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from parallel.cluster import ClusterConfig
+from parallel.misfit import Misfit
 from train.recipe.guard import check_interpolations
-from train.recipe.microbatch import automatic_micro_batch_size
+from train.recipe.microbatch import automatic_sizes
+from train.recipe.precision_checks import validate_precision
 from train.recipe.reading import RecipeError, defaults, read
+from train.recipe.remedies import ended
 from train.recipe.tree import Recipe
-from train.recipe.validation import validate
+from train.recipe.validation import validate, validate_shape
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 REQUIRED = {  # keys without a default: null in the base, so that they too can be overridden without `+`
@@ -74,13 +77,33 @@ def read_recipe(values: Mapping[str, Any], world_size: int | None) -> Recipe:
         compute = "bf16" if torch.cuda.is_available() else "fp32"
         recipe = replace(recipe, precision=replace(recipe.precision, compute=compute))
     ranks = recipe.parallel.fewest_ranks() if world_size is None else world_size
-    if recipe.train.micro_batch_size == "auto":
-        recipe = replace(recipe, train=replace(recipe.train, micro_batch_size=_micro_batch_size(recipe, ranks)))
     try:
         validate(recipe, ranks)
+        return _with_micro_batch_size(recipe, ranks)
+    except Misfit as misfit:
+        raise RecipeError(ended(misfit, recipe, ranks, validate_shape, _validate_shape_and_precision)) from None
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    return recipe
+
+
+def _with_micro_batch_size(recipe: Recipe, ranks: int) -> Recipe:
+    """With a number where auto stood: the largest with which every module can run its formats. Raises ValueError where there is none."""
+    given = recipe.train.micro_batch_size
+    problem: ValueError | None = None
+    for size in automatic_sizes(recipe, ranks) if given == "auto" else (given,):
+        sized = replace(recipe, train=replace(recipe.train, micro_batch_size=size))
+        try:
+            validate_precision(sized)
+            return sized
+        except ValueError as error:
+            problem = problem or error
+    assert problem is not None  # `validate` has found that there is a size
+    raise problem
+
+
+def _validate_shape_and_precision(recipe: Recipe, ranks: int) -> None:
+    validate_shape(recipe, ranks)
+    _with_micro_batch_size(recipe, ranks)
 
 
 def ranks_of_cluster(values: Mapping[str, Any]) -> int:
@@ -89,16 +112,6 @@ def ranks_of_cluster(values: Mapping[str, Any]) -> int:
         return read(ClusterConfig, values.get("cluster", {}), "cluster").ranks
     except ValueError as error:
         raise RecipeError(str(error)) from None
-
-
-def _micro_batch_size(recipe: Recipe, ranks: int) -> int:
-    """What auto stands for; 1 where validation will refuse the sizes it depends on."""
-    train, parallel = recipe.train, recipe.parallel
-    if min(train.global_batch_size, train.sequence_length, parallel.tensor, parallel.pipeline, parallel.context) < 1:
-        return 1
-    return automatic_micro_batch_size(
-        train.global_batch_size, train.sequence_length, max(1, parallel.data(ranks)), parallel.fewest_microbatches
-    )
 
 
 def load_recipe(name: str, *overrides: str, world_size: int | None = 1) -> Recipe:

@@ -1,17 +1,46 @@
-"""How many sequences a microbatch holds, where the recipe leaves it open: `train.micro_batch_size=auto`."""
+"""How many sequences a microbatch holds, and which numbers `train.micro_batch_size=auto` chooses from."""
+
+from collections.abc import Iterator
+
+from parallel.misfit import Misfit
+from train.recipe.tree import Recipe
 
 # About what fits beside the weights of a small model anywhere: 16 sequences of 128 tokens, 8 of 256, one of 2048 or longer.
 MOST_TOKENS = 2048
 
 
-def automatic_micro_batch_size(global_batch_size: int, sequence_length: int, data_ranks: int, fewest: int = 1) -> int:
-    """The largest number of sequences that divides what one of `data_ranks` gets of the global batch, holds at most MOST_TOKENS tokens, and makes
-    at least `fewest` microbatches.
+def check_micro_batch_size(recipe: Recipe, ranks: int, size: int) -> None:
+    """Raises Misfit for microbatches of `size` sequences that a step on `ranks` ranks cannot be cut into."""
+    train, data_ranks = recipe.train, recipe.parallel.data(ranks)
+    share = train.global_batch_size // data_ranks
+    if share % size:
+        on_each = f" on each of {data_ranks} data-parallel ranks" if data_ranks > 1 else ""
+        raise Misfit(
+            f"train.micro_batch_size={size} does not divide the {share} sequences of a step{on_each} (train.global_batch_size="
+            f"{train.global_batch_size})",
+            "train.micro_batch_size",
+            "train.global_batch_size",
+            otherwise="use train.micro_batch_size=auto",
+        )
+    parallel, microbatches = recipe.parallel, share // size
+    if microbatches < parallel.fewest_microbatches:
+        raise Misfit(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs at least parallel.pipeline={parallel.pipeline} microbatches a step, "
+            f"but train.micro_batch_size={size} makes {microbatches}",
+            "train.micro_batch_size",
+            "train.global_batch_size",
+            "parallel.virtual_pipeline",
+        )
 
-    One sequence where even that is longer, and where the global batch does not divide over the ranks, which validation refuses.
-    """
-    share, remainder = divmod(global_batch_size, data_ranks)
-    if share < 1 or remainder:
-        return 1
-    most = max(1, min(share // fewest, MOST_TOKENS // sequence_length))
-    return next(size for size in range(most, 0, -1) if share % size == 0)
+
+def automatic_sizes(recipe: Recipe, ranks: int) -> Iterator[int]:
+    """What auto may stand for, the largest first: sizes that pass the check above and hold at most MOST_TOKENS tokens, or one sequence where even
+    that is longer."""
+    train = recipe.train
+    share = train.global_batch_size // recipe.parallel.data(ranks)
+    for size in range(max(1, min(share, MOST_TOKENS // train.sequence_length)), 0, -1):
+        try:
+            check_micro_batch_size(recipe, ranks, size)
+        except Misfit:
+            continue
+        yield size

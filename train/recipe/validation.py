@@ -1,31 +1,28 @@
 """The checks that need more than one group of a recipe."""
 
 from parallel.engines import check_engine
+from parallel.misfit import Misfit
 from train.checkpoint.remote import is_url, url_problem
 from train.observe.redact import redacted
 from train.optimizer import check_optimizer
 from train.recipe.layout_checks import validate_layout
-from train.recipe.precision_checks import validate_precision
 from train.recipe.tree import ALLOWABLE, Recipe
 
 
-def validate(recipe: Recipe, world_size: int) -> None:
-    """Raises ValueError for values that contradict each other or that nothing here can honour."""
-    recipe.model.validate()
+def validate(recipe: Recipe, ranks: int) -> None:
+    """Raises ValueError for values that contradict each other or that nothing here can honour, but for formats (see `precision_checks`)."""
+    validate_shape(recipe, ranks)
     recipe.data.validate()
     recipe.monitor.validate()
     recipe.evaluation.validate()
     recipe.cluster.validate()
-    _validate_train(recipe, world_size)
+    _validate_length(recipe)
     _validate_profile(recipe)
     _validate_phases(recipe)
-    recipe.parallel.validate(world_size)
     check_engine(recipe.parallel.engine)
     check_optimizer(recipe.optimizer)
     _validate_optimizer(recipe)
     _validate_rest(recipe)
-    validate_layout(recipe)
-    validate_precision(recipe)
     vocabulary = recipe.data.tokenizer.known_vocab_size()
     if vocabulary is not None and vocabulary > recipe.model.vocab_size:
         raise ValueError(
@@ -34,16 +31,29 @@ def validate(recipe: Recipe, world_size: int) -> None:
         )
 
 
+def validate_shape(recipe: Recipe, ranks: int) -> None:
+    """Model, batches and layout, which must fit each other and the number of ranks: quick, so that other values can be tried."""
+    recipe.model.validate()
+    train, depths = recipe.train, recipe.model.mtp_depths
+    _at_least("train.global_batch_size", train.global_batch_size, 1)
+    _at_least("train.sequence_length", train.sequence_length, 1)
+    if train.micro_batch_size != "auto":
+        _at_least("train.micro_batch_size", train.micro_batch_size, 1)
+    if train.sequence_length <= depths + 1:
+        raise Misfit(
+            f"train.sequence_length={train.sequence_length} is too short for the {depths} MTP depths of model.pattern",
+            "train.sequence_length",
+        )
+    validate_layout(recipe, ranks)
+
+
 def _at_least(key: str, value: int, least: int) -> None:
     if value < least:
-        raise ValueError(f"{key}={value} must be at least {least}")
+        raise Misfit(f"{key}={value} must be at least {least}", key)
 
 
-def _validate_train(recipe: Recipe, world_size: int) -> None:
+def _validate_length(recipe: Recipe) -> None:
     train = recipe.train
-    _at_least("train.global_batch_size", train.global_batch_size, 1)
-    _at_least("train.micro_batch_size", recipe.micro_batch_size, 1)
-    _at_least("train.sequence_length", train.sequence_length, 1)
     _at_least("train.log_every", train.log_every, 0)
     _at_least("train.eval_every", train.eval_every, 0)
     if train.threads is not None:
@@ -57,37 +67,6 @@ def _validate_train(recipe: Recipe, world_size: int) -> None:
     if train.tokens is not None and train.tokens.unit != "tokens":
         raise ValueError(f"train.tokens={train.tokens} counts no tokens: write for instance 2.5M tokens, or use train.steps")
     _at_least("train.steps" if train.steps is not None else "train.tokens", recipe.total_steps, 1)
-    depths = recipe.model.mtp_depths
-    if train.sequence_length <= depths + 1:
-        raise ValueError(
-            f"train.sequence_length={train.sequence_length} is too short for the {depths} MTP depths of model.pattern: use more tokens"
-        )
-    parallel = recipe.parallel
-    dense = parallel.tensor * parallel.pipeline * parallel.context
-    if dense >= 1 and world_size % dense == 0:
-        _validate_batch(train.global_batch_size, recipe.micro_batch_size, parallel.data(world_size))
-        microbatches = train.global_batch_size // (recipe.micro_batch_size * parallel.data(world_size))
-        if microbatches < parallel.fewest_microbatches:
-            raise ValueError(
-                f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs at least parallel.pipeline={parallel.pipeline} microbatches a step, "
-                f"but train.micro_batch_size={recipe.micro_batch_size} makes {microbatches}: lower it, or set parallel.virtual_pipeline=1"
-            )
-
-
-def _validate_batch(global_batch_size: int, micro_batch_size: int, data_ranks: int) -> None:
-    share, remainder = divmod(global_batch_size, data_ranks)
-    if remainder or share < 1:
-        raise ValueError(
-            f"train.global_batch_size={global_batch_size} is not a multiple of the {data_ranks} data-parallel ranks of this run: use for instance "
-            f"{max(1, round(global_batch_size / data_ranks)) * data_ranks}"
-        )
-    if share % micro_batch_size:
-        smaller = next(size for size in range(min(share, micro_batch_size), 0, -1) if share % size == 0)
-        ranks = f" on each of {data_ranks} data-parallel ranks" if data_ranks > 1 else ""
-        raise ValueError(
-            f"train.micro_batch_size={micro_batch_size} does not divide the {share} sequences of a step{ranks} (train.global_batch_size="
-            f"{global_batch_size}): use {smaller}, or auto"
-        )
 
 
 def _validate_profile(recipe: Recipe) -> None:

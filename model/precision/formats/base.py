@@ -11,7 +11,7 @@ that a resume and another layout draw the same.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,15 @@ class FormatOptions:
 
     def validate(self, key: str) -> None:
         """Raises ValueError, in one sentence, for values that contradict each other. key: of the group, as `precision.nvfp4`."""
+
+
+class Unfit(ValueError):
+    """A module that cannot run in a format. what: cannot be, with values; remedy: what a person can do, in the recipe's `precision` group; operand:
+    whose size on one rank is wrong, if one's is."""
+
+    def __init__(self, what: str, remedy: str, operand: Literal["tokens", "weight"] | None = None) -> None:
+        super().__init__(f"{what}: {remedy}")
+        self.what, self.remedy, self.operand = what, remedy, operand
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,11 @@ class Format(ABC):
         return False
 
     def check(self, use: Use) -> None:
-        """Raises ValueError, in one sentence with a remedy, for a module it cannot run in."""
+        """Raises Unfit for a module it cannot run in."""
         if use.router and self.quantises:
-            raise ValueError(
-                f"precision asks for {self} in the router {use.module}: routers run in fp32 or bf16 only, so add a rule with "
-                "modules=['*.gate'] and format=fp32"
+            raise Unfit(
+                f"precision asks for {self} in the router {use.module}, but routers run in fp32 or bf16 only",
+                "add a rule with modules=['*.gate'] and format=fp32",
             )
 
     changes_weights: ClassVar[bool] = False

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.precision.backend import Backend
-from model.precision.formats.base import Format, FormatOptions, Use, flat, weight_rows
+from model.precision.formats.base import Format, FormatOptions, Unfit, Use, flat, weight_rows
 from model.precision.gemm import Gemm
 from model.precision.hadamard import FIXED, rotate
 from model.precision.health import Seen
@@ -125,17 +125,26 @@ class NVFP4(Format):
 
     def _check_weight(self, module: str, rows: int, columns: int) -> None:
         if rows % BLOCK or columns % BLOCK:
-            raise ValueError(
-                f"precision asks for {self} in {module}, whose weight on one rank is {rows} x {columns}: 2d scaling needs multiples of 16, so "
-                f"change model sizes, set precision.{self}.weight_scaling=1d, or give it another format"
+            raise Unfit(
+                f"precision asks for {self} in {module}, whose weight on one rank is {rows} x {columns}, but 2d scaling needs multiples of {BLOCK} "
+                f"({_near(rows)} x {_near(columns)}, for instance)",
+                f"set precision.{self}.weight_scaling=1d, or give the module another format",
+                "weight",
             )
 
     def _check_tokens(self, module: str, tokens: int) -> None:
         if tokens % BLOCK:
-            raise ValueError(
-                f"train.micro_batch_size times train.sequence_length gives {module} {tokens} tokens on one rank, but the Hadamard transform of its "
-                f"wgrad works on groups of 16: use a multiple of 16 or precision.{self}.hadamard=false"
+            raise Unfit(
+                f"precision asks for {self} in {module}, which gets {tokens} tokens of a microbatch on one rank, but the Hadamard transform of its "
+                f"wgrad works on groups of {BLOCK}",
+                f"set precision.{self}.hadamard=false",
+                "tokens",
             )
+
+
+def _near(size: int) -> int:
+    """The nearest multiple of a block."""
+    return max(1, round(size / BLOCK)) * BLOCK
 
 
 def encode(x: Tensor, rows: Rows, encoding: Encoding, call: Call, *, packed: bool) -> Operand:
