@@ -4,6 +4,7 @@ On a CPU DeepSpeed would compile an extension for all-reduces over shared memory
 compiler. Only its inference uses that, so it is told that there is none.
 """
 
+import logging
 import os
 
 import torch
@@ -15,8 +16,9 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups
+from deepspeed.utils import groups, logger
 
+logger.setLevel(logging.ERROR)  # it warns of every optimizer it was not tested with
 if not torch.cuda.is_available():
     deepspeed.ops.__compatible_ops__ = {}
 
