@@ -4,8 +4,9 @@
     python -m benchmarks.engines recipe=small ranks=4 rounds=5 to=docs/engines.json
 
 held: bytes of the tensors of a rank, each piece of memory once, between two steps and when the backward passes of a step are done: weights, the
-optimizer's state and, at the latter time, gradients and the buffers they are reduced in. seconds: of CPU time of a rank for a step, with the threads that
-send and receive, the median of `rounds` in which the engines take turns, after one step that is not counted. DeepSpeed is left out where it is not installed.
+optimizer's state and, at the latter time, gradients and the buffers they are reduced in. seconds: of CPU time of a rank for a step, with its threads
+that send and receive, the median of `rounds` in which the engines take turns, after a step that is not counted. DeepSpeed is left out where it is
+not installed.
 """
 
 import gc
