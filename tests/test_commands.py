@@ -82,7 +82,9 @@ WAYS: dict[str, Way] = {
     f"{SUBMIT} cluster.nodes=8": Way("--dry-run", says="#SBATCH --gpus-per-node=8"),
     f"{SUBMIT} cluster.nodes=8 submit=false": Way(makes=("runs/nemotron3_super/slurm.sh",), slow=True),
     f"{SUBMIT} cluster.nodes=8 --dry-run": Way(says="arguments=(-cn nemotron3_super cluster=b200 cluster.nodes=8)", slow=True),
-    "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way("--dry-run", says="case $SLURM_ARRAY_TASK_ID in", slow=True),
+    "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way(
+        "--dry-run run.name=queued", says="case $SLURM_ARRAY_TASK_ID in", slow=True
+    ),
     "python -m launch.status runs/first": Way(after=(FIRST,), says="step        2 of 2"),
     "python -m launch.preflight -cn tiny cluster=cpu": Way("run.dir=runs/preflight", says="1 node, 1 rank fit", slow=True),
     "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
@@ -100,7 +102,7 @@ WAYS: dict[str, Way] = {
         copies=("runs/x",), after=(BRANCH,), makes=("runs/x/report/loss.png",), slow=True
     ),
     "python -m train.branch checkpoint=runs/x branch=[bf16,fp32] every=240steps": Way(
-        "every=2steps train.steps=3", copies=("runs/x",), says="2 branches, 2 finished", slow=True
+        "every=1steps train.steps=3", copies=("runs/x",), says="2 branches, 2 finished", slow=True
     ),
     "python -m train.dashboard run=runs/first": Way(after=(FIRST,), makes=("runs/first/report/index.html",), says="No W&B workspace"),
     "python -m data.prepare input=texts/ tokenizer=bytes to=prepared/texts": Way(
