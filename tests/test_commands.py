@@ -33,7 +33,7 @@ SWEEP = "python -m train -cn nvfp4_gap -m"
 @dataclass(frozen=True)
 class Way:
     """How a command is run. append: what shortens it. after: commands whose results it reads. copies: run directories that are copies of
-    runs/first. makes: files or directories that must be there afterwards. says: what it prints."""
+    runs/first. makes: files or directories that must be there afterwards. says: what it prints. needs: an optional package."""
 
     append: str = ""
     after: tuple[str, ...] = ()
@@ -41,6 +41,7 @@ class Way:
     makes: tuple[str, ...] = ()
     says: str = ""
     slow: bool = False
+    needs: str = ""
 
 
 # Whole command lines first; then what all lines of a kind need, by regular expression.
@@ -62,6 +63,9 @@ WAYS: dict[str, Way] = {
     ),
     "torchrun --nproc-per-node 2 -m train -cn tiny parallel.pipeline=2 parallel.virtual_pipeline=2": Way(
         f"{QUICK} run.dir=runs/interleaved", makes=("runs/interleaved/finished.json",), says="pipeline stage 1", slow=True
+    ),
+    "torchrun --nproc-per-node 2 -m train -cn tiny parallel.engine=deepspeed parallel.zero_stage=2": Way(
+        f"{QUICK} run.dir=runs/zero", makes=("runs/zero/finished.json",), says="DeepSpeed ZeRO-2", slow=True, needs="deepspeed"
     ),
     "python -m launch.local ranks=2 -cn tiny parallel.tensor=2": Way(
         f"{QUICK} run.dir=runs/two", makes=("runs/two/finished.json",), says="2 ranks on cpu", slow=True
@@ -130,6 +134,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.linear", Way("sizes=[64] rounds=1", slow=True)),
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
     (r"python -m benchmarks\.long_context", Way("lengths=[64,128] rounds=1 ranks=[1,2] tokens=256", slow=True)),
+    (r"python -m benchmarks\.engines", Way("rounds=1", slow=True)),
     (r"python -m benchmarks\.activations", Way("recipe=tiny tokens=64", slow=True)),
 )
 EXPANDED = r"make [\w-]+"
@@ -218,6 +223,8 @@ def runnable() -> Sequence[object]:
 def test_command(line: str, place: Place) -> None:
     known = way(line)
     assert known is not None
+    if known.needs and find_spec(known.needs) is None:
+        pytest.skip(f"the package {known.needs} is not installed")
     done = place.run(line)
     assert known.says in done.stdout, f"{line}\n{done.stdout}"
     for made in known.makes:
