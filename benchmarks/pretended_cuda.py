@@ -132,7 +132,7 @@ class Device(TorchDispatchMode):
             getattr(torch.cuda, name)
             setattr(torch.cuda, name, function)
         torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign, assignment]
-        dist.all_gather_object = self._all_gather_object
+        dist.all_gather_object = self._all_gather_object  # type: ignore[assignment]
         Triton.launch = staticmethod(self._triton)  # type: ignore[method-assign]
         torch.autograd.set_multithreading_enabled(False)
         self._fakes = _Fakes(allow_non_fake_inputs=True)
@@ -282,7 +282,10 @@ class Device(TorchDispatchMode):
     def _repeat_interleave(self, repeats: Tensor, *, output_size: int | None = None) -> Tensor:
         if output_size is None:
             self.wait("repeat_interleave")
-        return self._sized(repeats, rows=self._rows if output_size is None else output_size, dtype=torch.int64)
+            value = self._value(repeats)
+            with _disable_current_modes():
+                output_size = int(value.sum())
+        return self._sized(repeats, rows=output_size, dtype=torch.int64)
 
     def _bincount(self, tensor: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
         self.wait("bincount")
