@@ -97,8 +97,8 @@ def run(recipe: str, ranks: int, rounds: int, to: str) -> None:
     rows = [("engine", "held between steps", "between microbatches", "CPU seconds")]
     values = {name: measured(recipe, ranks, rounds, name) for name in names}
     for name, value in values.items():
-        sizes = [f"{value[key] / 2**20:,.1f} MiB" for key in ("between_bytes", "gradients_bytes")]
-        rows.append((name, *sizes, f"{value['seconds']:.2f}"))
+        between, within = (f"{value[key] / 2**20:,.1f} MiB" for key in ("between_bytes", "gradients_bytes"))
+        rows.append((name, between, within, f"{value['seconds']:.2f}"))
     print(table(rows))
     if not installed:
         print("\nDeepSpeed is not installed: pip install 'nibble[deepspeed]'")
