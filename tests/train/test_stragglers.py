@@ -40,7 +40,7 @@ def run_with_a_slow_rank(rank: int, directory: str, slow: int | None) -> None:
 
     def delayed(*arguments: Any, **named: Any) -> Any:
         if rank == slow:
-            time.sleep(0.08)
+            time.sleep(0.2)  # longer than what a busy machine does to the other rank
         return step(*arguments, **named)
 
     train_step.to_microbatch = delayed

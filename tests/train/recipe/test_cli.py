@@ -71,7 +71,7 @@ WRONG = [
     (["model.pattern='MEM||*EME'"], ["part of the pipeline without a layer", "every '|'"]),
     (["parallel.context=2"], ["parallel.context=2", "the 1 rank of", "parallel.context=1"]),
     (["parallel.context_mamba=ring"], ["parallel.context_mamba='ring'", "state or all_to_all"]),
-    (["parallel.engine=deepspeed"], ["parallel.engine='deepspeed'", "megatron"]),
+    (["parallel.engine=fsdp"], ["parallel.engine='fsdp'", "megatron"]),
     (["parallel.sequence=true"], ["parallel.sequence=true", "parallel.tensor"]),
     (["parallel.expert_tensor=2"], ["parallel.expert_tensor=2", "1 rank of this run", "parallel.expert_tensor=1"]),
     (["precision=fp5"], ["precision=fp5", "nvfp4"]),
