@@ -51,7 +51,11 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """gather updated weights while the next forward pass begins; with distributed_optimizer and overlap_grad_reduce"""
     engine: str = "megatron"
-    """what accumulates gradients and takes steps: megatron"""
+    """what accumulates gradients and takes steps: megatron, or deepspeed, an optional package; see docs/engines.md"""
+    zero_stage: int | None = None
+    """of the deepspeed engine: 1 splits the optimizer's state over the data-parallel ranks, 2 gradients too; null: 1"""
+    offload_optimizer: bool = False
+    """of the deepspeed engine: keep the optimizer's state in host memory, and update weights there"""
     timeout_minutes: float = 10.0
     """a collective that takes longer ends the run"""
 
@@ -161,6 +165,8 @@ class Layout:
         parts += [f"pipeline {self.pipeline_size}" + f" of {virtual} parts each" * (virtual > 1), f"data {self.data_size}"]
         if self.config.distributed_optimizer:
             parts.append("distributed optimizer")
+        if self.config.engine == "deepspeed":
+            parts.append(f"DeepSpeed ZeRO-{self.config.zero_stage or 1}" + ", optimizer on the host" * self.config.offload_optimizer)
         overlapped = [name for name, wanted in self.config.overlaps().items() if wanted]
         if overlapped:
             parts.append(f"{' and '.join(overlapped)} overlapped")

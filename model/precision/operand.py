@@ -119,9 +119,6 @@ class Kept(Protocol):
         """[rows, inner] as stored."""
         ...
 
-    @property
-    def nbytes(self) -> int: ...
-
 
 @dataclass(frozen=True)
 class Operand:
@@ -139,10 +136,6 @@ class Operand:
     def values(self, backend: Unpacks, dtype: torch.dtype) -> Tensor:
         """[rows, inner] in `dtype`, without the factor."""
         return self.kept.to(dtype) if isinstance(self.kept, Tensor) else self.kept.values(backend, dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return self.kept.nbytes
 
 
 @dataclass(frozen=True)

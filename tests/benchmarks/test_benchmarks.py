@@ -23,7 +23,7 @@ def test_linear(tmp_path: Path) -> None:
     to = tmp_path / "linear.json"
     assert main(linear.run, linear.DEFAULTS, ["sizes=[64]", "rounds=1", f"to={to}"]) == 0
     values = json.loads(to.read_text())["sizes"]["64"]
-    assert values["kept_bits"] == 4.5 and values["ratio"] > 0  # a code and a sixteenth of a scale
+    assert values["kept_bits"] == 4.5 + 32 / 64**2 and values["ratio"] > 0  # a code, a sixteenth of a scale, and one amax
 
 
 @pytest.mark.slow

@@ -127,10 +127,10 @@ def test_a_killed_rank_costs_a_restart(tmp_path: Path) -> None:
     assert f"Resuming {killed} after step " in printed
     assert numbers(killed) == numbers(whole) and len(numbers(whole)) == 16
 
-    branch = ("command=train.branch", f"checkpoint={whole}/checkpoints/step-00000010", "optimizer.weight_decay=0.3")
+    branch = ("command=train.branch", f"checkpoint={whole}/checkpoints/step-00000010", "optimizer.weight_decay=0.3", "checkpoint.every=1")
     launch(tmp_path / "branch", *branch).communicate(timeout=400)
     launcher = launch(tmp_path / "killed branch", "restarts=1", *branch)
-    printed, errors = end_of(launcher, tmp_path / "killed branch", 2)
+    printed, errors = end_of(launcher, tmp_path / "killed branch", 3)
     assert launcher.returncode == 0 and "Resuming" in printed, errors
     assert numbers(tmp_path / "killed branch") == numbers(tmp_path / "branch")
     assert [step for step, *_ in numbers(tmp_path / "branch")] == list(range(11, 17))

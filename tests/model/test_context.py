@@ -109,7 +109,9 @@ def through(rank: int, parallel: ParallelConfig) -> list[Gradients]:
     return results
 
 
-@pytest.mark.parametrize("way", ["state", "all_to_all"])  # by all-to-all 4 ranks are more than there are groups
+@pytest.mark.parametrize(
+    "way", ["state", pytest.param("all_to_all", marks=pytest.mark.slow)]
+)  # by all-to-all 4 ranks are more than there are groups
 def test_layers_on_parts_of_sequences_equal_the_whole(way: Literal["state", "all_to_all"], ranks: Any, alone: None) -> None:
     wholes = through(0, ParallelConfig())
     answers = ranks(4)(through, ParallelConfig(context=4, context_mamba=way))

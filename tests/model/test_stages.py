@@ -83,9 +83,9 @@ def test_bars_that_mean_nothing(pattern: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "parallel", "named"),
     [
-        ("MEM*EME", ParallelConfig(pipeline=8), "parallel.pipeline=8 .* exceed the 7 layers of model.pattern: use at most that many"),
-        ("MEM*EME", ParallelConfig(pipeline=4, virtual_pipeline=2), "parallel.virtual_pipeline=2 = 8 .* exceed the 7 layers"),
-        ("MEM*|EME", ParallelConfig(), r"has 2 parts between its '\|', but parallel.pipeline=1: give as many, or leave '\|' out"),
+        ("MEM*EME", ParallelConfig(pipeline=8), "parallel.pipeline=8 exceeds the 7 layers of model.pattern"),
+        ("MEM*EME", ParallelConfig(pipeline=4, virtual_pipeline=2), "parallel.virtual_pipeline=2 = 8 exceeds the 7 layers"),
+        ("MEM*|EME", ParallelConfig(), r"has 2 parts between its '\|', but parallel.pipeline=1"),
         ("MEM*|EME", ParallelConfig(pipeline=2, virtual_pipeline=2), "has 2 parts .* parallel.virtual_pipeline=2 = 4"),
     ],
 )

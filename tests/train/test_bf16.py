@@ -43,11 +43,13 @@ def rounding(_pool: Any, single: list[dict[str, float]]) -> float:
 
 
 def test_one_rank_learns(single: list[dict[str, float]], rounding: float) -> None:
-    assert single[-1]["loss/lm"] < single[0]["loss/lm"] - 0.5
+    assert single[-1]["loss/lm"] < single[0]["loss/lm"] - 0.3
     assert 1e-6 < rounding < 0.05
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2"])
+@pytest.mark.parametrize(
+    "layout", ["parallel.tensor=2", *(pytest.param(f"parallel.{axis}=2", marks=pytest.mark.slow) for axis in ("expert", "pipeline"))]
+)
 def test_a_layout_gives_the_losses_of_one_rank(layout: str, single: Any, rounding: float, ranks: Any) -> None:
     """Both round each activation once to bf16, from sums in another order: two runs at most as far from each other as both are from exact ones."""
     for metrics, differing in ranks(2)(train, layout, timeout=250):

@@ -75,6 +75,7 @@ def taken(listing: Listing) -> Listing:
     return result
 
 
+@pytest.mark.slow
 def test_another_blend_repeats_and_skips_no_window_of_a_source_that_stays(
     tmp_path: Path, texts: dict[str, Path], listed: Listing, capsys: pytest.CaptureFixture[str]
 ) -> None:

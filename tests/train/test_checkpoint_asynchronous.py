@@ -113,7 +113,11 @@ def run(rank: int, run_dir: str, asynchronous: str, overrides: tuple[str, ...], 
             groups.shutdown(leave_world=False)
 
 
-@pytest.mark.parametrize("size, overrides", [(1, ()), (2, ("parallel.expert=2", "parallel.distributed_optimizer=true"))], ids=["1", "2"])
+@pytest.mark.parametrize(
+    "size, overrides",
+    [pytest.param(1, (), marks=pytest.mark.slow), (2, ("parallel.expert=2", "parallel.distributed_optimizer=true"))],
+    ids=["1", "2"],
+)
 def test_a_run_saves_the_same_bits_however_late_its_writer_is(ranks: Any, tmp_path: Path, size: int, overrides: tuple[str, ...]) -> None:
     for way, held_back in (("false", False), ("true", True)):
         assert set(ranks(size)(run, str(tmp_path / way), way, overrides, size, held_back)) == {0}

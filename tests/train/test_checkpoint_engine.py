@@ -44,7 +44,7 @@ TENSORS = {"adamw": ["exp_avg", "exp_avg_sq"], "lion": ["exp_avg"]}
 
 
 @pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_optimizer_state_moves_between_data_parallel_layouts(ranks, tmp_path, dtype, name):
     """Masters and state of 2 ranks with the distributed optimizer serve 1 rank, 2 ranks without it, and back."""
     for source_ranks, source_sharded in ((2, True), (1, False)):

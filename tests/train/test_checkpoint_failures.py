@@ -100,6 +100,7 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint(
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.slow
 def test_one_rank_of_two_has_no_room_and_a_stop_says_that_it_could_not_save(jobs: list[Job], tmp_path: Path) -> None:
     overrides = [
         "evaluation.faulty.step=-1",

@@ -88,7 +88,7 @@ SCENES: dict[str, tuple[Callable[[Path], None], set[tuple[int, str] | None]]] = 
 }
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "beside the training"])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True], ids=["at once", "beside the training"])
 @pytest.mark.parametrize("scene", SCENES)
 def test_killed_before_each_operation_of_a_save(tmp_path: Path, scene: str, asynchronous: bool) -> None:
     prepare, expected = SCENES[scene]

@@ -69,6 +69,7 @@ print(json.dumps(server.views))
 """
 
 
+@pytest.mark.slow
 def test_the_workspace_is_saved_to_a_server(tmp_path: Path) -> None:
     run = make_run(tmp_path / "first", recipe={"monitor": {"wandb": "online", "wandb_project": "p", "wandb_entity": "team"}})
     environment: dict[str, Any] = {

@@ -31,8 +31,9 @@ def spared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("moments", [["the old checkpoint makes room"], pytest.param(list(MOMENTS), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [["the old checkpoint makes room"], list(MOMENTS)])
 def test_killed_while_it_goes_back(moments: list[str], spared: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for moment in moments:

@@ -19,7 +19,7 @@ def validate(recipe: Recipe, ranks: int) -> None:
     _validate_length(recipe)
     _validate_profile(recipe)
     _validate_phases(recipe)
-    check_engine(recipe.parallel.engine)
+    check_engine(recipe.parallel, recipe.precision.compute)
     check_optimizer(recipe.optimizer)
     _validate_optimizer(recipe)
     _validate_rest(recipe)

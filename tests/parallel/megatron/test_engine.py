@@ -137,7 +137,7 @@ def test_microbatches_of_a_part_come_in_groups_of_at_least_the_stages(count: int
 
 
 def test_an_engine_is_chosen_by_name() -> None:
-    with pytest.raises(ValueError, match=r"parallel.engine='deepspeed' is not available: use parallel.engine=megatron"):
-        check_engine("deepspeed")
+    with pytest.raises(ValueError, match=r"parallel.engine='fsdp' is not available: use parallel.engine=megatron or deepspeed"):
+        check_engine(ParallelConfig(engine="fsdp"), "fp32")
     with pytest.raises(ValueError, match="there is an engine 'megatron' already"):
-        register_engine("megatron", MegatronEngine)
+        register_engine("megatron", MegatronEngine, lambda config, compute: None)

@@ -67,7 +67,7 @@ WRONG = [
         ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
     ),
     (["model.pattern='MEM|*EME/*E/*E'"], ["2 parts between its '|'", "parallel.pipeline=1"]),
-    (["model.pattern='MEM*EME/*E/*|E'"], ["'|' at position 12", "MTP depth"]),
+    (["model.pattern='MEM*EME/*E/*|E'"], ["'|' at position 13", "MTP depth"]),
     (["model.pattern='MEM||*EME'"], ["part of the pipeline without a layer", "every '|'"]),
     (["parallel.context=2"], ["parallel.context=2", "the 1 rank of", "parallel.context=1"]),
     (["parallel.context_mamba=ring"], ["parallel.context_mamba='ring'", "state or all_to_all"]),

@@ -1,0 +1,41 @@
+"""What the DeepSpeed engine cannot do, said without DeepSpeed, before anything starts."""
+
+from importlib.util import find_spec
+
+from parallel.layout import ParallelConfig
+
+STAGES = (1, 2)
+
+
+def check(config: ParallelConfig, compute: str) -> None:
+    """Raises ValueError, in one sentence, for a layout or an activation dtype (`precision.compute`) this engine does not take, or where DeepSpeed
+    is not installed."""
+    asked = "with parallel.engine=deepspeed"
+    for key, what in (("pipeline", "has no pipeline stages here"), ("context", "does not split sequences here")):
+        if (size := getattr(config, key)) > 1:
+            raise ValueError(
+                f"parallel.{key}={size} cannot be had {asked}, which {what}: use parallel.{key}=1, or parallel.engine=megatron"
+            )
+    if config.zero_stage not in (None, *STAGES):
+        raise ValueError(
+            f"parallel.zero_stage={config.zero_stage} is not available: use 1, which splits the optimizer's state, or 2, gradients too"
+        )
+    for key in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(config, key):
+            raise ValueError(
+                f"parallel.{key}=true is Megatron's and has no meaning {asked}, which splits what parallel.zero_stage says: use parallel.{key}=false"
+            )
+    if config.recompute:
+        raise ValueError(
+            f"parallel.recompute={list(config.recompute)} cannot be had {asked}: use parallel.recompute=[], or parallel.engine=megatron"
+        )
+    if compute != "fp32":
+        raise ValueError(
+            f"precision.compute={compute} cannot be had {asked}, whose reduction rounds gradients to {compute}: use precision.compute=fp32, or "
+            "parallel.engine=megatron"
+        )
+    if find_spec("deepspeed") is None:
+        raise ValueError(
+            "parallel.engine=deepspeed needs the package deepspeed, which is not installed: use pip install 'nibble[deepspeed]', or "
+            "parallel.engine=megatron"
+        )
