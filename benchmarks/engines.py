@@ -1,12 +1,11 @@
-"""What each engine holds and how long it takes: training steps of a recipe in fp32, by Megatron and by DeepSpeed, on data-parallel ranks.
+"""What each engine holds and how long it takes: steps of a recipe in fp32 by Megatron and by DeepSpeed, each in processes of its own.
 
     python -m benchmarks.engines                                     # tiny on 2 ranks
     python -m benchmarks.engines recipe=small ranks=4 rounds=5 to=docs/engines.json
 
-held: bytes of the tensors of a rank, each piece of memory once, between two steps and when the backward passes of a step are done: weights, the
-optimizer's state and, at the latter time, gradients and the buffers they are reduced in. seconds: of CPU time of a rank for a step, with its threads
-that send and receive, the median of `rounds` in which the engines take turns, after a step that is not counted. DeepSpeed is left out where it is
-not installed.
+held: bytes of the tensors of a rank, each piece of memory once: between two steps, and between two microbatches of a step, where it is most: weights,
+the optimizer's state and, at the latter time, gradients. seconds: of CPU time of a rank for a step, with its threads that send and receive, the
+median of `rounds`, after two that are not counted. Microbatches are of one sequence. DeepSpeed is left out where it is not installed.
 """
 
 import gc
@@ -18,7 +17,6 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +26,6 @@ from benchmarks.timing import machine, save, table
 from parallel import groups
 from train.build import Run, build
 from train.recipe.load import load_recipe
-from train.timing import Stopwatch
 from train.train_step import train_step
 
 DEEPSPEED = "parallel.engine=deepspeed"
@@ -41,19 +38,6 @@ ENGINES: dict[str, tuple[str, ...]] = {
 }
 
 
-class Held(Stopwatch):
-    """Notes the bytes held when the backward passes of a step are done."""
-
-    def __init__(self, run: Run):
-        super().__init__(run.layout.device)
-        self.run, self.bytes = run, 0
-
-    def mark(self, name: str) -> None:
-        if name == "forward_backward":
-            self.bytes = held(self.run)
-        super().mark(name)
-
-
 def held(run: Run) -> int:
     """Bytes of all tensors there are, each piece of memory once. Of gradients that DeepSpeed leaves there Python may not know yet: it is asked."""
     gradients = [param.grad for chunk in run.chunks for param in chunk.parameters()]
@@ -62,51 +46,59 @@ def held(run: Run) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in there if t.layout == torch.strided}.values())
 
 
-def measure(recipe: str, rounds: int, names: list[str], ranks: int, to: str) -> None:
-    """To be called in each of `ranks` processes, the first of which writes what it measured."""
-    values: dict[str, Any] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+def measure(recipe: str, rounds: int, name: str, ranks: int, to: str) -> None:
+    """To be called in each of `ranks` fresh processes, the first of which writes what it measured."""
     with tempfile.TemporaryDirectory() as directory:
-        for turn in range(rounds + 1):
-            for name in names:
-                overrides = ("precision=fp32", f"run.dir={directory}", *ENGINES[name])
-                run = build(load_recipe(recipe, *overrides, world_size=ranks))
-                train_step(run, 0)
-                if turn:
-                    begin = time.process_time()
-                    train_step(run, 1)
-                    seconds[name].append(time.process_time() - begin)
-                else:
-                    between, moment = held(run), Held(run)
-                    train_step(run, 1, moment)
-                    values[name] = {"between_bytes": between, "gradients_bytes": moment.bytes}
-                first = run.layout.rank == 0
-                run.engine.close()
-                del run
-                groups.shutdown(leave_world=False)
-    groups.shutdown()
-    if first:
-        Path(to).write_text(json.dumps({name: {**values[name], "seconds": statistics.median(seconds[name])} for name in names}))
+        overrides = ("precision=fp32", "train.micro_batch_size=1", f"run.dir={directory}", *ENGINES[name])
+        run = build(load_recipe(recipe, *overrides, world_size=ranks))
+        train_step(run, 0)
+        between = within = held(run)
+
+        def look(*_: object) -> None:
+            nonlocal within
+            within = max(within, held(run))
+
+        hook = run.chunks[0].register_forward_pre_hook(look)
+        train_step(run, 1)
+        hook.remove()
+        seconds = []
+        for step in range(2, 2 + rounds):
+            begin = time.process_time()
+            train_step(run, step)
+            seconds.append(time.process_time() - begin)
+        if run.layout.rank == 0:
+            values = {"between_bytes": between, "gradients_bytes": within, "seconds": statistics.median(seconds)}
+            Path(to).write_text(json.dumps(values))
+        run.engine.close()
+        groups.shutdown()
 
 
-def run(recipe: str, ranks: int, rounds: int, to: str) -> None:
-    installed = find_spec("deepspeed") is not None
-    names = [name for name, overrides in ENGINES.items() if installed or DEEPSPEED not in overrides]
+def measured(recipe: str, ranks: int, rounds: int, name: str) -> dict[str, float]:
+    """What `measure` wrote. Raises ValueError where it did not come to that."""
     with tempfile.TemporaryDirectory() as directory:
         found = Path(directory, "values.json")
-        code = f"from benchmarks.engines import measure; measure({recipe!r}, {rounds}, {names!r}, {ranks}, {str(found)!r})"
+        code = f"from benchmarks.engines import measure; measure({recipe!r}, {rounds}, {name!r}, {ranks}, {str(found)!r})"
         (script := Path(directory, "measure.py")).write_text(code)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script)]
         done = subprocess.run(launcher, capture_output=True, text=True, check=False)
         if done.returncode:
             told = [line for line in done.stderr.splitlines() if "Error: " in line]
             raise ValueError(f"recipe={recipe} ranks={ranks} did not run: {told[0] if told else done.stderr[-200:]}")
-        values = json.loads(found.read_text())
-    print(f"A step of {recipe} in fp32 on {ranks} data-parallel ranks, {machine(torch.device('cpu'))}; medians of {rounds} rounds\n")
-    rows = [("engine", "held between steps", "with gradients", "CPU seconds")]
+        return dict(json.loads(found.read_text()))
+
+
+def run(recipe: str, ranks: int, rounds: int, to: str) -> None:
+    installed = find_spec("deepspeed") is not None
+    names = [name for name, overrides in ENGINES.items() if installed or DEEPSPEED not in overrides]
+    print(
+        f"A step of {recipe} in fp32 on {ranks} data-parallel ranks, {machine(torch.device('cpu'))}; medians of {rounds} steps\n",
+        flush=True,
+    )
+    rows = [("engine", "held between steps", "between microbatches", "CPU seconds")]
+    values = {name: measured(recipe, ranks, rounds, name) for name in names}
     for name, value in values.items():
-        sizes = [f"{value[key] / 2**20:,.1f} MiB" for key in ("between_bytes", "gradients_bytes")]
-        rows.append((name, *sizes, f"{value['seconds']:.2f}"))
+        between, within = (f"{value[key] / 2**20:,.1f} MiB" for key in ("between_bytes", "gradients_bytes"))
+        rows.append((name, between, within, f"{value['seconds']:.2f}"))
     print(table(rows))
     if not installed:
         print("\nDeepSpeed is not installed: pip install 'nibble[deepspeed]'")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from parallel.shards import pieces_of
 
@@ -51,8 +52,8 @@ def generator_for(seed: int, name: str) -> Generator:
 
 @torch.no_grad()
 def initialize(param: nn.Parameter, seed: int, draw: Draw) -> None:
-    """Fills a parameter piece by piece (see `parallel.shards.Piece`); a parameter on the meta device is left alone."""
-    if param.is_meta:
+    """Fills a parameter piece by piece (see `parallel.shards.Piece`); one without memory, on the meta device or fake, is left alone."""
+    if param.is_meta or is_fake(param):
         return
     drawn: dict[str, Tensor] = {}
     for piece in pieces_of(param):

@@ -45,17 +45,17 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
 
 
 @contextmanager
-def imagined(config: ParallelConfig, ranks: int, rank: int) -> Iterator[Layout]:
+def imagined(config: ParallelConfig, ranks: int, rank: int, device: torch.device | None = None) -> Iterator[Layout]:
     """What rank `rank` of `ranks` would be, without the others: Megatron's own groups, over a process group that sends nothing.
 
-    Models are built on the meta device, where nothing is allocated. Raises ValueError for a layout that cannot be.
+    device: on which models are built; None: the meta device, where nothing is allocated. Raises ValueError for a layout that cannot be.
     """
     config.validate(ranks)
     cpu.apply()
     timeout = datetime.timedelta(minutes=config.timeout_minutes)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks, timeout=timeout)
     try:
-        yield divide(config, torch.device("meta"))
+        yield divide(config, device or torch.device("meta"))
     finally:
         shutdown()
 

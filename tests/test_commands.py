@@ -136,6 +136,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.long_context", Way("lengths=[64,128] rounds=1 ranks=[1,2] tokens=256", slow=True)),
     (r"python -m benchmarks\.engines", Way("rounds=1", slow=True)),
     (r"python -m benchmarks\.activations", Way("recipe=tiny tokens=64", slow=True)),
+    (r"python -m benchmarks\.trace ", Way("model.pattern=ME*E/*E", says="peak memory", slow=True)),
 )
 EXPANDED = r"make [\w-]+"
 # Not ours; srun: tests/slurm; launch/torchrun.sh: tests/launch. ft_launcher belongs to a package that is not installed for tests.

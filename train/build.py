@@ -64,8 +64,8 @@ def repeatable() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
 
 
-def build(recipe: Recipe, layout: Layout | None = None) -> Run:
-    """Data, model and engine, on a layout that stands or on one that is made here.
+def build(recipe: Recipe, layout: Layout | None = None, data: TextData | None = None) -> Run:
+    """Data, model and engine, on a layout that stands or on one that is made here, with data that are open or are opened here.
 
     Raises ValueError, in one sentence, for what only shows when files are opened.
     """
@@ -76,12 +76,7 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
         check(precision.backend, torch.device(wanted), formats, compute=precision.compute, amax_scope=precision.amax_scope)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)
-    if data.tokenizer.vocab_size > recipe.model.vocab_size:
-        raise RecipeError(
-            f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size} tokens: set "
-            f"model.vocab_size to at least {data.tokenizer.vocab_size}"
-        )
+    data = data or _opened(recipe)
     layout = layout or groups.initialize(recipe.parallel, recipe.run.seed)
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
@@ -90,6 +85,16 @@ def build(recipe: Recipe, layout: Layout | None = None) -> Run:
     engine = open_engine(recipe.parallel.engine, chunks, layout, context.sizes, open_optimizer(recipe.optimizer))
     plan = BatchPlan(recipe.train.global_batch_size, recipe.micro_batch_size, layout.data_rank, layout.data_size)
     return Run(recipe, layout, data, context, chunks, engine, plan, Path(recipe.run_dir))
+
+
+def _opened(recipe: Recipe) -> TextData:
+    data = open_data(recipe.data, sequence_length=recipe.train.sequence_length, seed=recipe.run.seed)
+    if data.tokenizer.vocab_size > recipe.model.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size={recipe.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size} tokens: set "
+            f"model.vocab_size to at least {data.tokenizer.vocab_size}"
+        )
+    return data
 
 
 def build_model(recipe: Recipe, layout: Layout) -> tuple[ModelContext, list[HybridModel]]:

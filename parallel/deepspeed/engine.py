@@ -4,7 +4,8 @@
     stage 2    and keeps the sum of the gradients of that part alone: they are reduced after each microbatch, not once a step
 
 Losses are normalised before the backward pass, so DeepSpeed is told to sum gradients and never to average them. Weights are fp32 and serve as
-their own masters, as in Megatron: DeepSpeed's copy of them is replaced by the part of the flattened weights that it is a copy of.
+their own masters, as in Megatron: DeepSpeed's copy of them is replaced by the part of the flattened weights that it is a copy of. Of a GPU's weights
+the copy in host memory stays, and is made anew before each step, because a checkpoint or whoever changes weights in place fills the weights alone.
 """
 
 import math
@@ -73,17 +74,24 @@ class DeepSpeedEngine:
             config=config_of(layout, optimizer, sum(param.numel() for param in chunk.parameters())),
         )
         assert isinstance(self._zero, DeepSpeedZeroOptimizer)
+        self._masters_apart = layout.config.offload_optimizer and layout.device.type == "cuda"
+        if not self._masters_apart:
+            self._share_masters()
+
+    def _share_masters(self) -> None:
+        """Gives DeepSpeed's copies of the weights the memory of the weights."""
         for index, parts in enumerate(self._zero.parallel_partitioned_bit16_groups):
-            self._zero.single_partition_of_fp32_groups[index].data = parts[dist.get_rank(self._group(index))]
+            own = parts[dist.get_rank(self._zero.real_dp_process_group[index])]
+            self._zero.single_partition_of_fp32_groups[index].data = own
+            for param in self._zero.bit16_groups[index]:
+                if (mapping := param._hp_mapping) is not None:  # which views what is now replaced
+                    address = mapping.hp_fragment_address
+                    mapping.hp_fragment = own.narrow(0, address.start, address.numel)
 
     def _over_tensor_ranks(self, grad: Tensor) -> Tensor:
         total = grad.clone()
         dist.all_reduce(total, group=self.layout.groups.tp)
         return total
-
-    def _group(self, index: int) -> dist.ProcessGroup:
-        """The ranks over which parameter group `index` is split."""
-        return self._zero.real_dp_process_group[index]
 
     # -- one step ------------------------------------------------------------------------------------------------------------------
 
@@ -99,6 +107,7 @@ class DeepSpeedEngine:
         agreed: Callable[[], bool] = always,
     ) -> StepResult:
         self._engine.train()
+        self.reload_masters()
         feed = iter(microbatches)
         for left in reversed(range(len(microbatches))):
             self._engine.set_gradient_accumulation_boundary(left == 0)
@@ -171,7 +180,8 @@ class DeepSpeedEngine:
             group |= {name: type(group.get(name, 0))(_one_number(params, name, number)) for name in self.settings.group_numbers}
 
     def reload_masters(self) -> None:
-        """The weights are the masters."""
+        if self._masters_apart:
+            self._zero.refresh_fp32_params()
 
     @torch.no_grad()
     def update_masters(self, changes: Mapping[nn.Parameter, Callable[[Tensor], None]]) -> None:

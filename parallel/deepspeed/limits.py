@@ -25,10 +25,6 @@ def check(config: ParallelConfig, compute: str) -> None:
             raise ValueError(
                 f"parallel.{key}=true is Megatron's and has no meaning {asked}, which splits what parallel.zero_stage says: use parallel.{key}=false"
             )
-    if config.recompute:
-        raise ValueError(
-            f"parallel.recompute={list(config.recompute)} cannot be had {asked}: use parallel.recompute=[], or parallel.engine=megatron"
-        )
     if compute != "fp32":
         raise ValueError(
             f"precision.compute={compute} cannot be had {asked}, whose reduction rounds gradients to {compute}: use precision.compute=fp32, or "

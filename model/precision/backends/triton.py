@@ -102,7 +102,7 @@ class Triton(Backend):
         result = torch.zeros(len(rows.sizes), dtype=torch.int32, device=x.device)
         block_map, blocks = self._blocks(x, rows)
         rotation, flag = self._rotation(encoding)
-        self._launch(
+        self.launch(
             self._kernels.amax_kernel,
             x,
             (x, block_map, rotation, result, *x.shape),
@@ -122,7 +122,7 @@ class Triton(Backend):
         columns = packed.along == "columns"
         rows = len(packed.codes) * 2 if columns else len(packed.codes)
         result = torch.empty(rows, packed.features, dtype=dtype, device=packed.codes.device)
-        self._launch(
+        self.launch(
             self._kernels.unpack_kernel,
             result,
             (packed.codes.contiguous(), packed.scales.contiguous(), result, rows, packed.features),
@@ -149,7 +149,7 @@ class Triton(Backend):
         block_map, blocks = self._blocks(x, rows)
         random, flags = self._random(x, encoding.stream)
         rotation, rotate = self._rotation(encoding)
-        self._launch(
+        self.launch(
             self._kernels.rows_kernel,
             x,
             (x, amax, block_map, *random, rotation, result, scales, *x.shape),
@@ -177,7 +177,7 @@ class Triton(Backend):
             result = torch.empty(blocks * BLOCK, features, dtype=gemm_dtype(x.device), device=x.device)
         random, flags = self._random(x, encoding.stream)
         rotation, rotate = self._rotation(encoding)
-        self._launch(
+        self.launch(
             self._kernels.columns_kernel,
             x,
             (x, amax, block_map, *random, rotation, result, scales, *x.shape),
@@ -221,7 +221,7 @@ class Triton(Backend):
         return (stream.bytes(features).contiguous(), *(None,) * 4, 0, 0, 0), {"RANDOM": kernels.GIVEN.value, "EXPERT": False}
 
     @staticmethod
-    def _launch(kernel: Any, x: Tensor, arguments: tuple[Any, ...], *, blocks: int, width: int, tiles: int = 1, **flags: Any) -> None:
+    def launch(kernel: Any, x: Tensor, arguments: tuple[Any, ...], *, blocks: int, width: int, tiles: int = 1, **flags: Any) -> None:
         """One program for every block of 16 rows and `tiles` tiles of columns."""
         features = arguments[-1]
         warps = width // 64 if width == ROWS_WIDTH else 1

@@ -44,6 +44,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "data, ZeRO-2": (2, (STAGE_2,)),
     "data, offloaded": (2, (OFFLOADED,)),
     "data, ZeRO-2, offloaded": (2, (STAGE_2, OFFLOADED)),
+    "data, recomputed": (2, ("parallel.recompute=[norm,head,layer]",)),
+    "data, ZeRO-2, recomputed": (2, (STAGE_2, "parallel.recompute=[norm,activation,moe,head,mamba]")),
     "tensor": (2, ("parallel.tensor=2",)),
     "expert": (2, ("parallel.expert=2",)),
     "expert, ZeRO-2": (2, ("parallel.expert=2", STAGE_2)),
@@ -73,7 +75,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def megatron(given: tuple[str, ...], _pool: Any) -> list[dict[str, float]]:
-    ((metrics, _),) = _pool.run(1, run, given, timeout=300)
+    ((metrics, _),) = _pool.run(1, run, given, timeout=600)
     return metrics
 
 
@@ -121,18 +123,18 @@ KINDS = [ParallelConfig(engine="deepspeed", zero_stage=stage, offload_optimizer=
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.zero_stage} {kind.offload_optimizer}")
 def test_checkpoints_go_from_engine_to_engine(ranks: Any, tmp_path: Path, kind: ParallelConfig, name: str) -> None:
     """Saved by either on two ranks, continued by the other on one and on two: the losses of the run that was not stopped."""
-    (losses, weights), *_ = ranks(1)(resume, str(tmp_path / "whole"), "megatron", PLAIN, None, name, 0.05)
+    (losses, weights), *_ = ranks(1)(resume, str(tmp_path / "whole"), "megatron", PLAIN, None, name, 0.05, timeout=600)
     for first, second in (
         (("megatron", SPLIT), ("deepspeed", kind)),
         (("deepspeed", kind), ("megatron", SPLIT)),
         (("deepspeed", kind),) * 2,
     ):
         directory = str(tmp_path / f"{first[0]} {second[0]}")
-        ranks(2)(resume, directory, *first, 3, name, 0.05)
+        ranks(2)(resume, directory, *first, 3, name, 0.05, timeout=600)
         state = {"adamw": {"exp_avg", "exp_avg_sq"}, "lion": {"exp_avg"}}[name]
         assert {stored.split("/")[0] for stored in open_checkpoint(directory).names()} == {"model", "step", *state}
         for world in (2, 1):
-            for resumed, final in ranks(world)(resume, directory, *second, None, name, 0.05):
+            for resumed, final in ranks(world)(resume, directory, *second, None, name, 0.05, timeout=600):
                 assert resumed == pytest.approx(losses[3:], rel=2e-6)
                 torch.testing.assert_close(final, weights, rtol=0, atol=2e-6)
 
@@ -169,5 +171,5 @@ def objecting(rank: int, config: ParallelConfig, poisoned: bool) -> tuple[list[f
 @pytest.mark.parametrize("poisoned", [False, True], ids=["objected to", "not finite"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.zero_stage} {kind.offload_optimizer}")
 def test_a_step_that_is_not_taken_leaves_nothing_behind(ranks: Any, kind: ParallelConfig, poisoned: bool) -> None:
-    for disturbed, undisturbed, taken in ranks(2)(objecting, kind, poisoned):
+    for disturbed, undisturbed, taken in ranks(2)(objecting, kind, poisoned, timeout=600):
         assert not taken and disturbed == undisturbed

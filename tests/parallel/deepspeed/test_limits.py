@@ -19,7 +19,6 @@ from train.recipe.reading import RecipeError
         (2, ("parallel.zero_stage=0",), "parallel.zero_stage=0 is not available"),
         (2, ("parallel.distributed_optimizer=true",), "parallel.distributed_optimizer=true is Megatron's"),
         (2, ("parallel.overlap_grad_reduce=true",), "parallel.overlap_grad_reduce=true is Megatron's"),
-        (1, ("parallel.recompute=[moe]",), r"parallel.recompute=\['moe'\] cannot be had with parallel.engine=deepspeed"),
         (1, ("precision.compute=bf16",), "precision.compute=bf16 cannot be had with parallel.engine=deepspeed"),
         (1, ("parallel.engine=megatron", "parallel.zero_stage=2"), "parallel.zero_stage=2 has no meaning with parallel.engine=megatron"),
         (1, ("parallel.engine=megatron", "parallel.offload_optimizer=true"), "parallel.offload_optimizer=true has no meaning"),
