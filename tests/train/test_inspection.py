@@ -14,6 +14,7 @@ from parallel import groups
 from parallel.layout import Layout, ParallelConfig
 from parallel.shards import pieces_of, spread_of
 from train.build import build_model
+from train.inspection import held as held_by
 from train.inspection import main, members
 from train.recipe.load import load_recipe
 from train.recipe.tree import Recipe
@@ -74,13 +75,28 @@ def test_every_element_is_held_by_the_ranks_that_sum_its_gradient(name: str, pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("name", "ranks"), [("nemotron3_nano", 64), ("nemotron3_super", 1024), ("nemotron3_ultra", 4096)])
+@pytest.mark.parametrize(("name", "ranks"), [("nemotron3_nano", 64), ("nemotron3_super", 1024), ("nemotron3_ultra", 2048)])
 def test_the_published_models_are_whole_over_their_recipes_layouts(name: str, ranks: int) -> None:
     """What a rank holds depends on its places in the tensor, expert and pipeline groups alone, and the first ranks have each of them once."""
     recipe = load_recipe(name, world_size=ranks)
     assert recipe.parallel.pipeline == recipe.parallel.context == 1
     held, _ = union(recipe, ranks, range(max(recipe.parallel.tensor, recipe.parallel.expert * recipe.parallel.expert_tensor)))
     check_tiling(recipe, held)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "context"),
+    [("nemotron3_nano", 512, 1), ("nemotron3_super", 1024, 1), ("nemotron3_ultra", 2048, 1), ("nemotron3_super_long", 2048, 64)],
+)
+def test_the_last_rank_of_a_shipped_recipe(name: str, ranks: int, context: int) -> None:
+    """1M tokens a sequence among them: 64 ranks of a context group hold the same weights."""
+    recipe = load_recipe(name, world_size=ranks)
+    counted = count(recipe.model)
+    with groups.imagined(recipe.parallel, ranks, ranks - 1) as layout:
+        _, chunks = build_model(recipe, layout)
+        assert sum(one.whole for one in held_by(chunks, layout).values()) == counted.parameters + counted.mtp
+        assert dist.get_process_group_ranks(layout.groups.cp) == list(range(ranks - 2 * context + 1, ranks, 2))
+        assert dist.get_process_group_ranks(layout.groups.dp_cp) == list(range(1, ranks, 2))
 
 
 def test_groups_of_a_thousand_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def read_recipe(values: Mapping[str, Any], world_size: int | None) -> Recipe:
         validate(recipe, ranks)
         return _with_micro_batch_size(recipe, ranks)
     except Misfit as misfit:
-        raise RecipeError(ended(misfit, recipe, ranks, validate_shape, _validate_shape_and_precision)) from None
+        raise RecipeError(ended(misfit, recipe, ranks, validate_shape, _validate_whole)) from None
     except ValueError as error:
         raise RecipeError(str(error)) from None
 
@@ -101,8 +101,8 @@ def _with_micro_batch_size(recipe: Recipe, ranks: int) -> Recipe:
     raise problem
 
 
-def _validate_shape_and_precision(recipe: Recipe, ranks: int) -> None:
-    validate_shape(recipe, ranks)
+def _validate_whole(recipe: Recipe, ranks: int) -> None:
+    validate(recipe, ranks)
     _with_micro_batch_size(recipe, ranks)
 
 

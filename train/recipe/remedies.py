@@ -66,8 +66,8 @@ def _values(recipe: Recipe, ranks: int, key: str) -> list[Iterator[Any]]:
         return [iter([not value])]
     if isinstance(value, int):
         return [
-            iter(range(min(value - 1, FARTHEST + value), max(0, value - FARTHEST), -1)),
-            iter(range(max(value, 0) + 1, value + FARTHEST)),
+            iter(range(value - 1, max(0, value - FARTHEST), -1)),
+            iter(range(max(value + 1, 0), value + FARTHEST)),
         ]
     if isinstance(value, str):
         group, name = key.split(".")

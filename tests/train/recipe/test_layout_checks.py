@@ -2,8 +2,11 @@
 
 import copy
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +86,21 @@ WRONG = [
     Wrong("parallel.pipeline=4 exceeds the 2 layers of model.pattern", "parallel.pipeline=4 model.pattern=M*/*E", 4),
     Wrong(
         "parallel.pipeline=128 exceeds the 88 layers", "parallel.pipeline=128 parallel.expert=1 parallel.tensor=1", 128, "nemotron3_super"
+    ),
+    Wrong("parallel.virtual_pipeline=2 needs parallel.pipeline > 1", "parallel.virtual_pipeline=2"),
+    Wrong(
+        "parallel.pipeline=4 x parallel.virtual_pipeline=2 = 8 exceeds the 7 layers", "parallel.pipeline=4 parallel.virtual_pipeline=2", 4
+    ),
+    Wrong(
+        "parallel.virtual_pipeline=2 needs at least parallel.pipeline=2 microbatches a step, but train.micro_batch_size=16 makes 1",
+        "parallel.pipeline=2 parallel.virtual_pipeline=2 train.micro_batch_size=16",
+        2,
+    ),
+    Wrong("model.pattern='MEM|*EME' has 2 parts between its '|', but parallel.pipeline=1", "model.pattern=MEM|*EME", 2),
+    Wrong("parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true", "parallel.overlap_param_gather=true"),
+    Wrong(
+        "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true parallel.distributed_optimizer=true",
     ),
     # sequences and batches
     Wrong("train.sequence_length=127 is not a multiple of parallel.tensor=2", "parallel.tensor=2 train.sequence_length=127", 2),
@@ -176,3 +194,18 @@ def test_one_sentence_whose_remedies_work(wrong: Wrong) -> None:
             read(wrong, f"{key}={value}")
         for ranks in filter(None, (fewer, more)):
             read(wrong, ranks=int(ranks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [["torch.distributed.run", "--nproc-per-node", "2", "-m", "train"], ["launch.local", "ranks=2"]], ids=" ".join
+)
+def test_two_ranks_say_it_once(command: list[str]) -> None:
+    line = [sys.executable, "-W", "ignore", "-m", *command, "-cn", "tiny", "parallel.tensor=4"]
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, check=False, timeout=280)
+    said = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert said == ["error: parallel.tensor=4 does not divide the 2 ranks of this run: use parallel.tensor=2"], done.stderr
+    assert done.returncode != 0 and "train/" not in done.stdout
+    if command[0] == "launch.local":
+        assert done.stderr.strip() == said[0]
