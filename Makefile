@@ -54,7 +54,7 @@ $(READY): pyproject.toml constraints.txt
 
 # Numba keeps compiled kernels by their source: a changed one is compiled here, not in the first step of a run.
 $(KERNELS): $(READY) model/precision/backends/cpu.py model/precision/backends/cpu_kernels.py
-	$(BIN)/python -m model.precision.backends.cpu
+	$(BIN)/python -m model.precision.backends
 	@touch $@
 
 $(TESTED): $(KERNELS)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train import incidents_runs as runs
-from tests.train.incidents_killed import MOMENTS, OVERRIDES
+from tests.train.incidents_killed import MOMENTS
 from tests.train.test_incidents import curve, same_end
 from train.checkpoint.reader import open_checkpoint
 from train.run_directory import read_history
@@ -27,7 +26,7 @@ def start(run_dir: Path, moment: str) -> int:
 def spared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The oracle: a run that never sees samples 40 to 55."""
     run_dir = tmp_path_factory.mktemp("oracle") / "run"
-    assert runs.run(run_dir, *OVERRIDES, fault=runs.skipping([(40, 56)])) == 0
+    assert start(run_dir, "spared") == 0  # in a process of its own as the others: with another number of threads sums round otherwise
     return run_dir
 
 

@@ -4,7 +4,6 @@ python -m model.precision.backends.cpu        compiles every kernel once and kee
 """
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -238,9 +237,3 @@ def compile_all() -> None:
             assert isinstance(operand, Packed)
             backend.unpack(operand, torch.float32)
         backend.bf16(x)
-
-
-if __name__ == "__main__":
-    start = time.perf_counter()
-    compile_all()
-    print(f"NVFP4 kernels for this CPU are ready ({time.perf_counter() - start:.1f} s)")
