@@ -42,8 +42,8 @@ class Held:
 @dataclass(frozen=True)
 class Outcome:
     """Of a run, on one rank. metrics: of every step. evaluated: the LM loss of one microbatch behind the last one. differing: tensors of which two
-    ranks hold other bits. parts: weights and expert biases at the end. margin: the least by which a token preferred an expert it chose to one that it
-    did not."""
+    ranks hold other bits. parts: weights and expert biases at the end. margin: of a run on one rank, the least by which a token preferred an expert
+    that it chose to one that it did not."""
 
     metrics: list[dict[str, float]]
     evaluated: float
@@ -58,7 +58,7 @@ def train(rank: int, overrides: Sequence[str], starved: bool = False, steps: int
     try:
         if starved:
             starve(made.chunks)
-        margins = Margins(made.chunks)
+        margins = Margins(made.chunks if made.layout.world_size == 1 else ())
         metrics = [train_step(made, step) for step in range(steps)]
         made.engine.settle()
         parts = [Held(part.name, part.shape, part.box, part.tensor.float().numpy(force=True).copy()) for part in model_parts(made.chunks)]
