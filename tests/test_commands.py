@@ -83,7 +83,7 @@ WAYS: dict[str, Way] = {
     f"{SUBMIT} cluster.nodes=8 submit=false": Way(makes=("runs/nemotron3_super/slurm.sh",), slow=True),
     f"{SUBMIT} cluster.nodes=8 --dry-run": Way(says="arguments=(-cn nemotron3_super cluster=b200 cluster.nodes=8)", slow=True),
     "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way(
-        "--dry-run run.name=queued", says="case $SLURM_ARRAY_TASK_ID in", slow=True
+        "--dry-run hydra.sweep.dir=runs/queued-sweep", says="case $SLURM_ARRAY_TASK_ID in", slow=True
     ),
     "python -m launch.status runs/first": Way(after=(FIRST,), says="step        2 of 2"),
     "python -m launch.preflight -cn tiny cluster=cpu": Way("run.dir=runs/preflight", says="1 node, 1 rank fit", slow=True),
