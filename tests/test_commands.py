@@ -104,7 +104,9 @@ WAYS: dict[str, Way] = {
     "python -m train.branch checkpoint=runs/x branch=[bf16,fp32] every=240steps": Way(
         "every=1steps train.steps=3", copies=("runs/x",), says="2 branches, 2 finished", slow=True
     ),
-    "python -m train.dashboard run=runs/first": Way(after=(FIRST,), makes=("runs/first/report/index.html",), says="No W&B workspace"),
+    "python -m train.dashboard run=runs/first": Way(
+        after=(FIRST,), makes=("runs/first/report/index.html",), says="No W&B workspace", slow=True
+    ),
     "python -m data.prepare input=texts/ tokenizer=bytes to=prepared/texts": Way(
         makes=("prepared/texts.bin", "prepared/texts.idx"), slow=True
     ),
@@ -119,7 +121,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m train\.evaluate checkpoint=runs/first\b", Way(after=(FIRST,), says="nats per token", slow=True)),
     (
         r"python -m train\.checkpoints runs/first merge=",
-        Way("merge=[1,2]", after=(FIRST,), makes=("runs/merged/recipe.yaml",), says="merged"),
+        Way("merge=[1,2]", after=(FIRST,), makes=("runs/merged/recipe.yaml",), says="merged", slow=True),
     ),
     (r"python -m train\.checkpoints runs/first", Way(after=(FIRST,), says="runs/first/checkpoints", slow=True)),
     (r"python -m train\.count -cn \w+$", Way(says="active per token", slow=True)),
