@@ -11,8 +11,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class _Chosen(torch.autograd.Function):
+    """x[rows], of which no row comes twice: its gradient is copied and not added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
+
+
+class Dispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's, whose own permutation makes the host wait for the device twice, to learn how many rows there are."""
+
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states: [tokens, width], of which only the shape matters. routing_map: bool [tokens, experts]; probs: of its shape. Returns
+        hidden_states as they came, and the weight of every row to be sent."""
+        tokens = len(hidden_states)
+        self.hidden_shape = self.hidden_shape_before_permute = hidden_states.shape  # type: ignore[assignment]
+        self.probs, self.routing_map = probs, routing_map
+        counts = self.preprocess(routing_map)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
+        rows = routing_map.T.flatten().nonzero_static(size=self.num_out_tokens).squeeze(1)
+        self.reversed_local_input_permutation_mapping = rows % tokens
+        return hidden_states, _Chosen.apply(probs.T.flatten(), rows)
 
 
 @dataclass(frozen=True)

@@ -184,9 +184,8 @@ def pad_rows(x: Tensor, rows: Rows, block: int = BLOCK) -> Tensor:
     if rows == padded:
         return x
     result = x.new_zeros(sum(padded.sizes), *x.shape[1:])
-    sizes = torch.tensor(rows.sizes, device=x.device)
-    shift = torch.tensor([p[0] - r[0] for p, r in zip(padded.bounds, rows.bounds, strict=True)], device=x.device)
-    index = torch.arange(len(x), device=x.device) + shift.repeat_interleave(sizes)
+    shift = on_device([p[0] - r[0] for p, r in zip(padded.bounds, rows.bounds, strict=True)], x.device)
+    index = torch.arange(len(x), device=x.device) + for_rows(shift, rows)
     return result.index_copy_(0, index, x)
 
 
@@ -194,4 +193,15 @@ def per_row(values: Tensor, rows: Rows) -> Tensor:
     """values [groups] repeated for every row: [rows, 1]."""
     if len(rows.sizes) == 1:
         return values[:, None]
-    return values.repeat_interleave(torch.tensor(rows.sizes, device=values.device))[:, None]
+    return for_rows(values, rows)[:, None]
+
+
+def for_rows(values: Tensor, rows: Rows) -> Tensor:
+    """values [groups] repeated for every row: [rows]."""
+    return values.repeat_interleave(on_device(rows.sizes, values.device), output_size=sum(rows.sizes))
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int64. From pinned memory the copy is ordered with the kernels, and the host does not wait."""
+    host = torch.tensor(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -142,6 +142,9 @@ def test_everything_at_once_in_nvfp4(elsewhere: ProcessPoolExecutor) -> None:
     for kind in ("Mamba-2", "MoE", "head and loss"):
         assert again.accounts[kind].kept < plain.accounts[kind].kept / 2
     assert again.total.gemm_flops > plain.total.gemm_flops
+    # A MoE layer must learn how many rows it gets; nothing else in the model waits.
+    waits = {kind: account.waits for kind, account in plain.accounts.items() if kind not in ("rest", "optimizer")}
+    assert {kind: count for kind, count in waits.items() if count} == {"MoE": 1, "MTP block": 1}, plain.waited
     assert plain.total.launches > 1000
 
 
