@@ -178,6 +178,8 @@ class Device(TorchDispatchMode):
         if not any(each.is_cuda for each in given) and (target is None or torch.device(target).type != "cuda"):
             with _disable_current_modes():
                 return func(*args, **kwargs)
+        if func.namespace == "prim":  # a question about a tensor, as for its device
+            return func(*args, **kwargs)
         schema = self._schema(func)
         if schema.name == "record_stream":
             return None

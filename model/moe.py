@@ -186,8 +186,8 @@ class MoE(nn.Module):
         self.experts = Experts(context, f"{name}.experts")
         self.shared_experts = MLP(context, f"{name}.shared_experts", sizes.shared_expert_ffn_size)
         if context.device.type != "meta":
-            indices = list(range(self.experts.first, self.experts.first + self.experts.local))
-            self.dispatcher = Dispatcher(len(indices), indices, context.megatron, layout.groups)
+            own = range(self.experts.first, self.experts.first + self.experts.local)
+            self.dispatcher = Dispatcher(own, context.megatron, layout.groups, lambda ask: context.recompute.once(ask))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same; with sequence parallelism both hold this rank's part of the sequence."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from model.precision.hadamard import Rotation
 from model.precision.nvfp4 import BLOCK, Clipping
 from model.precision.philox import Draws
+from model.precision.transfer import integers
 
 Along = Literal["rows", "tiles", "columns"]
 
@@ -184,7 +185,7 @@ def pad_rows(x: Tensor, rows: Rows, block: int = BLOCK) -> Tensor:
     if rows == padded:
         return x
     result = x.new_zeros(sum(padded.sizes), *x.shape[1:])
-    shift = on_device([p[0] - r[0] for p, r in zip(padded.bounds, rows.bounds, strict=True)], x.device)
+    shift = integers([p[0] - r[0] for p, r in zip(padded.bounds, rows.bounds, strict=True)], x.device)
     index = torch.arange(len(x), device=x.device) + for_rows(shift, rows)
     return result.index_copy_(0, index, x)
 
@@ -198,10 +199,4 @@ def per_row(values: Tensor, rows: Rows) -> Tensor:
 
 def for_rows(values: Tensor, rows: Rows) -> Tensor:
     """values [groups] repeated for every row: [rows]."""
-    return values.repeat_interleave(on_device(rows.sizes, values.device), output_size=sum(rows.sizes))
-
-
-def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """int64. From pinned memory the copy is ordered with the kernels, and the host does not wait."""
-    host = torch.tensor(numbers)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return values.repeat_interleave(integers(rows.sizes, values.device), output_size=sum(rows.sizes))
