@@ -4,7 +4,8 @@
     dropped    an output that is cheap to make is not kept by what reads it, but made again from its inputs; what reads it is not repeated
 
 `parallel.recompute` names the kinds of pieces. A repeated pass gives the same bits: random bits depend on where an element is (Philox), router biases
-move between steps, and quantised weights are the step's. What must happen once a microbatch asks `repeating`; what the host was told, `once` remembers.
+move between steps, and quantised weights are the step's. What must happen once a microbatch asks `repeating`; what the host was told before,
+`once` remembers.
 """
 
 from collections import deque
