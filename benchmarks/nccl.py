@@ -1,6 +1,7 @@
 """What NCCL takes, as torch's binding to it has it (ProcessGroupNCCL.cpp of torch 2.13): for machines where gloo, or nothing, stands in for it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,10 +27,10 @@ LACKS = frozenset(("allgather_coalesced", "monitored_barrier", "recv_any_source"
 BITWISE = (dist.ReduceOp.BAND, dist.ReduceOp.BOR, dist.ReduceOp.BXOR)
 
 
-def objection(method: str, tensors: Sequence[Tensor], op: dist.ReduceOp | None = None) -> str | None:
+def objection(method: str, tensors: Sequence[Tensor], op: Any = None) -> str | None:
     """Why NCCL would refuse this collective, in words; None: it would not. Where tensors are is another question.
 
-    method: of ProcessGroup, or its operator's name. op: of a reduction.
+    method: of ProcessGroup, or its operator's name. op: of a reduction, as torch.distributed.ReduceOp has them.
     """
     method = method.strip("_")
     if method in LACKS:

@@ -116,10 +116,11 @@ def test_the_auxiliary_loss_is_the_formula_and_reaches_the_gate(layer: MoE) -> N
 
 def sent(rank: int, latent: int | None) -> tuple[list[int], list[int]]:
     """Bytes of rows, and of their weights, that one rank of two gives to every all-to-all of a forward and a backward pass."""
-    rows, weights = [], []
-    all_to_all = dist.all_to_all_single
+    rows: list[int] = []
+    weights: list[int] = []
+    all_to_all: Any = dist.all_to_all_single
 
-    def counted(output: torch.Tensor, input: torch.Tensor, *given: object, **named: object) -> object:
+    def counted(output: torch.Tensor, input: torch.Tensor, *given: Any, **named: Any) -> Any:
         (rows if input.dim() == 2 else weights).append(input.nbytes)
         return all_to_all(output, input, *given, **named)
 
