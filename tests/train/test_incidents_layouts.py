@@ -51,6 +51,7 @@ def test_a_nan_in_one_experts_gradient(world: int, rank: int, layout: tuple[str,
     assert 55 in found["samples"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world, rank, module, layout",
     [
