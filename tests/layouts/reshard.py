@@ -6,7 +6,6 @@ whole run's metrics, and the weights at its end, with those of a run that one ra
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -50,23 +49,26 @@ PAIRS: tuple[tuple[Case, Case], ...] = tuple(
 """From each layout to three others, so that each is also reached from three others; those of fewest ranks first."""
 
 
-def start(layout: Case, run_dir: Path, place: Path, *overrides: str) -> None:
-    """The documented command for so many ranks. Raises RuntimeError with what it printed where it fails."""
-    launch = ("train",) if layout.ranks == 1 else ("launch.local", f"ranks={layout.ranks}")
-    line = [sys.executable, "-W", "ignore", "-m", *launch, "-cn", "tiny", *SMALL, *given(place), *layout.overrides]
-    line += [f"train.steps={STEPS}", "optimizer.decay=0", f"run.dir={run_dir}", *overrides]
+def start(ranks: int, *overrides: str) -> str:
+    """The documented command, on `tiny` with the model and batches of SMALL; what it printed. Raises RuntimeError with that where it fails."""
+    launch = ("train",) if ranks == 1 else ("launch.local", f"ranks={ranks}")
+    line = [sys.executable, "-W", "ignore", "-m", *launch, "-cn", "tiny", *SMALL, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         printed, _ = process.communicate(timeout=PATIENCE)
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher, and the ranks that it would leave behind
-        process.wait()
+        process.terminate()  # which a launcher passes on to its ranks
+        process.communicate(timeout=60)
         raise
     if process.returncode:
-        raise RuntimeError(f"{layout.name} on {layout.ranks} ranks: {printed[-4000:]}")
+        raise RuntimeError(f"{' '.join(line)}\n{printed[-4000:]}")
+    return printed
+
+
+def trained(layout: Case, place: Path, run_dir: Path, *overrides: str) -> None:
+    """The run of this directory, begun or continued in this layout."""
+    start(layout.ranks, *given(place), *layout.overrides, f"train.steps={STEPS}", "optimizer.decay=0", f"run.dir={run_dir}", *overrides)
 
 
 def made(place: Path, name: str, layout: Case, *overrides: str) -> Path:
@@ -74,7 +76,7 @@ def made(place: Path, name: str, layout: Case, *overrides: str) -> Path:
     run_dir, done = place / name, place / f"{name}.done"
     if not done.exists():
         shutil.rmtree(run_dir, ignore_errors=True)
-        start(layout, run_dir, place, *overrides)
+        trained(layout, place, run_dir, *overrides)
         done.touch()
     return run_dir
 
@@ -93,7 +95,7 @@ def goes_on(place: Path, number: int, source: Case, target: Case) -> dict[str, A
     shutil.rmtree(run_dir, ignore_errors=True)
     shutil.copytree(begun, run_dir)
     before = read_metrics(run_dir)
-    start(target, run_dir, place)
+    trained(target, place, run_dir)
     ours, theirs = read_metrics(run_dir), read_metrics(whole)
     found: dict[str, Any] = {key: furthest(ours, theirs, (prefix,)) for key, prefix in MEASURED.items()}
     found["parameters"] = furthest_tensor(weights(run_dir), weights(whole))

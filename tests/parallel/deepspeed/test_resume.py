@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_resume_layouts import start
+from tests.layouts import reshard
 from train.observe.metrics import read_metrics
 
+GIVEN = ("precision=fp32", "train.steps=8", "optimizer.warmup=1", "optimizer.decay=0", "data.validation_fraction=0.0005")
 DEEPSPEED = "parallel.engine=deepspeed"
 LEGS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (2, (DEEPSPEED, "parallel.zero_stage=2")),
@@ -16,6 +17,10 @@ LEGS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (2, ("parallel.distributed_optimizer=true",)),
     (2, (DEEPSPEED, "parallel.tensor=2")),
 )
+
+
+def start(ranks: int, *overrides: str) -> str:
+    return reshard.start(ranks, *GIVEN, *overrides)
 
 
 @pytest.mark.slow
