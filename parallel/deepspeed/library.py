@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.moe.layer import MoE
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups, logger
 
@@ -22,4 +23,4 @@ logger.setLevel(logging.ERROR)  # it warns of every optimizer it was not tested 
 if not torch.cuda.is_available():
     deepspeed.ops.__compatible_ops__ = {}
 
-__all__ = ["DeepSpeedZeroOptimizer", "MoE", "deepspeed", "groups"]
+__all__ = ["DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "MoE", "deepspeed", "groups"]
