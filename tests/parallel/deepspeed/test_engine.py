@@ -47,7 +47,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "data, recomputed": (2, ("parallel.recompute=[norm,head,layer]",)),
     "data, ZeRO-2, recomputed": (2, (STAGE_2, "parallel.recompute=[norm,activation,moe,head,mamba]")),
     "data, ZeRO-3": (2, (STAGE_3,)),
-    "three data ranks, ZeRO-3": (3, (STAGE_3,)),
     "data, ZeRO-3, offloaded": (2, (STAGE_3, OFFLOADED)),
     "data, ZeRO-3, recomputed": (2, (STAGE_3, "parallel.recompute=[norm,activation,moe,head,mamba]")),
     "data, ZeRO-3, layers recomputed": (2, (STAGE_3, "parallel.recompute=[norm,head,layer]")),
