@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from benchmarks.nccl import objection
 from model.precision.backends.triton import Triton
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -174,10 +175,14 @@ class Device(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if func.namespace == "c10d":
+            self._allowed(func.__name__.split(".")[0], given)
         target = kwargs.get("device")
         if not any(each.is_cuda for each in given) and (target is None or torch.device(target).type != "cuda"):
             with _disable_current_modes():
                 return func(*args, **kwargs)
+        if func.namespace == "prim":  # a question about a tensor, as for its device
+            return func(*args, **kwargs)
         schema = self._schema(func)
         if schema.name == "record_stream":
             return None
@@ -211,6 +216,16 @@ class Device(TorchDispatchMode):
             flops, dtype = _products(schema.name, given)
             observer.launch(schema.name, read, made, flops, dtype)
         return result
+
+    @staticmethod
+    def _allowed(name: str, tensors: list[Tensor]) -> None:
+        """Raises RuntimeError where NCCL would."""
+        if name.startswith("barrier"):  # its tensor is a formality
+            return
+        elsewhere = next((each.device for each in tensors if not each.is_cuda), None)
+        reason = objection(name, tensors) or (f"{name} of a tensor on {elsewhere}, where NCCL is not" if elsewhere else None)
+        if reason is not None:
+            raise RuntimeError(reason)
 
     @staticmethod
     def _collective(func: Any, args: Any) -> Any:

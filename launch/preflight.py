@@ -89,7 +89,9 @@ def _reports(recipe: Recipe, desk: Desk) -> list[Report]:
     """Of all ranks, fit ones. Raises Unfit."""
     config = recipe.cluster.preflight
     desk.ask("come", node())
-    longer = config.gemm_seconds + config.disk_bytes / max(config.disk_bytes_per_second, 1.0)
+    # Whoever asks nothing of the disk (0 bytes per second) does not wait for a rank that hangs until the disk might have written.
+    writing = config.disk_bytes / max(config.disk_bytes_per_second, 1.0)
+    longer = config.gemm_seconds + min(writing, config.patience_seconds)
     given = desk.ask("examination", asdict(_report(recipe, desk)), longer=longer)
     reports = [Report(**{**answer, "disk": tuple(answer["disk"]) if answer["disk"] else None}) for answer in given]
     first = {report.node: report.rank for report in reversed(reports)}

@@ -131,6 +131,10 @@ class Microbatch:
             return self.positions
         return self.positions.chunk(layout.tensor_size)[layout.tensor_rank]
 
+    def own_first(self, layout: Layout) -> int:
+        """The first of `own_positions`, on the host."""
+        return self.first + (self.positions.numel() // layout.tensor_size * layout.tensor_rank if layout.sequence_parallel else 0)
+
     def keys(self, positions: Tensor) -> TokenKeys:
         """Identity of the rows of a flattened [len(positions), batch] operand."""
         return TokenKeys(self.sample.repeat(len(positions)), positions.repeat_interleave(len(self.sample)), self.depth)

@@ -7,12 +7,74 @@ Every token visits exactly top_k experts, so whatever returns to it are top_k ro
 in fp32 in the order of their experts. A scatter would add them with atomics in whatever order they come, and in bf16 round after each.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Once = Callable[[Callable[[], Any]], Any]
+
+
+class _Chosen(torch.autograd.Function):
+    """x[rows], of which no row comes twice: its gradient is copied and not added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
+
+
+class Dispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's, whose own permutation makes the host wait for the device twice, to learn how many rows there are. This one waits once, for all
+    the numbers it asks for, and not at all where `once` still knows them."""
+
+    TOLD = (
+        "tokens_per_expert",
+        "input_splits",
+        "output_splits",
+        "output_splits_tp",
+        "num_out_tokens",
+        "num_global_tokens_per_local_expert",
+    )
+    """What Megatron's dispatcher keeps on the host of one microbatch."""
+
+    def __init__(self, experts: Sequence[int], config: TransformerConfig, groups: ProcessGroupCollection, once: Once) -> None:
+        """experts: of this rank, consecutive; once: see `model.recompute.Recompute`."""
+        super().__init__(len(experts), list(experts), config, groups)
+        self.once = once
+        self.num_global_tokens_per_local_expert = None  # of one expert: nobody asks
+
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states: [tokens, width], of which only the shape matters. routing_map: bool [tokens, experts]; probs: of its shape. Returns
+        hidden_states as they came, and the weight of every row to be sent."""
+        tokens = len(hidden_states)
+        self.hidden_shape = self.hidden_shape_before_permute = hidden_states.shape  # type: ignore[assignment]
+        self.probs, self.routing_map = probs, routing_map
+        rows = routing_map.T.flatten().nonzero_static(size=tokens * self.config.moe_router_topk).squeeze(1)
+        self.reversed_local_input_permutation_mapping = rows % tokens
+        weights = _Chosen.apply(probs.T.flatten(), rows)
+        for name, value in self.once(self._told).items():
+            setattr(self, name, value)
+        return hidden_states, weights
+
+    def _told(self) -> dict[str, Any]:
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.preprocess(self.routing_map))
+        self.cuda_sync_point = "no_sync"  # further on: it is done here
+        self.d2h_event.synchronize()
+        return {name: getattr(self, name) for name in self.TOLD}
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class HybridModel(Stage):
             assert input is not None
             x = input
         health = self.context.health
-        first = int(microbatch.own_positions(self.context.layout)[0]) if health.active else 0
+        first = microbatch.own_first(self.context.layout)
         for index, layer in self.layers.items():
             x = layer(x, microbatch)
             health.residual(f"layers.{index}", x, first)

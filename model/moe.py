@@ -11,13 +11,12 @@ times less traffic. Without a latent size both projections vanish and this is th
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
 from model import init
 from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
-from model.dispatch import Places, gather, spread
+from model.dispatch import Dispatcher, Places, gather, spread
 from model.linear import Linear
 from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Sizes, register_mixer
 from model.mlp import MLP, squared_relu
@@ -187,8 +186,8 @@ class MoE(nn.Module):
         self.experts = Experts(context, f"{name}.experts")
         self.shared_experts = MLP(context, f"{name}.shared_experts", sizes.shared_expert_ffn_size)
         if context.device.type != "meta":
-            indices = list(range(self.experts.first, self.experts.first + self.experts.local))
-            self.dispatcher = MoEAlltoAllTokenDispatcher(len(indices), indices, context.megatron, layout.groups)
+            own = range(self.experts.first, self.experts.first + self.experts.local)
+            self.dispatcher = Dispatcher(own, context.megatron, layout.groups, lambda ask: context.recompute.once(ask))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same; with sequence parallelism both hold this rank's part of the sequence."""

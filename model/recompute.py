@@ -4,11 +4,14 @@
     dropped    an output that is cheap to make is not kept by what reads it, but made again from its inputs; what reads it is not repeated
 
 `parallel.recompute` names the kinds of pieces. A repeated pass gives the same bits: random bits depend on where an element is (Philox), router biases
-move between steps, and quantised weights are the step's. What must happen once a microbatch asks `repeating`.
+move between steps, and quantised weights are the step's. What must happen once a microbatch asks `repeating`; what the host was told before,
+`once` remembers.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ class Recompute:
         self.kinds = frozenset(kinds)
         self.repeating = False
         self._inside = False
+        self._told: deque[Any] | None = None
 
     def wanted(self, kind: str) -> bool:
         """Whether a piece of this kind is to keep less now. Inside another one it is not: that keeps nothing anyway."""
@@ -34,7 +38,17 @@ class Recompute:
         """function(*inputs), of which only `inputs` are kept if this kind is computed again."""
         if not self.wanted(kind):
             return function(*inputs)
-        return checkpoint(self._alone, function, *inputs, use_reentrant=False, context_fn=self._contexts)
+        return checkpoint(self._alone, function, *inputs, use_reentrant=False, context_fn=partial(self._contexts, deque()))
+
+    def once(self, ask: Callable[[], Any]) -> Any:
+        """ask(), or, where a forward pass runs for the second time, what it gave in the first: for what makes the host wait for the device."""
+        if self._told is None:
+            return ask()
+        if self.repeating:
+            return self._told.popleft()
+        answer = ask()
+        self._told.append(answer)
+        return answer
 
     @contextmanager
     def dropped(self, kind: str, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Tensor]:
@@ -67,16 +81,16 @@ class Recompute:
         finally:
             self._inside = False
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self._repeat()
+    def _contexts(self, told: deque[Any]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return self._pass(told, repeating=False), self._pass(told, repeating=True)
 
     @contextmanager
-    def _repeat(self) -> Iterator[None]:
-        self.repeating = True
+    def _pass(self, told: deque[Any], *, repeating: bool) -> Iterator[None]:
+        self.repeating, self._told = repeating, told
         try:
             yield
         finally:
-            self.repeating = False
+            self.repeating, self._told = False, None
 
 
 class _Again:

@@ -27,9 +27,9 @@ def alpha(a: Operand, b: Operand) -> Tensor | None:
     """What the product of two operands is multiplied with, fp32 [groups] or, where one is row-scaled, [rows, groups]; None: 1."""
     if a.amax is None or b.amax is None:
         known = a if b.amax is None else b
-        return None if known.amax is None else torch.div(known.amax, torch.tensor(known.largest, device=known.amax.device))
+        return None if known.amax is None else torch.div(known.amax, torch.full((), known.largest, device=known.amax.device))
     # Divided, not multiplied by a rounded reciprocal; 36 * bound^2 is exact in fp32.
-    return torch.div(a.amax * b.amax, torch.tensor(a.largest * b.largest, device=b.amax.device))
+    return torch.div(a.amax * b.amax, torch.full((), a.largest * b.largest, device=b.amax.device))
 
 
 def multiply(gemm: Gemm, left: Operand, right: Operand, into: Tensor, backend: Backend, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.precision.philox import philox
+from model.precision.transfer import to_device
 
 GROUP = 16
 
@@ -47,7 +48,7 @@ class Rotation:
 
     def matrix(self, device: torch.device | str = "cpu") -> Tensor:
         """fp32 [n, n]; orthogonal. A row vector of n elements is multiplied with it from the right."""
-        return _matrix(self).to(device)
+        return to_device(_matrix(self), device)
 
 
 FIXED = Rotation((1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1))

@@ -80,7 +80,7 @@ class Health:
     def gradient(self, module: str, dw: Tensor) -> None:
         """dw: the weight gradient of the step as far as it is accumulated."""
         if self._wants(self._gradients, module, module):
-            self._gradients[module] = torch.stack(((dw == 0).sum(), torch.tensor(dw.numel(), device=dw.device))).double()
+            self._gradients[module] = torch.stack(((dw == 0).sum(), torch.full((), dw.numel(), device=dw.device))).double()
 
     @torch.no_grad()
     def residual(self, layer: str, x: Tensor, first_position: int) -> None:
@@ -91,7 +91,7 @@ class Health:
         position, feature = where // x[0].numel() + first_position, where % x.shape[-1]
         values = (
             torch.linalg.vector_norm(x, dtype=torch.float64).square(),
-            torch.tensor(x.numel(), device=x.device),
+            torch.full((), x.numel(), device=x.device),
             x.abs().amax(),
             position,
             feature,
@@ -136,20 +136,20 @@ def _sums(seen: Seen) -> Tensor:
     lost = kept == 0
     exponent = torch.frexp(scale)[1] - 1
     present = scale > 0
-    zero = torch.zeros((), device=x.device) if present.all() else (_any_in_block(x, seen.block) & ~present).sum()
     whole = magnitude.sum(dtype=torch.float64)
-    counts = torch.bincount((exponent[present].long() - LOWEST).clamp(0, EXPONENTS - 1), minlength=EXPONENTS)
+    places = (exponent.long() - LOWEST).clamp(0, EXPONENTS - 1).flatten()
+    counts = torch.zeros(EXPONENTS, dtype=torch.int64, device=x.device).scatter_add_(0, places, present.long().flatten())
     first = (
         torch.linalg.vector_norm(x, dtype=torch.float64).square(),
         torch.linalg.vector_norm(q - x, dtype=torch.float64).square(),
         magnitude.count_nonzero(),
-        magnitude[lost].count_nonzero(),
-        torch.tensor(x.numel(), device=x.device),
+        (lost & (magnitude != 0)).sum(),
+        torch.full((), x.numel(), device=x.device),
         (seen.at_limit & ~lost & (magnitude > kept)).sum(),  # a block of scale 0 underflowed
         kept.sum(dtype=torch.float64) - whole,  # q has the sign of x, or is 0
         whole,
-        torch.tensor(scale.numel(), device=x.device),
-        zero,
+        torch.full((), scale.numel(), device=x.device),
+        (_any_in_block(x, seen.block) & ~present).sum(),
         (scale >= seen.bound).sum(),
     )
     return torch.cat((torch.stack([value.double() for value in first]), counts.double()))

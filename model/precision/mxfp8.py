@@ -58,7 +58,7 @@ def _scale_blocks(blocks: Tensor, exponent: Tensor) -> Tensor:
 
 def biased_exponent(block_amax: Tensor) -> Tensor:
     """E8M0 byte of the scale of blocks with this largest magnitude; int32 of its shape."""
-    ratio = block_amax * torch.tensor(1 / 448, dtype=torch.float32, device=block_amax.device)
+    ratio = block_amax * torch.full((), 1 / 448, dtype=torch.float32, device=block_amax.device)
     bits = ratio.view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     # Round up unless exactly a power of two; a denormal ratio up to 2^-127 is byte 0, above it byte 1.

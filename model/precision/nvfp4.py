@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from model.precision import hadamard as rht
+from model.precision.transfer import to_device
 
 BLOCK = 16
 FLT_MAX = torch.finfo(torch.float32).max
@@ -37,7 +38,7 @@ Scaling = Literal["1d", "2d"]
 
 def _constant(value: float, like: Tensor) -> Tensor:
     # A 0-dim tensor, not a Python number: PyTorch turns `2688.0 / t` into `t.reciprocal() * 2688`, which rounds twice.
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _fold(x: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def round_e2m1_stochastic(x: Tensor, random_bits: Tensor) -> Tensor:
     between the two, truncated to a multiple of 1/256.
     """
     magnitude = x.abs()
-    moved = (random_bits * torch.tensor(1 / 512, device=x.device)).mul_(_binade(magnitude)).add_(magnitude)
+    moved = (random_bits * torch.full((), 1 / 512, device=x.device)).mul_(_binade(magnitude)).add_(magnitude)
     step = _binade(moved).mul_(0.5)
     return (moved / step).floor_().mul_(step).clamp_(max=MAX_CODE).copysign_(x)
 
@@ -168,7 +169,7 @@ def pack(code: Tensor, negative: Tensor) -> Tensor:
 def decode(codes: Tensor) -> Tensor:
     """The inverse of `pack`: uint8 [M, N / 2] to E2M1 values, fp32 [M, N]."""
     index = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2).long()
-    return torch.tensor(GRID + tuple(-value for value in GRID), device=codes.device)[index]
+    return to_device(torch.tensor(GRID + tuple(-value for value in GRID)), codes.device)[index]
 
 
 def scale_bytes(scale: Tensor) -> Tensor:

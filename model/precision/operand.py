@@ -18,6 +18,7 @@ from torch import Tensor
 from model.precision.hadamard import Rotation
 from model.precision.nvfp4 import BLOCK, Clipping
 from model.precision.philox import Draws
+from model.precision.transfer import integers
 
 Along = Literal["rows", "tiles", "columns"]
 
@@ -184,9 +185,8 @@ def pad_rows(x: Tensor, rows: Rows, block: int = BLOCK) -> Tensor:
     if rows == padded:
         return x
     result = x.new_zeros(sum(padded.sizes), *x.shape[1:])
-    sizes = torch.tensor(rows.sizes, device=x.device)
-    shift = torch.tensor([p[0] - r[0] for p, r in zip(padded.bounds, rows.bounds, strict=True)], device=x.device)
-    index = torch.arange(len(x), device=x.device) + shift.repeat_interleave(sizes)
+    shift = integers([p[0] - r[0] for p, r in zip(padded.bounds, rows.bounds, strict=True)], x.device)
+    index = torch.arange(len(x), device=x.device) + for_rows(shift, rows)
     return result.index_copy_(0, index, x)
 
 
@@ -194,4 +194,9 @@ def per_row(values: Tensor, rows: Rows) -> Tensor:
     """values [groups] repeated for every row: [rows, 1]."""
     if len(rows.sizes) == 1:
         return values[:, None]
-    return values.repeat_interleave(torch.tensor(rows.sizes, device=values.device))[:, None]
+    return for_rows(values, rows)[:, None]
+
+
+def for_rows(values: Tensor, rows: Rows) -> Tensor:
+    """values [groups] repeated for every row: [rows]."""
+    return values.repeat_interleave(integers(rows.sizes, values.device), output_size=sum(rows.sizes))

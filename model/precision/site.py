@@ -16,7 +16,7 @@ from torch import Tensor
 from model.precision import philox
 from model.precision.backend import Asked, Backend
 from model.precision.health import Health, Seen
-from model.precision.operand import Operand, Rows
+from model.precision.operand import Operand, Rows, for_rows
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Call:
         resume. operand: names one of several streams."""
         site, expert = self.site, None
         if site.first_expert is not None:
-            sizes = torch.tensor(self.rows.sizes, device=self.keys.sample.device)
-            expert = (torch.arange(len(sizes), device=sizes.device) + site.first_expert).repeat_interleave(sizes)
+            experts = torch.arange(len(self.rows.sizes), device=self.keys.sample.device) + site.first_expert
+            expert = for_rows(experts, self.rows)
         key = self.key(f"{operand}@{self.keys.depth}" if self.keys.depth else operand)
         runs = site.outputs if of == "outputs" else site.inputs
         return philox.Stream(key, self.keys.sample, self.keys.position, self.step, runs, expert)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.ledger import Ledger
 from benchmarks.pretended_cuda import DEVICE, compiler
-from benchmarks.trace import Trace, trace
+from benchmarks.trace import OPTIMIZER, REST, Trace, trace
 from model.count import count, linear_modules
 from parallel.cluster import ClusterConfig, PeakFlops
 from train.recipe.load import RECIPES, load_recipe
@@ -35,6 +37,19 @@ def elsewhere() -> Iterator[ProcessPoolExecutor]:
 def traced(name: str, overrides: tuple[str, ...], ranks: int | None) -> Trace:
     recipe = load_recipe(name, *overrides, world_size=ranks)
     return trace(recipe, ranks or recipe.parallel.fewest_ranks())
+
+
+def assert_waits(found: Trace) -> None:
+    """A mixture of experts must learn how many rows it gets, once, also where it is computed again; nothing else in the model waits."""
+    waits = {kind: account.waits for kind, account in found.accounts.items() if kind not in (OPTIMIZER, REST) and account.waits}
+    assert waits == {kind: found.accounts[kind].calls for kind in ("MoE", "MTP block") if kind in found.accounts}, found.waited
+
+
+def few(pattern: str) -> str:
+    """The shortest beginning of the stack with a layer of every kind, and the MTP depths."""
+    stack, *depths = pattern.split("/")
+    layers = stack.replace("|", "")
+    return "/".join([layers[: max(layers.index(kind) for kind in set(layers)) + 1], *depths])
 
 
 @dataclass
@@ -91,6 +106,24 @@ def waits_of_single_operations() -> list[list[str]]:
     return found
 
 
+def refused_collectives() -> list[str]:
+    """What a process group of a GPU says of tensors it cannot take."""
+    said = []
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with DEVICE.running(Told(), 1):
+            there = torch.ones(4, 2, device="cuda")
+            for tensor in (there, there.short(), torch.ones(4, 2)):
+                try:
+                    dist.all_reduce(tensor)
+                    said.append("")
+                except RuntimeError as error:
+                    said.append(str(error))
+    finally:
+        dist.destroy_process_group()
+    return said
+
+
 def a_product() -> tuple[float, int, float, int, int]:
     """FLOPs, bytes moved, seconds of one GEMM; memory at most and afterwards."""
     hardware = ClusterConfig("x", memory_bytes_per_second=1e9, peak_flops=PeakFlops(fp32=1e6, bf16=1e9))
@@ -108,6 +141,13 @@ def test_a_tensor_on_a_wrong_device_raises(elsewhere: ProcessPoolExecutor) -> No
     added, launched = elsewhere.submit(on_a_wrong_device).result()
     assert "device" in added and "cpu" in added
     assert "works on cuda:0 and was given a tensor on cpu" in launched
+
+
+def test_a_collective_that_nccl_lacks_raises(elsewhere: ProcessPoolExecutor) -> None:
+    taken, unknown, on_the_host = elsewhere.submit(refused_collectives).result()
+    assert taken == ""
+    assert "torch.int16, which NCCL does not know" in unknown
+    assert "a tensor on cpu, where NCCL is not" in on_the_host
 
 
 def test_what_makes_the_host_wait(elsewhere: ProcessPoolExecutor) -> None:
@@ -142,6 +182,8 @@ def test_everything_at_once_in_nvfp4(elsewhere: ProcessPoolExecutor) -> None:
     for kind in ("Mamba-2", "MoE", "head and loss"):
         assert again.accounts[kind].kept < plain.accounts[kind].kept / 2
     assert again.total.gemm_flops > plain.total.gemm_flops
+    for found in (plain, again):
+        assert_waits(found)
     assert plain.total.launches > 1000
 
 
@@ -151,15 +193,28 @@ def test_everything_at_once_in_nvfp4(elsewhere: ProcessPoolExecutor) -> None:
 @pytest.mark.parametrize("more", [(), EVERYTHING], ids=["plain", "everything"])
 def test_every_precision_group(group: str, more: tuple[str, ...], elsewhere: ProcessPoolExecutor) -> None:
     found = elsewhere.submit(traced, "tiny", (*SMALL, f"precision={group}", *more), 1).result()
+    assert_waits(found)
     assert found.total.launches > 1000
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_recipe(name: str, elsewhere: ProcessPoolExecutor) -> None:
-    found = elsewhere.submit(traced, name, (), None).result()
+@pytest.mark.parametrize("more", [(), EVERYTHING], ids=["plain", "everything"])
+def test_every_recipe(name: str, more: tuple[str, ...], elsewhere: ProcessPoolExecutor) -> None:
+    """On the ranks its layout is for; with fewer layers of each kind."""
+    found = elsewhere.submit(traced, name, (f"model.pattern={few(load_recipe(name, world_size=None).model.pattern)}", *more), None).result()
+    assert_waits(found)
     assert found.memory.peak > found.memory.weights > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_super_on_64_gpus_of_80_gb(elsewhere: ProcessPoolExecutor) -> None:
+    found = elsewhere.submit(traced, "nemotron3_super", (), 64).result()
+    assert_waits(found)
+    assert [found.accounts[kind].calls for kind in ("Mamba-2", "MoE", "attention", "MTP block")] == [40, 40, 8, 2]
+    assert found.memory.peak < 76 * 2**30
 
 
 @pytest.mark.slow
@@ -167,4 +222,5 @@ def test_every_recipe(name: str, elsewhere: ProcessPoolExecutor) -> None:
 def test_a_pipeline(elsewhere: ProcessPoolExecutor) -> None:
     for more in ((), ("parallel.virtual_pipeline=2",)):
         found = elsewhere.submit(traced, "tiny", (*SMALL, "parallel.pipeline=2", *more), 2).result()
+        assert_waits(found)
         assert found.microbatches == 2

@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -70,24 +70,32 @@ def train_here(*overrides: str) -> str:
     return printed.getvalue()
 
 
+Runs = tuple[Path, Path, str]
+"""A run of eight steps, the same stopped after four and continued, and what the first printed."""
+
+
+def runs(run: Callable[..., str], place: Path) -> Runs:
+    whole, parts = place / "whole", place / "parts"
+    printed = run(f"run.dir={whole}")
+    run(f"run.dir={parts}", "run.stop_after=4")
+    run(f"run.dir={parts}")
+    return whole, parts, printed
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, str]]:
-    """By the way it was started: a run of eight steps, the same stopped after four and continued, and what the first printed."""
-    place = tmp_path_factory.mktemp("runs")
-    made = {}
+def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return runs(train_here, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     layout = ("parallel.tensor=2", "parallel.expert=2", "parallel.distributed_optimizer=true")
-    for name, run in (("one", train_here), ("two", partial(train, TWO_RANKS, *layout))):
-        whole, parts = place / f"{name}-whole", place / f"{name}-parts"
-        printed = run(f"run.dir={whole}")
-        run(f"run.dir={parts}", "run.stop_after=4")
-        run(f"run.dir={parts}")
-        made[name] = whole, parts, printed
-    return made
+    return runs(partial(train, TWO_RANKS, *layout), tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("name", ["one", "two"])
-def test_a_stopped_run_goes_on_bit_for_bit(name: str, runs: dict[str, tuple[Path, Path, str]]) -> None:
-    whole, parts, _ = runs[name]
+@pytest.mark.parametrize("name", ["one", pytest.param("two", marks=pytest.mark.slow)])
+def test_a_stopped_run_goes_on_bit_for_bit(name: str, request: pytest.FixtureRequest) -> None:
+    whole, parts, _ = request.getfixturevalue(name)
     assert numbers(parts) == numbers(whole)
     assert [entry["step"] for entry in numbers(whole)] == list(range(1, 9))
     ours, theirs = open_checkpoint(whole), open_checkpoint(parts)
@@ -98,16 +106,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(name: str, runs: dict[str, tuple[Path
     assert "momentum_buffer" in state and not state & {"exp_avg", "exp_avg_sq"}
 
 
-def test_two_ranks_train_what_one_trains(runs: dict[str, tuple[Path, Path, str]]) -> None:
+@pytest.mark.slow
+def test_two_ranks_train_what_one_trains(one: Runs, two: Runs) -> None:
     """Operands in `eighths` have amaxes of rows, which tensor parallelism cuts: the runs agree as far as quantisation lets them."""
-    one, two = numbers(runs["one"][0]), numbers(runs["two"][0])
-    assert one[0]["loss/lm"] == pytest.approx(two[0]["loss/lm"], rel=1e-3)
-    assert one[-1]["loss/lm"] == pytest.approx(two[-1]["loss/lm"], rel=2e-2)
-    assert one[-1]["loss/lm"] < one[0]["loss/lm"] - 0.1
+    alone, together = numbers(one[0]), numbers(two[0])
+    assert alone[0]["loss/lm"] == pytest.approx(together[0]["loss/lm"], rel=1e-3)
+    assert alone[-1]["loss/lm"] == pytest.approx(together[-1]["loss/lm"], rel=2e-2)
+    assert alone[-1]["loss/lm"] < alone[0]["loss/lm"] - 0.1
 
 
-def test_everything_is_seen(runs: dict[str, tuple[Path, Path, str]], tmp_path: Path) -> None:
-    run_dir, _, printed = runs["one"]
+def test_everything_is_seen(one: Runs, tmp_path: Path) -> None:
+    run_dir, continued_dir, printed = one
     last = numbers(run_dir)[-1]
     # the format, with its options, in the table of the run, its share of the FLOPs in every line, and its health
     assert "eighths(levels=16)" in printed and last["precision/share/eighths"] > 0.5
@@ -120,7 +129,7 @@ def test_everything_is_seen(runs: dict[str, tuple[Path, Path, str]], tmp_path: P
         "end after step 8, having seen 8",
         "closed",
     ]
-    continued = (runs["one"][1] / "diary.txt").read_text().splitlines()
+    continued = (continued_dir / "diary.txt").read_text().splitlines()
     assert continued[-3:] == ["start after step 4, having seen 4", "end after step 8, having seen 8", "closed"]
     # keys of all five in the stored recipe
     stored = yaml.safe_load((run_dir / "recipe.yaml").read_text())
@@ -128,7 +137,7 @@ def test_everything_is_seen(runs: dict[str, tuple[Path, Path, str]], tmp_path: P
     assert stored["precision"]["rules"][0]["eighths"] == {"levels": 16}
     assert stored["evaluation"]["first_windows"] == {"batches": 2} and stored["monitor"]["observers"] == ["diary"]
     # the report
-    write_report([run_dir, runs["two"][0]], tmp_path / "report")
+    write_report([run_dir, continued_dir], tmp_path / "report")
     assert {"precision.png", "sqnr.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
 
 
@@ -138,7 +147,7 @@ def test_counts_know_the_mixer() -> None:
     assert {m.name: m.flops for m in linear_modules(config)}["layers.0.mixer.in_proj"] == 2 * 32 * 48
 
 
-def test_what_is_wrong_with_it_is_one_sentence(runs: dict[str, tuple[Path, Path, str]], tmp_path: Path) -> None:
+def test_what_is_wrong_with_it_is_one_sentence(one: Runs, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"model.shift_size is missing: .*'S'"):
         load_recipe("tiny", "model.pattern=MS*E")
     with pytest.raises(RecipeError, match=r"model.shift_size=9 .*parallel.tensor=2"):
@@ -148,7 +157,7 @@ def test_what_is_wrong_with_it_is_one_sentence(runs: dict[str, tuple[Path, Path,
     with pytest.raises(RecipeError, match=r"optimizer.betas=.* has no meaning for optimizer.name=sgd"):
         load_recipe("tiny", "optimizer.name=sgd", "optimizer.betas=[0.8,0.9]")
     with pytest.raises(ValueError, match=r"'S'"):
-        export(open_checkpoint(runs["one"][0]), tmp_path / "exported")
+        export(open_checkpoint(one[0]), tmp_path / "exported")
 
 
 @pytest.mark.slow

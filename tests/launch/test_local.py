@@ -178,7 +178,10 @@ def test_a_signal_to_the_launcher_stops_its_ranks_in_order(tmp_path: Path) -> No
         "precision=fp32",
     ]
     launcher = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while launcher.poll() is None and not (run_dir / "metrics.jsonl").exists():
+    metrics = run_dir / "metrics.jsonl"
+    while launcher.poll() is None and not (
+        metrics.exists() and metrics.stat().st_size
+    ):  # a run stopped before its first step has nothing to save
         time.sleep(0.2)
     launcher.send_signal(signal.SIGTERM)
     _, errors = launcher.communicate(timeout=120)

@@ -1,9 +1,11 @@
 """The mixture of experts against a dense loop over tokens and experts; the router against transformers' and the published formulas."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
@@ -13,6 +15,7 @@ from model.hybrid import HybridModel, end_step
 from model.moe import MoE, MoESizes, read_stamp, stamp
 from model.precision.site import TokenKeys
 from model.router import Router
+from parallel.layout import ParallelConfig
 from tests.model.build import CONFIG as DENSE
 from tests.model.build import disturb, microbatch, open_context
 
@@ -109,6 +112,40 @@ def test_the_auxiliary_loss_is_the_formula_and_reaches_the_gate(layer: MoE) -> N
     expected.backward()
     assert router.gate.weight.grad is not None and gate.grad is not None
     torch.testing.assert_close(router.gate.weight.grad.double(), gate.grad, rtol=1e-4, atol=1e-9)
+
+
+def sent(rank: int, latent: int | None) -> tuple[list[int], list[int]]:
+    """Bytes of rows, and of their weights, that one rank of two gives to every all-to-all of a forward and a backward pass."""
+    rows: list[int] = []
+    weights: list[int] = []
+    all_to_all: Any = dist.all_to_all_single
+
+    def counted(output: torch.Tensor, input: torch.Tensor, *given: Any, **named: Any) -> Any:
+        (rows if input.dim() == 2 else weights).append(input.nbytes)
+        return all_to_all(output, input, *given, **named)
+
+    dist.all_to_all_single = counted
+    try:
+        with open_context(ParallelConfig(expert=2), config=CONFIG.changed(latent_size=latent)) as context:
+            layer = MoE(context, "layers.0.mixer").train()
+            disturb(layer)
+            layer(hidden(rank).requires_grad_(), microbatch(LENGTH, BATCH)).sum().backward()
+    finally:
+        dist.all_to_all_single = all_to_all
+    return rows, weights
+
+
+@pytest.mark.parametrize("latent", [16, None], ids=["latent", "full width"])
+def test_tokens_travel_in_latent_width(ranks: Callable[[int], Callable[..., list[Any]]], latent: int | None) -> None:
+    width = latent or CONFIG.hidden_size
+    both = ranks(2)(sent, latent)
+    # To the experts and back, and their gradients the same ways.
+    assert [len(rows) for rows, _ in both] == [4, 4]
+    fp32, tokens = 4, 2 * LENGTH * BATCH
+    for way in range(4):
+        assert sum(rows[way] for rows, _ in both) == tokens * SIZES.top_k * width * fp32
+    for way in range(2):  # weights go one way
+        assert sum(weights[way] for _, weights in both) == tokens * SIZES.top_k * fp32
 
 
 def test_the_bias_rises_for_idle_experts_and_falls_for_busy_ones() -> None:

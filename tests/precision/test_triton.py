@@ -337,7 +337,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str], int]] = {
 @compiles
 @pytest.mark.parametrize(
     ("variant", "capability"),
-    [(variant, capability) for variant in VARIANTS for capability in ((80, 90, 100) if variant in ("rows", "columns") else (90,))],
+    [
+        *((variant, 90) if variant in ("rows", "columns") else pytest.param(variant, 90, marks=pytest.mark.slow) for variant in VARIANTS),
+        *(pytest.param(variant, capability, marks=pytest.mark.slow) for variant in ("rows", "columns") for capability in (80, 100)),
+    ],
 )
 def test_compiled_kernels_round_as_written(variant: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler, which needs no GPU, neither fuses nor approximates; the rotation's fused multiply-adds are those of the source."""

@@ -129,6 +129,7 @@ def test_another_blend_repeats_and_skips_no_window_of_a_source_that_stays(
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.slow
 def test_a_phase_that_is_added_leaves_the_others_alone(tmp_path: Path, texts: dict[str, Path], listed: Listing) -> None:
     a, b, c = texts.values()
     train(tmp_path / "run", phases((None, {a: 0.5, b: 0.5})), "run.stop_after=3")

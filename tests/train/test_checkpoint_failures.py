@@ -80,6 +80,7 @@ def test_a_full_disk_costs_one_checkpoint(
     assert open_checkpoint(tmp_path).state["failed_saves"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_does_not_end_well_without_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None, unlimited: None
 ) -> None:

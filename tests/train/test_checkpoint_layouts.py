@@ -131,7 +131,14 @@ def test_every_layout_stores_every_element_where_it_belongs(stored, name):
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
-@pytest.mark.parametrize("source", ["pipeline sharded", "tensor x expert sharded", "virtual pipeline", "tensor x expert tensor sharded"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "tensor x expert sharded",
+        "virtual pipeline",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pipeline sharded", "tensor x expert tensor sharded")),
+    ],
+)
 def test_every_layout_resumes_from_any_other(ranks, stored, source, target):
     size, config = LAYOUTS[target]
     assert ranks(size)(resume, str(stored / source), config) == [[]] * size

@@ -256,6 +256,7 @@ def test_a_run_goes_on_from_a_store(store: Store, tmp_path: Path, capsys: pytest
     assert b"a-secret-of-tests-only" not in everything and b"AKIATESTINGTESTING" not in everything
 
 
+@pytest.mark.slow
 def test_a_run_whose_store_fails_goes_on(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the second save on for a while: alerts, no step lost, and the saves after it succeed."""
     from train.observe.base import OBSERVERS, Observer, register_observer

@@ -113,6 +113,7 @@ def test_a_rank_that_is_killed_is_named_and_ends_the_job(jobs: list[Job], tmp_pa
     assert not re.search("gloo|closed by peer", job.text(), re.IGNORECASE)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_ranks_end_with_their_launcher(jobs: list[Job], tmp_path: Path) -> None:
     job = Job(tmp_path / "run")
@@ -125,6 +126,7 @@ def test_ranks_end_with_their_launcher(jobs: list[Job], tmp_path: Path) -> None:
     told("A run was killed", job.text(), "because the launcher")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_torchrun_asked_to_stop_leaves_a_checkpoint_of_all_ranks(jobs: list[Job], tmp_path: Path) -> None:
     job = Job(tmp_path / "run", "evaluation.faulty.step=-1")

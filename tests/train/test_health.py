@@ -92,6 +92,7 @@ def first_step(rank: int, overrides: tuple[str, ...]) -> dict[str, float]:
         groups.shutdown(leave_world=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "micro", "extra"), [("pipeline", 8, ("parallel.pipeline=2",)), ("data", 4, ())])
 def test_two_ranks_see_what_one_sees(ranks: Callable[[int], Callable[..., Any]], name: str, micro: int, extra: tuple[str, ...]) -> None:
     """MXFP8 has no scale of a whole operand, so shares of the batch are quantised alike."""

@@ -144,7 +144,8 @@ def test_without_a_checkpoint_to_go_back_to_it_stops(tmp_path: Path, capsys: pyt
     told("The run stopped because numbers", capsys.readouterr().err, "there is no checkpoint of step 0")
 
 
-@pytest.mark.parametrize("reaction", [pytest.param("alert", marks=pytest.mark.slow), "rewind"])
+@pytest.mark.slow
+@pytest.mark.parametrize("reaction", ["alert", "rewind"])
 def test_a_spike_is_told_and_can_be_passed_over(reaction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ("train.steps=42", "checkpoint.every=10", f"monitor.incidents.on_spike={reaction}")
     sample = 36 * 8 + 5  # of step 37

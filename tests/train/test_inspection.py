@@ -22,9 +22,11 @@ from train.recipe.tree import Recipe
 Box = tuple[str, tuple[int, ...], tuple[int, ...]]
 """(name, offset, shape) of a part of a stored tensor."""
 LAYOUTS = [
-    ("nemotron3_super", "MEM*E/*E", 16, ("parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=2")),
+    pytest.param(
+        "nemotron3_super", "MEM*E/*E", 16, ("parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=2"), marks=pytest.mark.slow
+    ),
     ("nemotron3_super", "MEM*E/*E", 8, ("parallel.expert=2", "parallel.expert_tensor=2", "parallel.context=2")),
-    ("nemotron3_nano", "MEM*E", 16, ("parallel.tensor=2", "parallel.expert=8")),
+    pytest.param("nemotron3_nano", "MEM*E", 16, ("parallel.tensor=2", "parallel.expert=8"), marks=pytest.mark.slow),
 ]
 
 

@@ -94,6 +94,7 @@ def test_formats_change_exactly_at_their_step(start: str, step: int) -> None:
         assert names(policy.formats("layers.0.mixer.in_proj", number / 20)) == expected, number
 
 
+@pytest.mark.slow
 def test_a_run_changes_formats_and_a_resumed_one_does_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schedule = (
         "precision.schedule=[{format: bf16, gemms: [fprop], start: 9steps, end: 15steps}, {format: bf16, start: decay, end: 14steps}]"

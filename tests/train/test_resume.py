@@ -61,6 +61,7 @@ def test_nvfp4_with_stochastic_rounding_is_what_runs(uninterrupted: Path) -> Non
     assert json.loads((uninterrupted / "finished.json").read_text())["step"] == 36
 
 
+@pytest.mark.slow
 def test_stopped_and_continued(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "stopped"
     where = f"run.dir={run_dir}"

@@ -126,6 +126,7 @@ def numbers(run_dir: Path) -> list[tuple[float, ...]]:
     return [(m["step"], m["loss/lm"], m["grad_norm"], m["learning_rate"]) for m in read_metrics(run_dir)]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_lengthened_and_its_history_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     longer = ("train.steps=6", "optimizer.decay=2")

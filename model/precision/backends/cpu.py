@@ -1,6 +1,6 @@
 """The CPU backend: NVFP4 by the kernels of `model.precision.backends.cpu_kernels`, over the threads PyTorch is allowed.
 
-python -m model.precision.backends.cpu        compiles every kernel once and keeps it on disk
+python -m model.precision.backends        compiles every kernel once and keeps it on disk
 """
 
 import threading

@@ -8,6 +8,7 @@ from model.precision import nvfp4
 from model.precision.backend import Backend
 from model.precision.nvfp4 import BLOCK, Encoded
 from model.precision.operand import Encoding, Packed, Rows, gemm_dtype, pad_rows, per_row, row_amax
+from model.precision.transfer import integers
 
 
 def _pad_features(x: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ class Reference(Backend):
         largest = x.abs().amax(-1).float()
         if len(rows.sizes) == 1:
             return largest.amax(0, keepdim=True) if len(largest) else largest.new_zeros(1)
-        return torch.segment_reduce(largest, "max", lengths=torch.tensor(rows.sizes, device=x.device), initial=0.0)
+        return torch.segment_reduce(largest, "max", lengths=integers(rows.sizes, x.device), initial=0.0)
 
     def quantize(self, x: Tensor, amax: Tensor, rows: Rows, encoding: Encoding, *, packed: bool = False) -> Tensor | Packed:
         features, columns, tiles = x.shape[1], encoding.along == "columns", encoding.along == "tiles"

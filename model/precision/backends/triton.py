@@ -33,6 +33,7 @@ from model.precision.backend import Backend
 from model.precision.nvfp4 import BLOCK, MAX_CODE
 from model.precision.operand import Encoding, Packed, Rows, gemm_dtype, row_amax
 from model.precision.philox import FEATURES_PER_CALL, WORD, Draws, Stream
+from model.precision.transfer import to_device
 
 ROWS_WIDTH = 256  # columns of a tile with blocks along rows, for four warps
 COLUMNS_WIDTH = 128  # with blocks along columns, for one warp: all 16 rows of a column are in one thread, nothing crosses threads
@@ -47,21 +48,19 @@ def _block_map(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     group = np.repeat(np.arange(len(size)), blocks)
     within = (np.arange(len(group)) - (blocks.cumsum() - blocks)[group]) * BLOCK
     first = (size.cumsum() - size)[group] + within
-    return _to_device(np.stack((first, np.minimum(size[group] - within, BLOCK), group)), device)
+    return _table(np.stack((first, np.minimum(size[group] - within, BLOCK), group)), device)
 
 
 @lru_cache(maxsize=256)
 def _feature_blocks(runs: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """int32: global feature // 16 of every 16 local features, of runs of whole blocks."""
-    return _to_device(
+    return _table(
         np.concatenate([np.arange(first, first + count, FEATURES_PER_CALL) // FEATURES_PER_CALL for first, count in runs]), device
     )
 
 
-def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    # From pinned memory the copy is ordered with the kernels, and the host does not wait.
-    host = torch.from_numpy(values.astype(np.int32))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def _table(values: np.ndarray, device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(values.astype(np.int32)), device)
 
 
 def _signed(word: int) -> int:

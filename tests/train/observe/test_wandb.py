@@ -305,6 +305,7 @@ def test_a_full_disk_of_its_own_is_noticed_and_made_up_for(tmp_path: Path, monke
     told("The disk W&B writes to is full", "\n".join(watched.said), "did not reach its file")
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the next start adds the rest."""
     monkeypatch.setattr(wandb_observer, "FIRST_RETRY_SECONDS", 600.0)
@@ -525,6 +526,7 @@ assert {u["host"] for u in names} == {"not-recorded"} and {u["program"] for u in
     assert "less than the current step" not in online(script, tmp_path / "run").stderr
 
 
+@pytest.mark.slow
 def test_online_a_slow_server_does_not_slow_the_run(tmp_path: Path) -> None:
     script = """
 server.delay = 30.0
