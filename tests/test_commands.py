@@ -82,9 +82,7 @@ WAYS: dict[str, Way] = {
     f"{SUBMIT} cluster.nodes=8": Way("--dry-run", says="#SBATCH --gpus-per-node=8"),
     f"{SUBMIT} cluster.nodes=8 submit=false": Way(makes=("runs/nemotron3_super/slurm.sh",), slow=True),
     f"{SUBMIT} cluster.nodes=8 --dry-run": Way(says="arguments=(-cn nemotron3_super cluster=b200 cluster.nodes=8)", slow=True),
-    "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way(
-        "--dry-run hydra.sweep.dir=runs/queued-sweep", says="case $SLURM_ARRAY_TASK_ID in", slow=True
-    ),
+    "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way("--dry-run run.seed=7,8", says="case $SLURM_ARRAY_TASK_ID in", slow=True),
     "python -m launch.status runs/first": Way(after=(FIRST,), says="step        2 of 2"),
     "python -m launch.preflight -cn tiny cluster=cpu": Way("run.dir=runs/preflight", says="1 node, 1 rank fit", slow=True),
     "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
@@ -135,6 +133,7 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.quantize", Way("size=64 rounds=1", slow=True)),
     (r"python -m benchmarks\.linear", Way("sizes=[64] rounds=1", slow=True)),
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
+    (r"python -m tests\.layouts ", Way("count=1", says="one rank", slow=True)),
     (r"python -m benchmarks\.long_context", Way("lengths=[64,128] rounds=1 ranks=[1,2] tokens=256", slow=True)),
     (r"python -m benchmarks\.engines", Way("rounds=1", slow=True)),
     (r"python -m benchmarks\.activations", Way("recipe=tiny tokens=64", slow=True)),
