@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from data.tokenizer import ByteTokenizer
 from model.batch import Microbatch
 from model.cache import Cache, KeysValues, MambaState
+from model.layer import Layer
 from parallel import groups
 from tests.train.recipes import recipe
 from train import loop
@@ -113,21 +114,18 @@ def test_texts_end(speaker: Speaker) -> None:
     assert [token for (token,) in generate(speaker, PROMPTS[:1], 30, Sampling(0.9, seed=5), end=end)] == first[: once + 1]
 
 
+def held(speaker: Speaker, letter: str, kind: type[MambaState] | type[KeysValues], length: int) -> int:
+    """Numbers that layers of one kind keep of a text of this length."""
+    _, cache = read(speaker, [65] * length, 0)
+    mixers = [layer.mixer for layer in speaker.model.layers.values() if isinstance(layer, Layer) and layer.kind.letter == letter]
+    parts: list[MambaState | KeysValues] = [cache.of(mixer, lambda: kind(*torch.zeros(2, 0))) for mixer in mixers]
+    assert parts and all(isinstance(part, kind) for part in parts)
+    return sum(value.numel() for part in parts for value in vars(part).values())
+
+
 def test_mamba_keeps_as_much_however_long_the_text(speaker: Speaker) -> None:
-    held: dict[int, dict[type, int]] = {}
-    for length in (10, 300):
-        _, cache = read(speaker, [65] * length, 0)
-        parts = [
-            cache.of(layer.mixer, lambda: pytest.fail("nothing is held"))
-            for layer in speaker.model.layers.values()
-            if layer.kind.letter in "M*"
-        ]
-        held[length] = {
-            kind: sum(value.numel() for part in parts if isinstance(part, kind) for value in vars(part).values())
-            for kind in (MambaState, KeysValues)
-        }
-    assert held[10][MambaState] == held[300][MambaState] > 0
-    assert held[300][KeysValues] == 30 * held[10][KeysValues] > 0
+    assert held(speaker, "M", MambaState, 10) == held(speaker, "M", MambaState, 300) > 0
+    assert held(speaker, "*", KeysValues, 300) == 30 * held(speaker, "*", KeysValues, 10) > 0
 
 
 def chi_squared(counts: torch.Tensor, expected: torch.Tensor) -> float:
