@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.layouts.cases import MATRIX, Case
 from tests.train import incidents_runs as runs
 from tests.train.test_incidents import SHORT, alerts, curve, reports, same_end
-from tests.train.test_layouts import LAYOUTS
 from train.checkpoint.reader import open_checkpoint
 
 TENSOR, EXPERT, PIPELINE = "parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2"
@@ -90,15 +90,18 @@ def test_a_flipped_bit(world: int, rank: int, name: str, layout: tuple[str, ...]
     assert open_checkpoint(tmp_path / "run").step == 4
 
 
+USUAL = ({"tensor": 2, "expert": 2}, {"distributed_optimizer": True})
+
+
 @pytest.mark.parametrize(
-    "name", [n if n in ("tensor x expert", "data, distributed optimizer") else pytest.param(n, marks=slow) for n in LAYOUTS]
+    "case", [pytest.param(case, id=case.name, marks=() if case.parallel in USUAL else slow) for case in MATRIX if case.usual]
 )
-def test_sound_replicas_are_never_told_apart(name: str, tmp_path: Path, ranks: Callable[..., Any]) -> None:
-    world, layout = LAYOUTS[name]
+def test_sound_replicas_are_never_told_apart(case: Case, tmp_path: Path, ranks: Callable[..., Any]) -> None:
+    world = case.ranks
     overrides = (
         "train.steps=4",
         "checkpoint.every=2",
-        *layout,
+        *case.overrides,
         "monitor.replicas.every=1",
         "monitor.stragglers.steps=0",
         "precision=nvfp4_1d",

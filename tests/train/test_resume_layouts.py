@@ -1,45 +1,31 @@
-"""A run that goes on in one layout after another, through the command line, has the losses of the run that one rank did alone."""
+"""Any layout goes on from any other, through the command line: see `tests/layouts/reshard.py`."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.train.recipes import SMALL
-from train.observe.metrics import read_metrics
+from tests.layouts.cases import Case
+from tests.layouts.reshard import PAIRS, goes_on
 
-ROOT = Path(__file__).resolve().parents[2]
-GIVEN = ("precision=fp32", "train.steps=8", "optimizer.warmup=1", "optimizer.decay=0", "data.validation_fraction=0.0005")
-LEGS: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
-    (2, ("parallel.expert_tensor=2",)),
-    (1, ()),
-    (2, ("parallel.distributed_optimizer=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")),
-    (2, ("parallel.pipeline=2", "model.pattern='M|EM*EME/*E/*E'")),
+slow = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs lie that several pairs begin with."""
+    return tmp_path_factory.mktemp("reshard")
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [pytest.param(*pair, marks=slow, id=" -> ".join(f"{one.ranks}: {one.name}" for one in pair)) for pair in PAIRS]
 )
+def test_a_run_goes_on_in_another_layout(source: Case, target: Case, place: Path) -> None:
+    assert goes_on(place, PAIRS.index((source, target)), source, target)["problems"] == []
 
 
-def start(ranks: int, *overrides: str) -> str:
-    command = ["train"] if ranks == 1 else ["launch.local", f"ranks={ranks}"]
-    line = [sys.executable, "-W", "ignore", "-m", *command, "-cn", "tiny", *SMALL, *GIVEN, *overrides]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_one_layout_after_another(tmp_path: Path) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    start(1, f"run.dir={whole}")
-    start(1, f"run.dir={run}", "run.stop_after=1")
-    for step, (ranks, layout) in enumerate(LEGS, start=2):
-        printed = start(ranks, f"run.dir={run}", f"run.stop_after={step}", *layout)
-        assert f"after step {step - 1}" in printed and f"{ranks} rank" in printed
-    start(1, f"run.dir={run}")
-    ours, theirs = read_metrics(run), read_metrics(whole)
-    assert [m["step"] for m in ours] == [m["step"] for m in theirs] == list(range(1, 9))
-    for mine, expected in zip(ours, theirs, strict=True):
-        for key in ("loss/lm", "loss/mtp_1", "loss/mtp_2", "grad_norm", "moe/aux_loss"):
-            assert mine[key] == pytest.approx(expected[key], rel=2e-6), (key, mine["step"])
+def test_pairs_reach_every_axis_from_every_other() -> None:
+    assert len(PAIRS) == len({(one.name, other.name) for one, other in PAIRS}) >= 30
+    assert all(one.name != other.name for one, other in PAIRS)
+    axes = {"tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context", "distributed_optimizer", "overlap_param_gather"}
+    for side in zip(*PAIRS, strict=True):
+        assert axes <= {key for case in side for key in case.parallel}
