@@ -5,7 +5,8 @@ python -m train.generate checkpoint=runs/tiny prompts=prompts.txt tokens=100 to=
 
 prompts: a file with a prompt a line. tokens: at most so many more (200). temperature (1): 0 takes the likeliest token. top_p (1): of the likeliest
 tokens, as few as have this probability together. stop: a text, or a list of them, at which one ends. precision: fp32 or bf16, by default bf16 on a
-GPU. to: a file that gets one JSON object a prompt. One prompt alone is printed as it grows.
+GPU. weights: stored, or rounded, to the number formats in which the run multiplied them. to: a file that gets one JSON object a prompt. One prompt
+alone is printed as it grows.
 """
 
 import json
@@ -28,7 +29,7 @@ from train.generation.speaker import Speaker, open_speaker
 from train.generation.texts import generate
 from train.refusal import refuse
 
-KEYS = ("checkpoint", "prompt", "prompts", "tokens", "temperature", "top_p", "seed", "stop", "precision", "to")
+KEYS = ("checkpoint", "prompt", "prompts", "tokens", "temperature", "top_p", "seed", "stop", "precision", "weights", "to")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError("stop='' is empty: give a text at which to stop, or leave it out")
         to = Path(_one(values, "to", str, "")) if "to" in values else None
         precision = _one(values, "precision", str, "bf16" if torch.cuda.is_available() else "fp32")
-        speaker = open_speaker(open_checkpoint(path), precision)
+        speaker = open_speaker(open_checkpoint(path), precision, _one(values, "weights", str, "stored"))
         texts = [Text(speaker.tokenizer, prompt, stops) for prompt in prompts]
         start = time.perf_counter()
         if len(texts) == 1:

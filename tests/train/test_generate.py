@@ -157,6 +157,45 @@ def test_a_stop_and_a_character_may_be_spread_over_tokens() -> None:
     assert other.ended == "length"
 
 
+def test_weights_rounded_as_training_multiplied_them(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"checkpoint={run_dir}", "prompt=a", "weights=rounded"]) == 2
+    assert "weights=rounded changes nothing" in capsys.readouterr().err  # the run was in fp32
+    made = recipe("train.steps=2", f"run.dir={tmp_path / 'run'}", "optimizer.warmup=1", "optimizer.decay=1")
+    assert loop.run(made) == 0
+    groups.shutdown()
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    for kind in ("stored", "rounded"):
+        speaker = open_speaker(open_checkpoint(tmp_path / "run"), "fp32", kind)
+        weights[kind] = {name: parameter.detach().clone() for name, parameter in speaker.model.named_parameters()}
+        groups.shutdown()
+    changed = {name for name, weight in weights["stored"].items() if not torch.equal(weight, weights["rounded"][name])}
+    forms = {name: made.policy.formats(name.removesuffix(".weight"))[0] for name in weights["stored"] if "_proj" in name}
+    assert changed == {name for name, form in forms.items() if form.quantises}
+    in_nvfp4 = {name for name in changed if str(forms[name]) == "nvfp4"}
+    assert {"layers.1.mixer.experts.up_proj", "layers.0.mixer.in_proj.weight"} < in_nvfp4 < changed  # the others are in MXFP8
+    for name in in_nvfp4:
+        stored, rounded = weights["stored"][name], weights["rounded"][name]
+        tiles = quantised_by_tiles(stored if stored.dim() == 3 else stored.unsqueeze(0))
+        torch.testing.assert_close(rounded.view_as(tiles), tiles, rtol=1e-6, atol=0)
+
+
+def quantised_by_tiles(weight: torch.Tensor) -> torch.Tensor:
+    """NVFP4 with a scale for 16 x 16 elements, in a few lines of fp64 by the definition: [groups, N, K]."""
+    codes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+    w = weight.double()
+    amax = w.abs().amax((1, 2), keepdim=True)
+    tiles = w.unflatten(1, (-1, 16)).unflatten(3, (-1, 16))  # [groups, N / 16, 16, K / 16, 16]
+    second = (amax / (6 * 448))[..., None, None]
+    scale = (tiles.abs().amax((2, 4), keepdim=True) / 6 / second).float().to(torch.float8_e4m3fn).double() * second
+    ratio = (tiles / scale).clamp(-6, 6)
+    # nearest code, ties to the even one
+    distance = (ratio.abs().unsqueeze(-1) - codes).abs()
+    nearest = distance == distance.amin(-1, keepdim=True)
+    even = torch.tensor([True, False] * 4)
+    pick = torch.where(nearest.sum(-1) > 1, (nearest & even).double().argmax(-1), nearest.double().argmax(-1))
+    return (codes[pick] * ratio.sign() * scale).flatten(3, 4).flatten(1, 2).float()
+
+
 def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [f"checkpoint={run_dir}", "tokens=20", "seed=4", "temperature=0.8"]
     assert main([*line, "prompt='It is, a truth'"]) == 0

@@ -9,6 +9,9 @@ from typing import Any
 
 from data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from model.hybrid import HybridModel
+from model.linear import Linear
+from model.moe import Experts
+from model.precision.multiplied import round_weights
 from parallel import groups
 from train.build import build_model
 from train.checkpoint.checkpointer import load_weights
@@ -19,6 +22,7 @@ from train.recipe.tree import Recipe
 from train.run_directory import run_dir_of, stored_recipe
 
 PRECISIONS = ("fp32", "bf16")
+WEIGHTS = ("stored", "rounded")
 
 
 @dataclass
@@ -36,23 +40,36 @@ class Speaker:
         return self.tokenizer.vocab_size
 
 
-def open_speaker(checkpoint: Checkpoint, precision: str) -> Speaker:
-    """With every product in `precision` (fp32 or bf16); `groups.shutdown` ends it. Raises ValueError, in one sentence, where something is missing."""
+def open_speaker(checkpoint: Checkpoint, precision: str, weights: str = "stored") -> Speaker:
+    """With every product in `precision` (fp32 or bf16). weights: as they are stored, or rounded to the number formats of the run at this step;
+    `groups.shutdown` ends it. Raises ValueError, in one sentence, for what there is not or where something is missing.
+    """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision} is none of {', '.join(PRECISIONS)}, in which texts are made")
-    recipe = read_recipe(on_one_rank(stored_recipe(checkpoint), precision), 1)
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights} is none of {', '.join(WEIGHTS)}")
+    stored = stored_recipe(checkpoint)
+    recipe = read_recipe(on_one_rank(stored, {"compute": precision, "default": precision}), 1)
     tokenizer = run_tokenizer(recipe, run_dir_of(checkpoint) / "tokenizer")
     _, (model,) = build_model(recipe, groups.initialize(recipe.parallel, recipe.run.seed))
     load_weights(checkpoint, [model])
     model.eval()
-    return Speaker(model, tokenizer, recipe, checkpoint.step, min(checkpoint.step / recipe.total_steps, 1.0))
+    progress = min(checkpoint.step / recipe.total_steps, 1.0)
+    if weights == "rounded":
+        policy = read_recipe(on_one_rank(stored, stored["precision"]), 1).policy
+        sites = [part for module in model.modules() if isinstance(module, Linear | Experts) for part in module.weights()]
+        if not round_weights([(site, weight, policy.formats(site.name, progress)) for site, weight in sites], checkpoint.step):
+            raise ValueError(
+                f"weights=rounded changes nothing: no module of {checkpoint.path} rounds its weights in the forward pass at this step"
+            )
+    return Speaker(model, tokenizer, recipe, checkpoint.step, progress)
 
 
-def on_one_rank(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    """A stored recipe for one rank and one precision, whatever the run had."""
+def on_one_rank(values: Mapping[str, Any], precision: Any) -> dict[str, Any]:
+    """A stored recipe for one rank, with another `precision` group."""
     model = dict(values["model"])
     model["pattern"] = str(model["pattern"]).replace("|", "")  # pipeline stages
-    return {**values, "model": model, "parallel": {}, "precision": {"compute": precision, "default": precision}}
+    return {**values, "model": model, "parallel": {}, "precision": precision}
 
 
 def run_tokenizer(recipe: Recipe, directory: Path | RemotePath) -> Tokenizer:
