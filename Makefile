@@ -5,8 +5,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 KERNELS := $(VENV)/.kernels
 TESTED := $(VENV)/.ready-test
+# Python 3.12 gets another release of Megatron-core (constraints.txt), and an environment of its own.
+PYTHON312 ?= python3.12
+OTHER := tests/parallel tests/model tests/train/test_layouts.py tests/train/test_checkpoint_layouts.py tests/train/test_checkpoint_engine.py
 
-.PHONY: train test test-slow test-survival test-gpu test-slurm compare setup lint types clean
+.PHONY: train test test-slow test-312 test-survival test-gpu test-slurm compare setup lint types clean
 
 train: $(KERNELS)
 	$(BIN)/python -m train -cn tiny $(ARGS)
@@ -22,6 +25,12 @@ test: $(TESTED) lint types
 
 test-slow: $(TESTED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-312:
+	@command -v $(PYTHON312) >/dev/null || { echo "make test-312 needs Python 3.12, and there is no $(PYTHON312): make test-312 PYTHON312=/path/to/python3.12"; exit 2; }
+	$(MAKE) .venv-3.12/.ready-test VENV=.venv-3.12 PYTHON=$(PYTHON312)
+	.venv-3.12/bin/python -c 'from importlib.metadata import version; import sys; print(*sys.version_info[:2], "megatron-core", version("megatron-core"))'
+	OMP_NUM_THREADS=1 .venv-3.12/bin/python -m pytest -n 2 --dist loadfile $(OTHER) $(ARGS)
 
 # A hundred kills, which take an hour or two; SURVIVAL_KILLS, SURVIVAL_SEED and SURVIVAL_TO as tests/survival/test_survival.py says.
 test-survival: $(TESTED)

@@ -1,11 +1,12 @@
 """What each engine holds and how long it takes: steps of a recipe in fp32 by Megatron and by DeepSpeed, each in processes of its own.
 
     python -m benchmarks.engines                                     # tiny on 2 ranks
-    python -m benchmarks.engines recipe=small ranks=4 rounds=5 to=docs/engines.json
+    python -m benchmarks.engines recipe=small ranks=4 turns=3 rounds=5 to=docs/engines.json
 
 held: bytes of the tensors of a rank, each piece of memory once: between two steps, and between two microbatches of a step, where it is most: weights,
 the optimizer's state and, at the latter time, gradients. seconds: of CPU time of a rank for a step, with its threads that send and receive, the
-median of `rounds`, after two that are not counted. Microbatches are of one sequence. DeepSpeed is left out where it is not installed.
+median of `rounds`, after two that are not counted; the engines take turns, and of their `turns` it is the median again. Microbatches are
+of one sequence. DeepSpeed is left out where it is not installed.
 """
 
 import gc
@@ -35,6 +36,8 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "DeepSpeed ZeRO-1": (DEEPSPEED,),
     "DeepSpeed ZeRO-2": (DEEPSPEED, "parallel.zero_stage=2"),
     "DeepSpeed ZeRO-2, offloaded": (DEEPSPEED, "parallel.zero_stage=2", "parallel.offload_optimizer=true"),
+    "DeepSpeed ZeRO-3": (DEEPSPEED, "parallel.zero_stage=3"),
+    "DeepSpeed ZeRO-3, offloaded": (DEEPSPEED, "parallel.zero_stage=3", "parallel.offload_optimizer=true"),
 }
 
 
@@ -87,15 +90,19 @@ def measured(recipe: str, ranks: int, rounds: int, name: str) -> dict[str, float
         return dict(json.loads(found.read_text()))
 
 
-def run(recipe: str, ranks: int, rounds: int, to: str) -> None:
+def run(recipe: str, ranks: int, turns: int, rounds: int, to: str) -> None:
     installed = find_spec("deepspeed") is not None
     names = [name for name, overrides in ENGINES.items() if installed or DEEPSPEED not in overrides]
     print(
-        f"A step of {recipe} in fp32 on {ranks} data-parallel ranks, {machine(torch.device('cpu'))}; medians of {rounds} steps\n",
+        f"A step of {recipe} in fp32 on {ranks} data-parallel ranks, {machine(torch.device('cpu'))}; medians of {turns} x {rounds} steps\n",
         flush=True,
     )
     rows = [("engine", "held between steps", "between microbatches", "CPU seconds")]
-    values = {name: measured(recipe, ranks, rounds, name) for name in names}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(turns):
+        for name in names:
+            found[name].append(measured(recipe, ranks, rounds, name))
+    values = {name: {key: statistics.median(one[key] for one in each) for key in each[0]} for name, each in found.items()}
     for name, value in values.items():
         between, within = (f"{value[key] / 2**20:,.1f} MiB" for key in ("between_bytes", "gradients_bytes"))
         rows.append((name, between, within, f"{value['seconds']:.2f}"))
@@ -105,7 +112,7 @@ def run(recipe: str, ranks: int, rounds: int, to: str) -> None:
     save(to, {"machine": machine(torch.device("cpu")), "recipe": recipe, "ranks": ranks, "engines": values})
 
 
-DEFAULTS = {"recipe": "tiny", "ranks": 2, "rounds": 5, "to": ""}
+DEFAULTS = {"recipe": "tiny", "ranks": 2, "turns": 3, "rounds": 5, "to": ""}
 
 if __name__ == "__main__":
     raise SystemExit(main(run, DEFAULTS, None))

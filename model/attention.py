@@ -1,11 +1,13 @@
 """Grouped-query attention, without positional embedding: order comes from the Mamba layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from model.batch import Microbatch
-from model.causal import causal_attention
+from model.cache import KeysValues
+from model.causal import cached_attention, causal_attention
 from model.context import ModelContext
 from model.linear import Linear
 from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
@@ -66,8 +68,14 @@ class Attention(nn.Module):
             out = split_attention(query, key_value, microbatch, self.layout.groups.cp)
         else:
             query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(sections, dim=-1))
-            out = causal_attention(query, key, value, microbatch.bounds)
+            if microbatch.cache is None:
+                out = causal_attention(query, key, value, microbatch.bounds)
+            else:
+                out = cached_attention(query, key, value, microbatch.cache.of(self, self._no_tokens(key)), microbatch.cache.lengths)
         return self.o_proj(out.flatten(2), microbatch)
+
+    def _no_tokens(self, key: Tensor) -> Callable[[], KeysValues]:
+        return lambda: KeysValues(*(key.new_zeros(key.shape[1], 0, *key.shape[2:]) for _ in range(2)))
 
 
 def products(sizes: AttentionSizes, sequence_length: int) -> tuple[Products, ...]:

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from model.cache import Cache
 from model.precision.site import TokenKeys
 from parallel.layout import Layout
 
@@ -41,7 +42,8 @@ class Microbatch:
     inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample; first: of the first one.
     sequence_length: of the whole samples; whole_documents: int32 [batch, sequence_length], of all their tokens. sample: int64 [batch], global
     sample indices. step: optimizer steps done; progress: the fraction of the run that is done. depth: of multi-token prediction, for which a
-    module is called now (0: none). bounds: of the documents; None unless reset, and where ranks split sequences.
+    module is called now (0: none). bounds: of the documents; None unless reset, and where ranks split sequences. cache: of the tokens before these,
+    where a text is made; then reset is False.
     """
 
     tokens: Tensor
@@ -58,6 +60,7 @@ class Microbatch:
     depth: int = 0
     first: int = 0
     bounds: Bounds | None = None
+    cache: Cache | None = None
 
     @classmethod
     def of(
@@ -104,6 +107,26 @@ class Microbatch:
         moved = {each.name: getattr(self, each.name) for each in fields(self)}
         moved = {name: value.to(device, non_blocking=True) for name, value in moved.items() if isinstance(value, Tensor | Bounds)}
         return replace(self, **moved)
+
+    @classmethod
+    def following(cls, tokens: Tensor, cache: Cache, sample: Tensor, *, step: int, progress: float) -> Self:
+        """The next tokens of the sequences of a cache, int64 [batch, sequence], without targets. sample: int64 [batch], as anywhere."""
+        length, nothing = tokens.shape[1], torch.zeros_like(tokens)
+        documents = nothing.int()
+        return cls(
+            tokens=tokens.unsqueeze(0),
+            labels=nothing.unsqueeze(0),
+            loss_mask=nothing.bool().unsqueeze(0),
+            documents=documents,
+            reset=False,
+            positions=torch.arange(length, device=tokens.device),
+            sequence_length=length,
+            whole_documents=documents,
+            sample=sample,
+            step=step,
+            progress=progress,
+            cache=cache,
+        )
 
     def part(self, rank: int, size: int) -> Self:
         """What rank `rank` of `size` ranks that split sequences works on: consecutive tokens, as many on each."""

@@ -3,9 +3,10 @@
     whole sequences                      PyTorch's scaled_dot_product_attention
     documents, 16-bit on a GPU           variable-length flash attention over all documents at once
     documents, anything else             scaled_dot_product_attention of one document after another
+    tokens that follow a cache           scaled_dot_product_attention over the keys held, masked by how many each sequence has
 
-No [sequence, sequence] mask is made: flash attention refuses one, and at 8192 tokens it is larger than all else of the layer. Where ranks split
-sequences: `model.split_attention`.
+In training no [sequence, sequence] mask is made: flash attention refuses one, and at 8192 tokens it is larger than all else of the layer. Where
+ranks split sequences: `model.split_attention`.
 """
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.batch import Bounds
+from model.cache import KeysValues
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Bounds | None) -> Tensor:
@@ -38,3 +40,19 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Bound
         outs = [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in zip(*pieces, strict=True)]
         out = torch.cat(outs, dim=2)[0].transpose(0, 1)
     return out.unflatten(0, (batch, -1)).transpose(0, 1)
+
+
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, held: KeysValues, lengths: Tensor) -> Tensor:
+    """Attention of tokens that follow the `lengths` [batch] ones whose keys and values are held; theirs are added. Shapes as `causal_attention`."""
+    places = lengths[:, None] + torch.arange(len(query), device=query.device)  # [batch, sequence]
+    held.add(key, value, places)
+    seen = int(places.max()) + 1
+    visible = torch.arange(seen, device=query.device) <= places.unsqueeze(-1)  # [batch, sequence, seen]
+    out = scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        held.keys[:, :seen].transpose(1, 2),
+        held.values[:, :seen].transpose(1, 2),
+        attn_mask=visible.unsqueeze(1),
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out.permute(2, 0, 1, 3)

@@ -113,10 +113,13 @@ class HybridModel(Stage):
         logits = self.lm_head(hidden, replace(microbatch, depth=depth))
         return summed_cross_entropy(logits, microbatch.labels[depth], microbatch.loss_mask[depth])
 
+    def hidden(self, microbatch: Microbatch) -> Tensor:
+        """What the head and the first MTP depth are given, [sequence, batch, hidden]; one pipeline stage only."""
+        return self.norm_f(self._stack(microbatch, None))
+
     def logits(self, microbatch: Microbatch) -> list[Tensor]:
         """Whole-vocabulary logits of the LM head and of every MTP depth, each [batch, sequence, vocabulary]; one pipeline stage only."""
-        hidden = self.norm_f(self._stack(microbatch, None))
-        states = [hidden]
+        states = [self.hidden(microbatch)]
         for depth in range(1, self.depths + 1):
             states.append(self._mtp(states[-1], microbatch, depth))
         heads = [self.lm_head(state, microbatch) for state in states]

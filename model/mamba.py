@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from model import init
 from model.batch import Microbatch
+from model.cache import MambaState
 from model.context import ModelContext
 from model.convolution import causal_convolution
 from model.linear import Linear
@@ -135,6 +136,10 @@ class MambaMixer(nn.Module):
         """Convolution and recurrence: x | B | C and dt, both [sequence, batch, features] -> [sequence, batch, inner]."""
         documents = microbatch.documents if microbatch.reset else None
         weights = self.conv_weight, self.conv_bias, self.A_log, self.D, self.dt_bias
+        if microbatch.cache is not None:
+            rows = self.conv_weight.shape[-1] - 1
+            state = microbatch.cache.of(self, lambda: MambaState(convolved.new_zeros(rows, *convolved.shape[1:])))
+            return self._recur(convolved, dt, weights, self.groups, None, state.shift(convolved), None, state)
         if self.layout.context_size == 1:
             return self._recur(convolved, dt, weights, self.groups, documents)
         group, rows = self.layout.groups.cp, self.conv_weight.shape[-1] - 1
@@ -176,7 +181,7 @@ class MambaMixer(nn.Module):
         documents: Tensor | None,
         before: Tensor | None = None,
         preceding: Tensor | None = None,
-        scan: Scan | None = None,
+        scan: Scan | MambaState | None = None,
     ) -> Tensor:
         """weights: of the convolution, its bias, A_log, D and dt_bias. before: rows of x | B | C, and preceding: documents, right before these."""
         conv_weight, conv_bias, A_log, D, dt_bias = weights

@@ -31,15 +31,24 @@ Everything is fp32 (or fp64, for all arguments); the few numbers per token and h
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.context import Scan
-
 CPU_CHUNKS = (16, 64)  # smallest and largest
+
+
+class Between(Protocol):
+    """What stands between these tokens and those before and after them: `parallel.context.Scan`, over ranks; `model.cache.MambaState`, over time."""
+
+    def entering(self, added: Tensor, kept: Tensor) -> Tensor:
+        """The state these tokens find. added: what they leave of themselves, [batch, groups, N, r, P]; kept broadcasts: the part of what they
+        found that is left."""
+
+    def returning(self, added: Tensor, kept: Tensor) -> Tensor:
+        """The same back in time, of gradients."""
 
 
 def ssd(
@@ -52,22 +61,22 @@ def ssd(
     *,
     documents: Tensor | None = None,
     chunk_size: int,
-    scan: Scan | None = None,
+    scan: Between | None = None,
     preceding: Tensor | None = None,
 ) -> Tensor:
     """The recurrence above, by whatever implementation suits the device: y, fp32 [batch, sequence, heads, P].
 
     x: [batch, sequence, heads, P]; dt: [batch, sequence, heads], positive; a: [heads], negative;
     b, c: [batch, sequence, groups, N]; d: [heads]. documents: int [batch, sequence], 0 or more and not decreasing along
-    a sequence, or None for one document. Any sequence length, any strides. scan: these are a part of the tokens of longer sequences,
-    which the ranks of the scan have in order; preceding: int [batch], documents of the tokens right before them, with `documents`.
+    a sequence, or None for one document. Any sequence length, any strides. scan: these are a part of the tokens of longer sequences;
+    preceding: int [batch], documents of the tokens right before them, with `documents`.
     """
     # The seam for GPU kernels (mamba_ssm's Triton scan): one would be chosen here. The chunked form runs everywhere.
-    chunk = chunk_size
+    chunk = chunk_size if scan is None else min(chunk_size, x.shape[1])  # a single token that follows a cache is a chunk of one
     if x.device.type == "cpu":
         # Measured: the Q x Q part, memory-bound, balances the products with the states at about Q = P.
         smallest, largest = CPU_CHUNKS
-        chunk = min(chunk_size, largest, max(smallest, x.shape[3]))
+        chunk = min(chunk, largest, max(smallest, x.shape[3]))
     return chunked(x.float(), dt.float(), a.float(), b.float(), c.float(), d.float(), documents, chunk, scan, preceding)
 
 
@@ -80,7 +89,7 @@ def chunked(
     d: Tensor,
     documents: Tensor | None,
     chunk: int,
-    scan: Scan | None = None,
+    scan: Between | None = None,
     preceding: Tensor | None = None,
 ) -> Tensor:
     """See `ssd`; all arguments fp32, or all fp64, and so the result."""
@@ -168,7 +177,7 @@ class _Chunked(torch.autograd.Function):
         d: Tensor,
         documents: Tensor | None,
         chunk: int,
-        scan: Scan | None,
+        scan: Between | None,
         preceding: Tensor | None,
     ) -> Tensor:
         batch, length, heads, width = x.shape

@@ -37,6 +37,15 @@ METHODS = {
 }
 """Methods of ProcessGroup, and what they are called for a person."""
 
+SINGLE = {
+    "all_gather_single": "all-gather",
+    "all_gather_single_coalesced": "all-gather",
+    "all_to_all_single": "all-to-all",
+    "reduce_scatter_single": "reduce-scatter",
+    "reduce_scatter_single_coalesced": "reduce-scatter",
+}
+"""What some of them are called since torch 2.13, which has the older ones too and calls them no more."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -136,7 +145,7 @@ def watch() -> None:
     def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda group, *given, **named: COLLECTIVES.call(name, method, group, *given, **named)
 
-    for attribute, name in METHODS.items():
+    for attribute, name in (METHODS | {new: name for new, name in SINGLE.items() if new in vars(dist.ProcessGroup)}).items():
         setattr(dist.ProcessGroup, attribute, noted(name, getattr(dist.ProcessGroup, attribute)))
     wait = dist.Work.wait
     dist.Work.wait = lambda work, *given, **named: COLLECTIVES.wait(wait, work, *given, **named)  # type: ignore[method-assign, assignment]

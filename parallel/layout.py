@@ -53,7 +53,8 @@ class ParallelConfig:
     engine: str = "megatron"
     """what accumulates gradients and takes steps: megatron, or deepspeed, an optional package; see docs/engines.md"""
     zero_stage: int | None = None
-    """of the deepspeed engine: 1 splits the optimizer's state over the data-parallel ranks, 2 gradients too; null: 1"""
+    """of the deepspeed engine: 1 splits the optimizer's state over the data-parallel ranks, 2 gradients too, 3 weights
+    too (with data parallelism alone); null: 1"""
     offload_optimizer: bool = False
     """of the deepspeed engine: keep the optimizer's state in host memory, and update weights there"""
     timeout_minutes: float = 10.0

@@ -6,7 +6,8 @@ data-parallel replicas and ranks that split sequences, norms and routers replica
 
     `differing_replicas`   the parameters and buffers of a model's chunks, every rank with every rank: for tests
     `compare_replicas`     what a run does now and then: parameters, buffers, masters and optimizer state, within the groups that share them
- The digest is computed where the tensor lies: its bits as integers, each times an odd number that depends on its place, summed modulo 2^64 (in two
+
+The digest is computed where the tensor lies: its bits as integers, each times an odd number that depends on its place, summed modulo 2^64 (in two
 ways). The sum does not depend on its order, and one flipped bit always changes it. Cost: every byte is read once, and as eight bytes an element
 passed through memory some ten times, so 10 GB of bf16 weights and fp32 state should take a GPU of 5 TB/s some 0.1 s (reckoned); only 24 bytes a
 tensor are exchanged: for 5,000 tensors in a group of 64 ranks 8 MB received by each. Every 500 steps of ten seconds, that is less than 0.01 % of a

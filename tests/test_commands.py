@@ -83,6 +83,9 @@ WAYS: dict[str, Way] = {
     f"{SUBMIT} cluster.nodes=8 submit=false": Way(makes=("runs/nemotron3_super/slurm.sh",), slow=True),
     f"{SUBMIT} cluster.nodes=8 --dry-run": Way(says="arguments=(-cn nemotron3_super cluster=b200 cluster.nodes=8)", slow=True),
     "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way("--dry-run run.seed=7,8", says="case $SLURM_ARRAY_TASK_ID in", slow=True),
+    "python -m train.generate checkpoint=runs/first prompt='It is a truth' tokens=100 temperature=0.8": Way(
+        "tokens=5", after=(FIRST,), says="It is a truth", slow=True
+    ),
     "python -m launch.status runs/first": Way(after=(FIRST,), says="step        2 of 2"),
     "python -m launch.preflight -cn tiny cluster=cpu": Way("run.dir=runs/preflight", says="1 node, 1 rank fit", slow=True),
     "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
@@ -116,6 +119,7 @@ WAYS: dict[str, Way] = {
     "python -m model.precision.certify backend=transformer_engine to=certificate.json": Way("backend=reference", slow=True),
 }
 KINDS: tuple[tuple[str, Way], ...] = (
+    (r"python -m train\.generate checkpoint=runs/tiny\b", Way("checkpoint=runs/first tokens=5", after=(FIRST,), slow=True)),
     (r"python -m train\.evaluate checkpoint=runs/first\b", Way(after=(FIRST,), says="nats per token", slow=True)),
     (
         r"python -m train\.checkpoints runs/first merge=",

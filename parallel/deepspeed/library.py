@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.moe.layer import MoE
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups, logger
 
@@ -22,4 +25,4 @@ logger.setLevel(logging.ERROR)  # it warns of every optimizer it was not tested 
 if not torch.cuda.is_available():
     deepspeed.ops.__compatible_ops__ = {}
 
-__all__ = ["DeepSpeedZeroOptimizer", "MoE", "deepspeed", "groups"]
+__all__ = ["DeepSpeedZeRoOffload", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "Init", "MoE", "deepspeed", "groups"]

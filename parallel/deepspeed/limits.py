@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from parallel.layout import ParallelConfig
 
-STAGES = (1, 2)
+STAGES = (1, 2, 3)
 
 
 def check(config: ParallelConfig, compute: str) -> None:
@@ -18,8 +18,15 @@ def check(config: ParallelConfig, compute: str) -> None:
             )
     if config.zero_stage not in (None, *STAGES):
         raise ValueError(
-            f"parallel.zero_stage={config.zero_stage} is not available: use 1, which splits the optimizer's state, or 2, gradients too"
+            f"parallel.zero_stage={config.zero_stage} is not available: use 1, which splits the optimizer's state, 2, gradients too, or 3, all"
         )
+    if config.zero_stage == 3:
+        for key in ("tensor", "expert", "expert_tensor"):
+            if (size := getattr(config, key)) > 1:
+                raise ValueError(
+                    f"parallel.{key}={size} cannot be had with parallel.zero_stage=3, which splits weights over data-parallel ranks alone: use "
+                    f"parallel.{key}=1, or parallel.zero_stage=2"
+                )
     for key in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
         if getattr(config, key):
             raise ValueError(

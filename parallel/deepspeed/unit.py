@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from parallel.deepspeed.library import MoE, groups
+from parallel.deepspeed.library import DeepSpeedZeRoOffload, Init, MoE, groups
 from parallel.layout import Layout
 
 EXPERTS = "experts"
@@ -53,7 +53,10 @@ class ExpertGroups(MoE):
 
 
 def forget() -> None:
-    """Lets go of the groups."""
+    """Lets go of the groups, and begins to count modules and parameters anew: ranks whose processes have had other engines before must agree."""
     groups.mpu = None
+    Init.param_id = 0
+    (count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    count[0] = 0
     for known in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
         known.pop(EXPERTS, None)

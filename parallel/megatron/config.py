@@ -40,6 +40,7 @@ def transformer_config(parallel: ParallelConfig, sizes: ModelSizes) -> Transform
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=torch.cuda.is_available() and not interleaved,  # gloo has no batched point-to-point transfers
+        batch_p2p_sync=False,  # the host would wait for the device after each, for the sake of old versions of PyTorch
         overlap_p2p_comm=interleaved,  # the interleaved schedule computes another part meanwhile; batched transfers could not
         variable_seq_lengths=False,
         gradient_accumulation_fusion=False,

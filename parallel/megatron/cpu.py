@@ -1,4 +1,4 @@
-"""Megatron-core 0.16.1 without CUDA: every patch it needs, in one place, applied only where there is no CUDA device.
+"""Megatron-core (0.16.1, 0.19.2) without CUDA: every patch it needs, in one place, applied only where there is no CUDA device.
 
 Megatron asks `torch.cuda` for the current device and for streams, and writes `device="cuda"` in a few places. Each patch below replaces
 one such name; a test checks that all of them still exist in the pinned version. Nothing here is on the path of a CUDA machine.

@@ -89,7 +89,7 @@ def test_the_router_of_transformers_chooses_the_same(layer: MoE) -> None:
     torch.testing.assert_close(weights, dense, rtol=1e-6, atol=0)
 
 
-def test_the_auxiliary_loss_is_the_formula_and_reaches_the_gate(layer: MoE) -> None:
+def test_the_auxiliary_loss_is_the_formula_and_reaches_the_gate(layer: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
     router: Router = layer.router.train()
     context = layer.context
     context.global_batch_size = BATCH
@@ -107,7 +107,7 @@ def test_the_auxiliary_loss_is_the_formula_and_reaches_the_gate(layer: MoE) -> N
         expected = expected + SIZES.router_aux_loss * (share * mean).sum() / BATCH
     assert router.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     # The scaler hands the loss its gradient of one (Megatron's schedules say so before each backward pass), whatever the weights get.
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
     (weights * 0).sum().backward()
     expected.backward()
     assert router.gate.weight.grad is not None and gate.grad is not None

@@ -77,6 +77,27 @@ def test_a_collective_is_recorded(ranks: Callable[[int], Callable[..., list[Any]
     assert last[2] < spent
 
 
+def collectives(rank: int) -> list[str]:
+    watch()
+    x, wide = torch.ones(2), torch.ones(4)
+    called = []
+    for call in (
+        lambda: dist.all_gather_into_tensor(wide, x),
+        lambda: dist.all_to_all_single(torch.empty(2), x),
+        lambda: dist.reduce_scatter_tensor(x, wide),
+        lambda: dist.broadcast(x, 0),
+        lambda: dist.all_gather([torch.ones(2), torch.ones(2)], x),
+    ):
+        call()
+        assert COLLECTIVES.last is not None
+        called.append(COLLECTIVES.last.name)
+    return called
+
+
+def test_whatever_a_collective_is_called_by(ranks: Callable[[int], Callable[..., list[Any]]]) -> None:
+    assert ranks(2)(collectives) == [["all-gather", "all-to-all", "reduce-scatter", "broadcast", "all-gather"]] * 2
+
+
 def timeouts(rank: int, config: ParallelConfig, port: int) -> list[datetime.timedelta]:
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(port)

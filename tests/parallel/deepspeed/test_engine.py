@@ -37,7 +37,7 @@ RECIPE = (
     "optimizer.learning_rate=1e-3",
 )
 ENGINE = "parallel.engine=deepspeed"
-STAGE_2, OFFLOADED = "parallel.zero_stage=2", "parallel.offload_optimizer=true"
+STAGE_2, STAGE_3, OFFLOADED = "parallel.zero_stage=2", "parallel.zero_stage=3", "parallel.offload_optimizer=true"
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one rank": (1, ()),
     "data": (2, ()),
@@ -46,6 +46,10 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "data, ZeRO-2, offloaded": (2, (STAGE_2, OFFLOADED)),
     "data, recomputed": (2, ("parallel.recompute=[norm,head,layer]",)),
     "data, ZeRO-2, recomputed": (2, (STAGE_2, "parallel.recompute=[norm,activation,moe,head,mamba]")),
+    "data, ZeRO-3": (2, (STAGE_3,)),
+    "data, ZeRO-3, offloaded": (2, (STAGE_3, OFFLOADED)),
+    "data, ZeRO-3, recomputed": (2, (STAGE_3, "parallel.recompute=[norm,activation,moe,head,mamba]")),
+    "data, ZeRO-3, layers recomputed": (2, (STAGE_3, "parallel.recompute=[norm,head,layer]")),
     "tensor": (2, ("parallel.tensor=2",)),
     "expert": (2, ("parallel.expert=2",)),
     "expert, ZeRO-2": (2, ("parallel.expert=2", STAGE_2)),
@@ -61,6 +65,7 @@ def run(rank: int, overrides: tuple[str, ...]) -> tuple[list[dict[str, float]], 
     made = loop.build(recipe(*overrides, world_size=int(os.environ["WORLD_SIZE"])))
     try:
         metrics = [train_step(made, step) for step in range(STEPS)]
+        made.engine.settle()
         mismatches = compare_replicas(made.chunks, made.engine.parameter_states(), made.layout)
         return metrics, differing_replicas(*made.chunks) + [mismatch.sentence() for mismatch in mismatches]
     finally:
@@ -109,6 +114,7 @@ def resume(
             checkpointer.save(save_at, {})
             start = save_at
         losses += train(engine, layout, range(start, 6))
+        engine.settle()
         engine.close()
         return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
     finally:
@@ -116,7 +122,7 @@ def resume(
 
 
 PLAIN, SPLIT = ParallelConfig(), ParallelConfig(distributed_optimizer=True)
-KINDS = [ParallelConfig(engine="deepspeed", zero_stage=stage, offload_optimizer=off) for stage in (1, 2) for off in (False, True)]
+KINDS = [ParallelConfig(engine="deepspeed", zero_stage=stage, offload_optimizer=off) for stage in (1, 2, 3) for off in (False, True)]
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])

@@ -8,14 +8,17 @@ import pytest
 from tests.layouts import reshard
 from train.observe.metrics import read_metrics
 
-GIVEN = ("precision=fp32", "train.steps=8", "optimizer.warmup=1", "optimizer.decay=0", "data.validation_fraction=0.0005")
 DEEPSPEED = "parallel.engine=deepspeed"
+# At the recipe's own learning rate, four times as much, the gradient norm of a spike in the seventh step amplifies rounding to 5e-6.
+CALM = "optimizer.learning_rate=1e-3"
+GIVEN = ("precision=fp32", "train.steps=8", "optimizer.warmup=1", "optimizer.decay=0", "data.validation_fraction=0.0005", CALM)
 LEGS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (2, (DEEPSPEED, "parallel.zero_stage=2")),
     (2, ("parallel.pipeline=2",)),
     (2, (DEEPSPEED, "parallel.expert=2", "parallel.offload_optimizer=true")),
     (2, ("parallel.distributed_optimizer=true",)),
     (2, (DEEPSPEED, "parallel.tensor=2")),
+    (2, (DEEPSPEED, "parallel.zero_stage=3")),
 )
 
 

@@ -1,0 +1,172 @@
+"""Makes text with a checkpoint.
+
+python -m train.generate checkpoint=runs/tiny prompt="It is a truth" tokens=200 temperature=0.8 top_p=0.95 seed=1
+python -m train.generate checkpoint=runs/tiny prompts=prompts.txt tokens=100 to=texts.jsonl
+
+prompts: a file with a prompt a line. tokens: at most so many more (200). temperature (1): 0 takes the likeliest token. top_p (1): of the likeliest
+tokens, as few as have this probability together. stop: a text, or a list of them, at which one ends. precision: fp32 or bf16, by default bf16 on a
+GPU. weights: stored, or rounded, to the number formats in which the run multiplied them. to: a file that gets one JSON object a prompt. One prompt
+alone is printed as it grows.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.tokenizer import Tokenizer
+from parallel import groups
+from parallel.layout import world_size
+from train.arguments import key_values
+from train.checkpoint.reader import open_checkpoint
+from train.generation.sampling import Sampling
+from train.generation.speaker import Speaker, open_speaker
+from train.generation.texts import generate
+from train.refusal import refuse
+
+KEYS = ("checkpoint", "prompt", "prompts", "tokens", "temperature", "top_p", "seed", "stop", "precision", "weights", "to")
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass
+class Text:
+    """A prompt and what has come after it. ended: why, once it has."""
+
+    tokenizer: Tokenizer
+    prompt: str
+    stops: tuple[str, ...]
+    ids: list[int] = field(default_factory=list)
+    more: str = ""
+    ended: str = ""
+
+    def add(self, token: int) -> str:
+        """Adds a token; returns what is now certain of the text and was not before. The bytes of a character may be spread over tokens, and a
+        stop text over several."""
+        self.ids.append(token)
+        if token == self.tokenizer.end_of_document:
+            self.ended = "end of document"
+        whole = self.tokenizer.decode(self.ids)
+        found = [whole.index(stop) for stop in self.stops if stop in whole]
+        if found:
+            whole, self.ended = whole[: min(found)], "stop"
+        elif not self.ended:
+            whole = whole.rstrip(UNFINISHED)
+            held = max((n for stop in self.stops for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
+            whole = whole[: len(whole) - held]
+        new = whole[len(self.more) :]
+        self.more = max(whole, self.more, key=len)
+        return new
+
+    def finish(self) -> str:
+        """What was held back, at the end."""
+        if self.ended:
+            return ""
+        self.ended, whole = "length", self.tokenizer.decode(self.ids)
+        new, self.more = whole[len(self.more) :], whole
+        return new
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; exit status 2 for wrong arguments."""
+    try:
+        if "--help" in arguments or "-h" in arguments:
+            print(__doc__)
+            return 0
+        if world_size() > 1:
+            raise ValueError("texts are made by one process: start python -m train.generate without a launcher")
+        values = key_values(arguments, KEYS)
+        path = _one(values, "checkpoint", str, None)
+        prompts, tokens = _prompts(values), _one(values, "tokens", int, 200)
+        if tokens < 1:
+            raise ValueError(f"tokens={tokens} must be at least 1")
+        numbers = {key: _one(values, key, (int, float), 1.0) for key in ("temperature", "top_p")}
+        sampling = Sampling(**numbers, seed=_one(values, "seed", int, 1))
+        stops = tuple(map(str, given if isinstance(given := values.get("stop", []), list) else [given]))
+        if "" in stops:
+            raise ValueError("stop='' is empty: give a text at which to stop, or leave it out")
+        to = Path(_one(values, "to", str, "")) if "to" in values else None
+        precision = _one(values, "precision", str, "bf16" if torch.cuda.is_available() else "fp32")
+        speaker = open_speaker(open_checkpoint(path), precision, _one(values, "weights", str, "stored"))
+        texts = [Text(speaker.tokenizer, prompt, stops) for prompt in prompts]
+        start = time.perf_counter()
+        if len(texts) == 1:
+            print(texts[0].prompt, end="", flush=True)
+        for new in _made(speaker, texts, tokens, sampling):
+            if len(texts) == 1:
+                print(new, end="", flush=True)
+        seconds = time.perf_counter() - start
+        _tell(texts, seconds)
+        if to is not None:
+            _write(to, texts)
+    except (ValueError, OSError) as error:
+        return refuse(str(error))
+    finally:
+        groups.shutdown()
+    return 0
+
+
+def _made(speaker: Speaker, texts: Sequence[Text], tokens: int, sampling: Sampling) -> Iterator[str]:
+    """What each token adds to a text, until all have ended."""
+    end = speaker.tokenizer.end_of_document
+    # A text without a beginning begins where a document does.
+    prompts = [speaker.tokenizer.encode(text.prompt).tolist() or [end] for text in texts]
+    for chosen in generate(speaker, prompts, tokens, sampling, end=end):
+        for text, token in zip(texts, chosen, strict=True):
+            if token is not None and not text.ended:
+                yield text.add(token)
+        if all(text.ended for text in texts):
+            break
+    for text in texts:
+        yield text.finish()
+
+
+def _tell(texts: Sequence[Text], seconds: float) -> None:
+    if len(texts) == 1:
+        print()
+    else:
+        for number, text in enumerate(texts, start=1):
+            print(f"--- {number} of {len(texts)} ({text.ended})\n{text.prompt}{text.more}")
+    count = sum(len(text.ids) for text in texts)
+    ended = f", ended by {texts[0].ended}" if len(texts) == 1 else f" in {len(texts)} texts"
+    print(f"[{count} tokens{ended}; {count / max(seconds, 1e-9):,.1f} tokens/s, prompts included]", file=sys.stderr)
+
+
+def _write(to: Path, texts: Sequence[Text]) -> None:
+    lines = [{"prompt": text.prompt, "text": text.more, "tokens": len(text.ids), "ended": text.ended} for text in texts]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _one(values: dict[str, Any], key: str, kind: Any, default: Any) -> Any:
+    """One value. Raises ValueError where it is missing, or of another kind."""
+    value = values.get(key, default)
+    if value is None:
+        raise ValueError(f"{key}=... is missing: python -m train.generate checkpoint=runs/tiny prompt='It is a truth'")
+    if isinstance(value, bool) or not isinstance(value, kind):
+        wanted = {str: "a text", int: "a whole number"}.get(kind, "a number")
+        raise ValueError(f"{key}={value} is not {wanted}")
+    return value
+
+
+def _prompts(values: dict[str, Any]) -> list[str]:
+    if ("prompt" in values) == ("prompts" in values):
+        raise ValueError("give either prompt=... (a text) or prompts=... (a file with a prompt a line)")
+    if "prompt" in values:
+        return [str(values["prompt"])]
+    path = Path(_one(values, "prompts", str, None))
+    try:
+        lines = [line for line in path.read_text().splitlines() if line]
+    except UnicodeDecodeError:
+        raise ValueError(f"prompts={path} is not UTF-8 text: give a file with a prompt a line") from None
+    if not lines:
+        raise ValueError(f"prompts={path} holds no prompt: give a file with a prompt a line")
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
