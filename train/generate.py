@@ -90,6 +90,9 @@ def main(arguments: Sequence[str]) -> int:
         if "" in stops:
             raise ValueError("stop='' is empty: give a text at which to stop, or leave it out")
         to = Path(_one(values, "to", str, "")) if "to" in values else None
+        if to is not None:  # what cannot be written is said before anything is made
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.touch()
         precision = _one(values, "precision", str, "bf16" if torch.cuda.is_available() else "fp32")
         speaker = open_speaker(open_checkpoint(path), precision, _one(values, "weights", str, "stored"))
         texts = [Text(speaker.tokenizer, prompt, stops) for prompt in prompts]
@@ -138,7 +141,6 @@ def _tell(texts: Sequence[Text], seconds: float) -> None:
 
 def _write(to: Path, texts: Sequence[Text]) -> None:
     lines = [{"prompt": text.prompt, "text": text.more, "tokens": len(text.ids), "ended": text.ended} for text in texts]
-    to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -161,6 +163,8 @@ def _prompts(values: dict[str, Any]) -> list[str]:
     path = Path(_one(values, "prompts", str, None))
     try:
         lines = [line for line in path.read_text().splitlines() if line]
+    except FileNotFoundError:
+        raise ValueError(f"prompts={path} does not exist: give a file with a prompt a line") from None
     except UnicodeDecodeError:
         raise ValueError(f"prompts={path} is not UTF-8 text: give a file with a prompt a line") from None
     if not lines:

@@ -157,6 +157,34 @@ def test_a_stop_and_a_character_may_be_spread_over_tokens() -> None:
     assert other.ended == "length"
 
 
+@pytest.mark.parametrize(("trained", "asked"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_another_precision_than_the_run(trained: str, asked: str, tmp_path: Path) -> None:
+    made = recipe(
+        "train.steps=2",
+        "optimizer.warmup=1",
+        "optimizer.decay=1",
+        f"run.dir={tmp_path / 'run'}",
+        "precision=bf16",
+        f"precision.compute={trained}",
+        "train.global_batch_size=2",
+    )
+    assert loop.run(made) == 0
+    groups.shutdown()
+    weights, logits = {}, {}
+    for precision in (trained, asked):
+        speaker = open_speaker(open_checkpoint(tmp_path / "run"), precision)
+        weights[precision] = dict(speaker.model.state_dict())
+        logits[precision] = read(speaker, PROMPTS[0], 0)[0]
+        groups.shutdown()
+    assert {weight.dtype for name, weight in weights[asked].items() if name.endswith("_proj.weight")} == {
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
+    }
+    for name, weight in weights[trained].items():
+        assert torch.equal(weights[asked][name], weight.to(weights[asked][name].dtype)), name
+    torch.testing.assert_close(logits["bf16"], logits["fp32"], rtol=0, atol=0.02)
+    assert not torch.equal(logits["bf16"], logits["fp32"]) and logits["fp32"].std() > 0.05
+
+
 def test_weights_rounded_as_training_multiplied_them(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"checkpoint={run_dir}", "prompt=a", "weights=rounded"]) == 2
     assert "weights=rounded changes nothing" in capsys.readouterr().err  # the run was in fp32
@@ -220,6 +248,7 @@ def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["prompt=a", "seed=-1"], "seed=-1"),
         (["prompt=a", "precision=fp4"], "precision=fp4 is none of fp32, bf16"),
         (["prompt=a", "stop=''"], "stop='' is empty"),
+        (["prompts=nowhere.txt"], "prompts=nowhere.txt does not exist"),
         (["prompt=a", "prompts=x"], "give either prompt="),
         ([], "give either prompt="),
         (["prompt=a", "speed=9"], "'speed=9' is unknown here"),

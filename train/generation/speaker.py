@@ -49,19 +49,25 @@ def open_speaker(checkpoint: Checkpoint, precision: str, weights: str = "stored"
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights} is none of {', '.join(WEIGHTS)}")
     stored = stored_recipe(checkpoint)
+    trained = read_recipe(on_one_rank(stored, stored["precision"]), 1)
     recipe = read_recipe(on_one_rank(stored, {"compute": precision, "default": precision}), 1)
     tokenizer = run_tokenizer(recipe, run_dir_of(checkpoint) / "tokenizer")
-    _, (model,) = build_model(recipe, groups.initialize(recipe.parallel, recipe.run.seed))
-    load_weights(checkpoint, [model])
-    model.eval()
+    layout = groups.initialize(recipe.parallel, recipe.run.seed)
+    _, (model,) = build_model(recipe, layout)
+    # Checkpoints are read, and weights rounded, in the dtype they were trained in.
+    same = trained.precision.compute == precision
+    source = model if same else build_model(trained, layout)[1][0]
+    load_weights(checkpoint, [source])
     progress = min(checkpoint.step / recipe.total_steps, 1.0)
     if weights == "rounded":
-        policy = read_recipe(on_one_rank(stored, stored["precision"]), 1).policy
-        sites = [part for module in model.modules() if isinstance(module, Linear | Experts) for part in module.weights()]
-        if not round_weights([(site, weight, policy.formats(site.name, progress)) for site, weight in sites], checkpoint.step):
+        sites = [part for module in source.modules() if isinstance(module, Linear | Experts) for part in module.weights()]
+        if not round_weights([(site, weight, trained.policy.formats(site.name, progress)) for site, weight in sites], checkpoint.step):
             raise ValueError(
                 f"weights=rounded changes nothing: no module of {checkpoint.path} rounds its weights in the forward pass at this step"
             )
+    if not same:
+        model.load_state_dict(source.state_dict())
+    model.eval()
     return Speaker(model, tokenizer, recipe, checkpoint.step, progress)
 
 
