@@ -3,8 +3,9 @@
     spread   tokens -> rows      a token's row once for each expert it visits, sorted by expert; its gradient is a gathered sum
     gather   rows -> tokens      a gathered sum; its gradient is a spread
 
-Every token visits exactly top_k experts, so whatever returns to it are top_k rows: they are gathered side by side, [tokens, top_k, width], and added
-in fp32 in the order of their experts. A scatter would add them with atomics in whatever order they come, and in bf16 round after each.
+Every token visits at most top_k experts of those that are looked at, so whatever returns to it are top_k rows or fewer: they are gathered side by
+side, [tokens, top_k, width], and added in fp32 in the order of their experts. A scatter would add them with atomics in whatever order they come, and
+in bf16 round after each.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +23,6 @@ Once = Callable[[Callable[[], Any]], Any]
 
 
 class _Chosen(torch.autograd.Function):
-    """x[rows], of which no row comes twice: its gradient is copied and not added."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
@@ -35,6 +34,12 @@ class _Chosen(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
+
+
+def chosen(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], of which no row comes twice: its gradient is copied and not added."""
+    result: Tensor = _Chosen.apply(x, rows)
+    return result
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):
@@ -65,7 +70,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         self.probs, self.routing_map = probs, routing_map
         rows = routing_map.T.flatten().nonzero_static(size=tokens * self.config.moe_router_topk).squeeze(1)
         self.reversed_local_input_permutation_mapping = rows % tokens
-        weights = _Chosen.apply(probs.T.flatten(), rows)
+        weights = chosen(probs.T.flatten(), rows)
         for name, value in self.once(self._told).items():
             setattr(self, name, value)
         return hidden_states, weights
@@ -84,52 +89,70 @@ class Places:
     tokens: Tensor
     """int64 [rows], the token of each row."""
     rows: Tensor
-    """int64 [tokens, top_k], the rows of each token, in the order they are added."""
+    """int64 [tokens, top_k], the rows of each token, in the order they are added; where `missing`, a number too high by one means none."""
+    missing: bool = False
+    """Whether tokens may have fewer rows than top_k."""
 
     @classmethod
     def of(cls, tokens: Tensor, top_k: int) -> "Places":
         """tokens: int64 [rows], every token top_k times; a token's rows are added in the order they have here."""
         return cls(tokens, tokens.argsort(stable=True).view(-1, top_k))
 
+    @classmethod
+    def of_some(cls, experts: Tensor, count: int) -> tuple["Places", Tensor]:
+        """experts: int [tokens, top_k], the experts each token visits here, below 0 for none; count: how many there are. Rows are sorted by expert,
+        and by token within one. Returns with them which visit, token x top_k + place, each row is: int64 [count]."""
+        visits = experts.flatten()
+        last = torch.iinfo(visits.dtype).max
+        order = torch.where(visits < 0, last, visits).argsort(stable=True)[:count]
+        rows = torch.full_like(visits, count, dtype=torch.int64)
+        rows[order] = torch.arange(count, device=rows.device)
+        top_k = experts.shape[1]
+        by_expert = torch.where(experts < 0, last, experts).argsort(dim=1, stable=True)
+        return cls(order // top_k, rows.view(-1, top_k).gather(1, by_expert), missing=True), order
 
-def _added(x: Tensor, rows: Tensor) -> Tensor:
+
+def _added(x: Tensor, rows: Tensor, missing: bool) -> Tensor:
     count, top_k = rows.shape
+    if missing:
+        x = torch.cat((x, x.new_zeros(1, x.shape[1])))
     return x.index_select(0, rows.flatten()).view(count, top_k, -1).sum(1, dtype=torch.float32).to(x.dtype)
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor, missing: bool) -> Tensor:
         ctx.save_for_backward(rows)
+        ctx.missing = missing
         return x.index_select(0, tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (rows,) = ctx.saved_tensors
-        return _added(grad, rows), None, None
+        return _added(grad, rows, ctx.missing), None, None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor, missing: bool) -> Tensor:
         ctx.save_for_backward(tokens)
-        return _added(x, rows)
+        return _added(x, rows, missing)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (tokens,) = ctx.saved_tensors
-        return grad.index_select(0, tokens), None, None
+        return grad.index_select(0, tokens), None, None, None
 
 
 def spread(x: Tensor, places: Places) -> Tensor:
     """x [tokens, width] -> [rows, width]."""
-    result: Tensor = _Spread.apply(x, places.tokens, places.rows)
+    result: Tensor = _Spread.apply(x, places.tokens, places.rows, places.missing)
     return result
 
 
 def gather(x: Tensor, places: Places) -> Tensor:
     """x [rows, width] -> [tokens, width] in x's dtype: each token's rows added up in fp32."""
-    result: Tensor = _Gather.apply(x, places.tokens, places.rows)
+    result: Tensor = _Gather.apply(x, places.tokens, places.rows, places.missing)
     return result

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from model import init
 from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
-from model.dispatch import Dispatcher, Places, gather, spread
+from model.exchange import AllToAll, Exchange
+from model.fused_exchange import FUSED
 from model.linear import Linear
 from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Sizes, register_mixer
 from model.mlp import MLP, squared_relu
@@ -187,7 +188,11 @@ class MoE(nn.Module):
         self.shared_experts = MLP(context, f"{name}.shared_experts", sizes.shared_expert_ffn_size)
         if context.device.type != "meta":
             own = range(self.experts.first, self.experts.first + self.experts.local)
-            self.dispatcher = Dispatcher(own, context.megatron, layout.groups, lambda ask: context.recompute.once(ask))
+            self.exchange: Exchange
+            if layout.config.dispatcher in FUSED:
+                self.exchange = FUSED[layout.config.dispatcher](own, sizes.experts, sizes.top_k, layout.groups.ep)
+            else:
+                self.exchange = AllToAll(own, context.megatron, layout.groups, lambda ask: context.recompute.once(ask))
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """x [sequence, batch, hidden] -> the same; with sequence parallelism both hold this rank's part of the sequence."""
@@ -200,25 +205,15 @@ class MoE(nn.Module):
         if stamped:
             columns = stamp(microbatch.keys(microbatch.own_positions(self.context.layout)), tokens.dtype)
             tokens = torch.cat((tokens, columns.view(*tokens.shape[:-1], -1)), dim=-1)
-        tokens = tokens.flatten(0, 1)
-        # Megatron's counts and order of rows; the rows themselves are made here, whose gradient is added in one order.
-        _, sent_weights = self.dispatcher.dispatch_preprocess(tokens.new_empty(len(tokens), 1), chosen, weights)
-        places = Places.of(self.dispatcher.reversed_local_input_permutation_mapping, self.router.top_k)
-        sent, sent_weights = self.dispatcher.token_dispatch(spread(tokens, places), sent_weights)
-        routed, counts, routed_weights = self.dispatcher.dispatch_postprocess(sent, sent_weights)
+        visit = self.exchange(tokens.flatten(0, 1), chosen, weights)
+        routed = visit.rows
         if stamped:
-            keys, routed = replace(read_stamp(routed[:, width:]), depth=microbatch.depth), routed[:, :width]
+            keys, routed = replace(read_stamp(routed[:, width : width + columns.shape[-1]]), depth=microbatch.depth), routed[:, :width]
         else:
             nobody = torch.zeros(len(routed), dtype=torch.int64, device=x.device)
             keys = TokenKeys(nobody, nobody)
-        out = self.experts(routed, counts.tolist(), keys, microbatch)
-        out = (out * routed_weights.unsqueeze(-1)).to(x.dtype)
-        out = self.dispatcher.combine_preprocess(out)
-        out = self.dispatcher.token_combine(out)
-        out = gather(out, places).view(*x.shape[:-1], width)
-        # Which would else live until the layer's next microbatch, with all that made them.
-        dispatcher = self.dispatcher
-        dispatcher.probs = dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None  # type: ignore[assignment]
+        out = self.experts(routed, visit.counts, keys, microbatch)
+        out = visit.back((out * visit.weights.unsqueeze(-1)).to(x.dtype)).view(*x.shape[:-1], width)
         if self.up is not None:
             out = self.up(out, microbatch)
         return out + self.shared_experts(x, microbatch)

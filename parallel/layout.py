@@ -33,6 +33,8 @@ class ParallelConfig:
     """ranks that share out the routed experts"""
     expert_tensor: int = 1
     """ranks that split each expert's matrices"""
+    dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
+    """what sends tokens to the ranks of their experts: an all-to-all, or kernels of the optional package deep_ep, on GPUs and in bf16"""
     pipeline: int = 1
     """stages, each of some consecutive layers: as | in model.pattern says, else balanced by cost"""
     virtual_pipeline: int = 1
@@ -97,6 +99,19 @@ class ParallelConfig:
             if self.overlap_param_gather and not getattr(self, key):
                 raise Misfit(
                     f"parallel.overlap_param_gather=true needs parallel.{key}=true", f"parallel.{key}", "parallel.overlap_param_gather"
+                )
+        if self.dispatcher != "alltoall":
+            if self.expert == 1:
+                raise Misfit(
+                    f"parallel.dispatcher={self.dispatcher} has nowhere to send tokens with parallel.expert=1",
+                    "parallel.expert",
+                    "parallel.dispatcher",
+                )
+            if self.expert_tensor > 1:
+                raise Misfit(
+                    f"parallel.dispatcher={self.dispatcher} does not know experts that parallel.expert_tensor={self.expert_tensor} ranks split",
+                    "parallel.expert_tensor",
+                    "parallel.dispatcher",
                 )
         if self.sequence and self.tensor == 1:
             raise Misfit("parallel.sequence=true needs a tensor group to split over: parallel.tensor=1 is none", "parallel.sequence")

@@ -9,6 +9,7 @@ import torch
 from data.text_data import TextData, open_data
 from model.context import ModelContext
 from model.count import linear_modules
+from model.fused_exchange import check_dispatcher
 from model.hybrid import HybridModel
 from model.precision.backends.choice import check
 from model.precision.health import Health
@@ -73,6 +74,7 @@ def build(recipe: Recipe, layout: Layout | None = None, data: TextData | None = 
     precision, modules = recipe.precision, [module.name for module in linear_modules(recipe.model)]
     formats = recipe.policy.ever(modules)
     try:
+        check_dispatcher(recipe.parallel.dispatcher, torch.device(wanted), precision.compute)
         check(precision.backend, torch.device(wanted), formats, compute=precision.compute, amax_scope=precision.amax_scope)
     except ValueError as error:
         raise RecipeError(str(error)) from None
