@@ -2,12 +2,24 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One row of a batch, as a source gives it. tokens, labels: int64 [sequence]; counts: bool [sequence], the target counts. documents: int32
+    [sequence], ordinal of the document inside the sample."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    counts: np.ndarray
+    documents: np.ndarray
+
+
+@dataclass(frozen=True)
 class Batch:
-    """tokens, labels: int64 [batch, sequence], labels are the next tokens. loss_mask: bool [batch, sequence], the target counts.
+    """tokens, labels: int64 [batch, sequence], labels are the next tokens, or the answers of a generated task. loss_mask: bool [batch, sequence], the target counts.
     documents: int32 [batch, sequence], ordinal of the document inside the sample, all zero unless documents are kept apart (`reset`).
     sample: int64 [batch], global sample indices. step: optimizer steps done."""
 
