@@ -19,8 +19,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens, labels: int64 [batch, sequence], labels are the next tokens, or the answers of a generated task. loss_mask: bool [batch, sequence], the target counts.
-    documents: int32 [batch, sequence], ordinal of the document inside the sample, all zero unless documents are kept apart (`reset`).
+    """tokens, labels: int64 [batch, sequence], labels are the next tokens, or a task's answers. loss_mask: bool [batch, sequence], the target
+    counts. documents: int32 [batch, sequence], ordinal of the document inside the sample, all zero unless documents are kept apart (`reset`).
     sample: int64 [batch], global sample indices. step: optimizer steps done."""
 
     tokens: Tensor

@@ -71,9 +71,7 @@ class Generated:
             for place in range(length // of_one)
             for part in [self.task.draw(digest(self.seed, self.path, window, place), of_one)]
         ]
-        return Sample(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "labels", "counts", "documents"))
-        )
+        return Sample(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "labels", "counts", "documents")))
 
     def where(self, window: int, length: int) -> dict[str, Any]:
         """For a person."""

@@ -52,9 +52,7 @@ class MQAR:
         if self.length % 2 or 4 * self.pairs > self.length:
             return f"cannot hold {self.pairs} pairs and as many queries: a sequence needs an even length of at least 4 tokens a pair"
         if self.vocab_size <= self.length or self.vocab_size // 2 <= self.pairs:
-            return (
-                f"needs more ids than the {self.vocab_size} there are: use a tokenizer with more than {max(self.length, 2 * self.pairs + 1)}"
-            )
+            return f"needs more ids than the {self.vocab_size} there are: use a tokenizer with more than {max(self.length, 2 * self.pairs + 1)}"
         return ""
 
     @cached_property

@@ -104,9 +104,14 @@ class TextData:
         return ValidationBatches(self.validation, batch_size, self.config.reset_at_document)
 
     @property
+    def texts(self) -> list[Source]:
+        """The sources that are text."""
+        return [source for source in self.sources if isinstance(source, Source)]
+
+    @property
     def training_tokens(self) -> dict[str, int]:
         """Of each source that is text, end-of-document ids included."""
-        return {source.path: len(source.train) for source in self.sources if isinstance(source, Source)}
+        return {source.path: len(source.train) for source in self.texts}
 
     @property
     def validation_tokens(self) -> int:
@@ -129,8 +134,7 @@ class TextData:
         text is too long for a yardstick."""
         if not self.validation.tokens or sum(self.training_tokens.values()) > BASELINE_LIMIT:
             return None
-        texts = [source.train for source in self.sources if isinstance(source, Source)]
-        text = np.concatenate([each.read(0, len(each)).astype(np.int64) for each in texts])
+        text = np.concatenate([source.train.read(0, len(source.train)).astype(np.int64) for source in self.texts])
         return count_baselines(text, self.validation.documents(), self.tokenizer.vocab_size, self.tokenizer.end_of_document)
 
     def describe(self) -> list[str]:

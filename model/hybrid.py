@@ -38,7 +38,7 @@ class HybridModel(Stage):
     """The model, or one part of its pipeline.
 
     The first part holds the embedding; the last one the final norm, the head and the MTP blocks, and, when it is another part, a second
-    copy of the embedding for MTP, kept equal by summing both gradients.
+    copy of the embedding for MTP or as the head's weight, kept equal by summing both gradients.
     """
 
     def __init__(self, context: ModelContext, part: Part | None = None):
@@ -49,7 +49,7 @@ class HybridModel(Stage):
         self.is_first, self.is_last = part.first, part.last
         self.depths = config.mtp_depths
         self.embeddings: Embedding | None = None
-        if self.is_first or (self.is_last and self.depths):
+        if self.is_first or (self.is_last and (self.depths or config.tied_embeddings)):
             self.embeddings = Embedding(context)
         self.layers = nn.ModuleDict({str(i): Layer(context, f"layers.{i}", config.layers[i]) for i in part.layers})
         if self.is_last:
@@ -63,11 +63,14 @@ class HybridModel(Stage):
                 std=config.init_std,
                 out_dtype=torch.float32,
             )
+            if config.tied_embeddings:
+                assert self.embeddings is not None
+                self.lm_head.weight = self.embeddings.weight
             self.mtp = nn.ModuleList(MTPBlock(context, f"mtp.layers.{i}", config.parsed.mtp[i]) for i in range(config.mtp_blocks))
 
     @property
     def shared_weight(self) -> nn.Parameter | None:
-        copied = self.depths > 0 and not (self.is_first and self.is_last)
+        copied = (self.depths > 0 or self.context.config.tied_embeddings) and not (self.is_first and self.is_last)
         return self.embeddings.weight if copied and self.embeddings is not None else None
 
     def _stack(self, microbatch: Microbatch, input: Tensor | None) -> Tensor:
@@ -136,7 +139,7 @@ class HybridModel(Stage):
         logits = self.lm_head(hidden, microbatch)
         if self.context.layout.tensor_size > 1:
             logits = mappings.gather_from_tensor_model_parallel_region(logits)
-        missed = (logits.argmax(-1).T != microbatch.labels[0]) & microbatch.loss_mask[0]
+        missed = (microbatch.labels[0] != logits.argmax(-1).T) & microbatch.loss_mask[0]
         return missed.sum(1).float()
 
     def hidden(self, microbatch: Microbatch) -> Tensor:

@@ -4,7 +4,7 @@ A target counts as right where the likeliest token is the one wanted, given the 
 generation: where every token is right after the right ones, greedy decoding says the whole answer, and where one is not, it does not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,13 +50,12 @@ class _Count:
         return wrong.sum(), torch.ones((), dtype=torch.int32, device=wrong.device), {}
 
 
-def answers(run: Measured, step: int, draw: Callable[[int], Sample], count: int) -> Answers:
-    """What the model says to sequences 0 ... count - 1 of `draw`, all of one length. Collective; the same on every rank.
+def answers(run: Measured, step: int, samples: Sequence[Sample]) -> Answers:
+    """What the model says to these sequences, all of one length. Collective; the same on every rank.
 
     Microbatches have about as many tokens as those of training; they are dealt out to the data-parallel replicas in turn.
     """
-    samples = [draw(index) for index in range(count)]
-    length, layout, progress = len(samples[0].tokens), run.layout, run.progress(step)
+    count, length, layout, progress = len(samples), len(samples[0].tokens), run.layout, run.progress(step)
     size = min(count, max(1, run.micro_batch_size * run.sequence_length // length))
     batches = -(-count // size)
     rounds = -(-batches // layout.data_size)

@@ -22,12 +22,10 @@ class Recall:
 
     def evaluate(self, run: Measured, step: int) -> dict[str, float]:
         found = {}
-        for task in self.tasks:
-            recall = MQAR.of(f"mqar:{task}", run.data.tokenizer.vocab_size)
-            key = ("mqar, evaluation", recall.length, recall.pairs, recall.vocab_size)
-            found[f"mqar/{task}"] = answers(
-                run, step, lambda index, recall=recall, key=key: recall.draw(digest(*key, index), recall.length), self.examples
-            ).accuracy
+        for name in self.tasks:
+            task = MQAR.of(f"mqar:{name}", run.data.tokenizer.vocab_size)
+            keys = [digest("mqar, evaluation", task, index) for index in range(self.examples)]
+            found[f"mqar/{name}"] = answers(run, step, [task.draw(key, task.length) for key in keys]).accuracy
         return found
 
 
