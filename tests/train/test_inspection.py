@@ -88,7 +88,13 @@ def test_the_published_models_are_whole_over_their_recipes_layouts(name: str, ra
 
 @pytest.mark.parametrize(
     ("name", "ranks", "context"),
-    [("nemotron3_nano", 512, 1), ("nemotron3_super", 1024, 1), ("nemotron3_ultra", 2048, 1), ("nemotron3_super_long", 2048, 64)],
+    [
+        ("nemotron3_nano", 512, 1),
+        ("nemotron3_5_lightning", 512, 2),
+        ("nemotron3_super", 1024, 1),
+        ("nemotron3_ultra", 2048, 1),
+        ("nemotron3_super_long", 2048, 64),
+    ],
 )
 def test_the_last_rank_of_a_shipped_recipe(name: str, ranks: int, context: int) -> None:
     """1M tokens a sequence among them: 64 ranks of a context group hold the same weights."""

@@ -21,7 +21,7 @@ from train.checkpoint.reader import Checkpoint
 from train.huggingface.config import check_exportable, hugging_face_config
 from train.huggingface.names import differences, dtype_on_disk, layers_of_a_depth, shapes, to_hugging_face
 from train.huggingface.readers import check_readers
-from train.huggingface.tokenizer import FACTS, generation_config, write_tokenizer
+from train.huggingface.tokenizer import generation_config, write_tokenizer
 from train.recipe.reading import read
 from train.run_directory import run_dir_of, stored_recipe
 
@@ -83,13 +83,13 @@ def export(
     )
     tokenizer = run_dir_of(checkpoint) / "tokenizer"
     files += write_tokenizer(tokenizer, to)
-    end_of_document = json.loads((tokenizer / FACTS).read_text())["end_of_document"] if (tokenizer / FACTS).is_file() else None
-    files.append(_write(to / "generation_config.json", generation_config(end_of_document)))
+    generation = generation_config(tokenizer, model.vocab_size)
+    files.append(_write(to / "generation_config.json", generation))
     config = hugging_face_config(
         model,
         dtype=NAMES[written],
         sequence_length=values.get("train", {}).get("sequence_length", 8192),
-        end_of_document=end_of_document,
+        end_of_document=generation.get("eos_token_id"),
     )
     files.append(_write(to / "config.json", config))
     return files

@@ -31,8 +31,12 @@ def write_tokenizer(run: Location, to: Path) -> list[Path]:
     return [to / name for name in ("tokenizer.json", "tokenizer_config.json", FACTS)]
 
 
-def generation_config(end_of_document: int | None) -> dict[str, Any]:
-    """generation_config.json: what ends a text, and what fills a batch, for which any id does."""
-    if end_of_document is None:
+def generation_config(run: Location, vocab_size: int) -> dict[str, Any]:
+    """generation_config.json: what ends a text, what fills a batch (any id does), and which ids of the model the tokenizer has not; nothing where
+    there is no tokenizer. run: as above; vocab_size: of the model."""
+    if not (run / FACTS).is_file():
         return {}
-    return {"eos_token_id": end_of_document, "pad_token_id": end_of_document}
+    facts = json.loads((run / FACTS).read_text())
+    end, used = facts["end_of_document"], facts["vocab_size"]
+    config = {"eos_token_id": end, "pad_token_id": end}
+    return config if used == vocab_size else config | {"suppress_tokens": list(range(used, vocab_size))}
