@@ -103,8 +103,9 @@ def test_the_last_rank_of_a_shipped_recipe(name: str, ranks: int, context: int) 
     with groups.imagined(recipe.parallel, ranks, ranks - 1) as layout:
         _, chunks = build_model(recipe, layout)
         assert sum(one.whole for one in held_by(chunks, layout).values()) == counted.parameters + counted.mtp
-        assert dist.get_process_group_ranks(layout.groups.cp) == list(range(ranks - 2 * context + 1, ranks, 2))
-        assert dist.get_process_group_ranks(layout.groups.dp_cp) == list(range(1, ranks, 2))
+        apart = recipe.parallel.tensor
+        assert dist.get_process_group_ranks(layout.groups.cp) == list(range(ranks - 1 - apart * (context - 1), ranks, apart))
+        assert dist.get_process_group_ranks(layout.groups.dp_cp) == list(range(apart - 1, ranks, apart))
 
 
 def test_groups_of_a_thousand_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ follows vLLM's rules."""
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,14 @@ PUBLISHED = ("nemotron3_super", "nemotron3_5_lightning")
 UNSHARED = ("model.pattern='ME*-E/*E/*E'", "model.mtp_shared=false", "model.ffn_hidden_size=48")
 
 
+@cache
 def published(name: str) -> ModelConfig:
     return load_recipe(name, world_size=None).model
+
+
+@cache
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    return shapes_on_disk(published(name))
 
 
 def on_disk(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -77,7 +84,7 @@ def untrained(run_dir: Path, *overrides: str, tokenizer: Tokenizer | None = None
     ],
 )
 def test_published_checkpoints_to_the_tensor(name: str, tensors: int, elements: int, mtp: int, biases: int, nbytes: int) -> None:
-    found = {key: (torch.Size(shape).numel(), dtype_on_disk(key, torch.bfloat16)) for key, shape in shapes_on_disk(published(name)).items()}
+    found = {key: (torch.Size(shape).numel(), dtype_on_disk(key, torch.bfloat16)) for key, shape in shapes_of(name).items()}
     assert len(found) == tensors
     assert sum(count for count, _ in found.values()) == elements
     assert sum(key.startswith("mtp.") for key in found) == mtp
@@ -87,12 +94,18 @@ def test_published_checkpoints_to_the_tensor(name: str, tensors: int, elements: 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_server_consumes_every_tensor_of_the_published_models(name: str) -> None:
-    model = published(name)
-    config = hugging_face_config(model, dtype="bfloat16", sequence_length=8192, end_of_document=2)
-    assert served.target(config, shapes_on_disk(model)) == []
-    assert served.draft(config, shapes_on_disk(model)) == []
-    ours = served.target(config, shapes(model)) + served.draft(config, shapes(model))
-    assert "mtp.layers.0.hidden_norm.weight has no place".replace("mtp.", "model.") in ours
+    config = hugging_face_config(published(name), dtype="bfloat16", sequence_length=8192, end_of_document=2)
+    assert served.target(config, shapes_of(name)) == []
+    assert served.draft(config, shapes_of(name)) == []
+
+
+def test_a_server_complains_of_other_names_and_shapes() -> None:
+    name = "nemotron3_5_lightning"
+    config = hugging_face_config(published(name), dtype="bfloat16", sequence_length=8192, end_of_document=2)
+    nested = served.draft(config, shapes(published(name)))  # our own names
+    assert "model.layers.0.hidden_norm.weight has no place" in nested and "model.layers.0.hnorm.weight lacks None" in nested
+    assert any("experts.w13_weight lacks ('w1', 127)" in complaint for complaint in served.target(config | {"n_routed_experts": 128}, {}))
+    assert any("is (2688,) and not (1024,)" in complaint for complaint in served.target(config | {"hidden_size": 1024}, shapes_of(name)))
 
 
 def test_names_of_the_mtp_block() -> None:
