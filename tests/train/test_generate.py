@@ -16,9 +16,10 @@ from parallel import groups
 from tests.train.recipes import recipe
 from train import loop
 from train.checkpoint.reader import open_checkpoint
-from train.generate import Text, main
+from train.generate import main
 from train.generation.sampling import Sampling
 from train.generation.speaker import Speaker, open_speaker
+from train.generation.text import Text
 from train.generation.texts import generate, next_logits, read
 from train.huggingface.export import export
 
