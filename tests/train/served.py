@@ -73,7 +73,8 @@ class Server:
 
     def take(self, name: str, shape: Shape) -> None:
         """A tensor of the checkpoint, by the name the server's mapper has given it."""
-        key, part = name, None
+        key = name
+        part: Any = None
         if (expert := re.fullmatch(r"(.+\.experts\.)(\d+)\.(up_proj|down_proj)\.weight", name)) is not None:
             stacked, shard = EXPERTS[expert[3]]
             key, part = expert[1] + stacked, (shard, int(expert[2]))

@@ -50,7 +50,7 @@ def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def on_disk(directory: Path) -> dict[str, tuple[int, ...]]:
-    tensors = {}
+    tensors: dict[str, tuple[int, ...]] = {}
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             tensors |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
