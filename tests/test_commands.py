@@ -118,6 +118,9 @@ WAYS: dict[str, Way] = {
     ".venv/bin/python -m docs.nvfp4_pictures run=runs/tiny to=docs/nvfp4": Way(
         copies=("runs/tiny",), makes=("docs/nvfp4/block.png",), slow=True
     ),
+    "python -m train -cn retrieval": Way(
+        "train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.mqar.examples=4", says="mqar/512x64", slow=True
+    ),
     "python -m model.precision.certify": Way(slow=True),
     "python -m model.precision.certify backend=transformer_engine to=certificate.json": Way("backend=reference", slow=True),
 }

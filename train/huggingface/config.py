@@ -30,6 +30,10 @@ def check_exportable(model: ModelConfig) -> None:
                 f"model.pattern={model.pattern!r} has {mixer.letter!r} ({mixer.name}) layers, which Hugging Face's NemotronH does not know: "
                 f"only models of {letters} can be exported"
             )
+    if model.tied_embeddings:
+        raise ValueError(
+            "model.tied_embeddings=true is not written, as servers read a head of its own: only models without it can be exported"
+        )
     if len(set(model.parsed.mtp)) > 1:
         raise ValueError(
             f"model.pattern={model.pattern!r} has MTP depths that differ, which config.json cannot say: export a model whose depths are alike"
