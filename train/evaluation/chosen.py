@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from train.evaluation import mqar, validation  # noqa: F401  registers them
+from train.evaluation import mqar, needle, validation  # noqa: F401  registers them
 from train.evaluation.base import EVALUATORS, Evaluator, Measured
 
 
