@@ -19,13 +19,14 @@ from train.huggingface.readers import MTP_LETTERS, problem
 def main(arguments: Sequence[str]) -> int:
     """The command; exit status 2 for wrong arguments."""
     try:
-        values = key_values(arguments, ("checkpoint", "to", "dtype", "readers"))
+        values = key_values(arguments, ("checkpoint", "to", "format", "dtype", "readers"))
         for key in ("checkpoint", "to"):
             if not isinstance(values.get(key), str):
                 raise ValueError(f"{key}=... is missing: python -m train.export checkpoint=runs/tiny to=exported")
         checkpoint = open_checkpoint(values["checkpoint"])
         readers = listed if isinstance(listed := values.get("readers", []), list) else [listed]
-        files = export(checkpoint, Path(values["to"]), dtype=values.get("dtype"), readers=readers)
+        chosen = {key: values.get(key) for key in ("format", "dtype")}
+        files = export(checkpoint, Path(values["to"]), **chosen, readers=readers)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -59,7 +59,7 @@ def on_disk(directory: Path) -> dict[str, tuple[int, ...]]:
 
 def untrained(run_dir: Path, *overrides: str, tokenizer: Tokenizer | None = None) -> ModelConfig:
     """A run directory with one checkpoint, of random weights: no two tensors are alike, and none is what a model begins with."""
-    made = recipe("precision=fp32", *overrides)
+    made = recipe(*(() if any(o.startswith("precision") for o in overrides) else ("precision=fp32",)), *overrides)
     try:
         _, chunks = build_model(made, groups.initialize(made.parallel, 1))
         generator = torch.Generator().manual_seed(1)
