@@ -26,7 +26,7 @@ WEIGHTS = ("stored", "rounded")
 # What a recipe must have and no text depends on, for checkpoints that were imported: no run has trained them.
 NO_RUN = {
     "train": {"steps": 1, "global_batch_size": 1, "sequence_length": 4096},
-    "optimizer": {"learning_rate": 0.0},
+    "optimizer": {"learning_rate": 1.0},
     "data": {"tokenizer": {"kind": "file", "path": "tokenizer.json"}, "phases": [{"blend": [{"path": "none"}]}]},
 }
 
