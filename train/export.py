@@ -33,11 +33,11 @@ def main(arguments: Sequence[str]) -> int:
     print(f"Exported {checkpoint.path} (step {checkpoint.step}):")
     for path in files:
         print(f"  {path}  {path.stat().st_size:,} bytes")
-    problems = {reader: problem(reader, model_of(checkpoint)) for reader in MTP_LETTERS}
+    problems = {reader: problem(reader, model_of(checkpoint), chosen["format"]) for reader in MTP_LETTERS}
     print(f"Read by {', '.join(reader for reader, found in problems.items() if not found)}; docs/export.md says what each reads.")
     for reader, found in problems.items():
         if found:
-            print(f"Its MTP heads are not for {reader}: {found}.")
+            print(f"Not all of it is for {reader}: {found}.")
     return 0
 
 

@@ -90,7 +90,7 @@ def export(
         raise ValueError(f"format={format} is unknown: use nvfp4, or leave it out for the weights themselves")
     values, model = stored_recipe(checkpoint), model_of(checkpoint)
     check_exportable(model)
-    check_readers(readers, model)
+    check_readers(readers, model, format)
     stored = {name: checkpoint.stored(MODEL + name) for name in checkpoint.names("model")}
     if found := differences({name: tensor.shape for name, tensor in stored.items()}, shapes(model)):
         raise ValueError(f"checkpoint={checkpoint.path} {found}: export one that this version of the recipe's model has written")

@@ -23,7 +23,8 @@ from model.count import on_meta
 from model.linear import Linear
 from model.moe import Experts
 from model.precision.backends.choice import choose
-from model.precision.formats.base import Formats
+from model.precision.formats.base import Format, Formats
+from model.precision.formats.mxfp8 import MXFP8
 from model.precision.formats.nvfp4 import NVFP4
 from model.precision.multiplied import Blocks, as_multiplied, blocks_of
 from model.precision.nvfp4 import BLOCK
@@ -61,7 +62,7 @@ class Rounded:
 
     @property
     def packed(self) -> bool:
-        return isinstance(self.formats[0], NVFP4)
+        return type(self.formats[0]) is NVFP4
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +111,7 @@ def rounded_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Rounded]
             formats = recipe.policy.formats(site.name, progress)
             if formats[0].quantises:
                 rows, columns = weight.shape[-2:]
-                _check(site.name, columns, formats)
+                _check(site.name, columns, formats[0])
                 for pieces in _groups(weight):
                     found.append(Rounded(pieces, rows, columns, replace(site, backend=backend), formats, dtype))
     if not any(each.packed for each in found):
@@ -128,9 +129,10 @@ def _groups(weight: Tensor) -> Iterator[tuple[Piece, ...]]:
         yield (replace(piece, local=piece.local[1:]),)
 
 
-def _check(name: str, columns: int, formats: Formats) -> None:
-    form = formats[0]
-    if isinstance(form, NVFP4) and columns % BLOCK:
+def _check(name: str, columns: int, form: Format) -> None:
+    if type(form) not in (NVFP4, MXFP8):  # what inherits from them may prepare weights in ways that no reader undoes
+        raise ValueError(f"format=nvfp4 writes weights trained in nvfp4 and mxfp8, and {name} is {form}: export without format=nvfp4")
+    if type(form) is NVFP4 and columns % BLOCK:
         raise ValueError(f"format=nvfp4 has blocks of {BLOCK}, which do not divide the {columns} columns of {name}: give it another format")
 
 
