@@ -25,15 +25,15 @@ def main(arguments: Sequence[str]) -> int:
                 raise ValueError(f"{key}=... is missing: python -m train.export checkpoint=runs/tiny to=exported")
         checkpoint = open_checkpoint(values["checkpoint"])
         readers = listed if isinstance(listed := values.get("readers", []), list) else [listed]
-        chosen = {key: values.get(key) for key in ("format", "dtype")}
-        files = export(checkpoint, Path(values["to"]), **chosen, readers=readers)
+        format = values.get("format")
+        files = export(checkpoint, Path(values["to"]), format=format, dtype=values.get("dtype"), readers=readers)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Exported {checkpoint.path} (step {checkpoint.step}):")
     for path in files:
         print(f"  {path}  {path.stat().st_size:,} bytes")
-    problems = {reader: problem(reader, model_of(checkpoint), chosen["format"]) for reader in MTP_LETTERS}
+    problems = {reader: problem(reader, model_of(checkpoint), format) for reader in MTP_LETTERS}
     print(f"Read by {', '.join(reader for reader, found in problems.items() if not found)}; docs/export.md says what each reads.")
     for reader, found in problems.items():
         if found:

@@ -42,7 +42,7 @@ def multiplied(run_dir: Path) -> dict[str, Tensor]:
     """By their names on disk, the weights `weights=rounded` makes texts with."""
     speaker = open_speaker(open_checkpoint(run_dir), "fp32", "rounded")
     try:
-        found = {}
+        found: dict[str, Tensor] = {}
         for module in speaker.model.modules():
             for _, weight in module.weights() if isinstance(module, Linear | Experts) else ():
                 for piece in pieces_of(weight):

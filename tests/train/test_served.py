@@ -165,6 +165,7 @@ def test_bf16_in_shards_is_the_rounded_checkpoint_bit_for_bit(run_dir: Path, exp
     sizes = {path.name: sum(tensor.nbytes for tensor in load_file(path).values()) for path in exported.glob("*.safetensors")}
     assert len(sizes) > 3 and set(index["weight_map"].values()) == set(sizes) and max(sizes.values()) <= 40_000
     assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert {path.stat().st_mode for path in exported.glob("*.safetensors")} == {(exported / "config.json").stat().st_mode}
     import_hf(exported, tmp_path / "again")
     original, again = open_checkpoint(run_dir), open_checkpoint(tmp_path / "again")
     assert original.names() == again.names()

@@ -132,7 +132,10 @@ def _write_shards(to: Path, shards: Iterable[dict[str, Tensor]], count: int) -> 
     total = 0
     for number, tensors in enumerate(shards, start=1):
         path = to / ("model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
+        path.touch()
+        mode = path.stat().st_mode
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)  # the library's own lets nobody but the owner read it
         weight_map |= dict.fromkeys(tensors, path.name)
         total += sum(tensor.nbytes for tensor in tensors.values())
         files.append(path)
