@@ -139,6 +139,7 @@ def _write_shards(to: Path, shards: Iterable[dict[str, Tensor]], count: int) -> 
         weight_map |= dict.fromkeys(tensors, path.name)
         total += sum(tensor.nbytes for tensor in tensors.values())
         files.append(path)
+        tensors.clear()  # before the next are made
     if count > 1:
         files.append(_write(to / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}))
     return files
