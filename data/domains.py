@@ -32,7 +32,6 @@ class Windows:
     sizes: np.ndarray
 
 
-@lru_cache(maxsize=64)
 def domain_windows(domain: str, config: DataConfig, tokenizer: Tokenizer, *, length: int, count: int, seed: int, run_seed: int) -> Windows:
     """`count` windows of `length` tokens. config, run_seed: of the run, whose held-out text is taken; seed: of generated text.
 
@@ -52,14 +51,19 @@ def domain_windows(domain: str, config: DataConfig, tokenizer: Tokenizer, *, len
 
 def _held_out(path: str, config: DataConfig, tokenizer: Tokenizer, seed: int) -> np.ndarray:
     """The validation text of a source, each document behind an end-of-document id, int64 [tokens]."""
-    source = SourceConfig(path)
+    end = np.array([tokenizer.end_of_document], dtype=np.int64)
+    texts = tokenizer.encode_batch(_held_texts(path, config, seed))
+    return np.concatenate([end, *(part for ids in texts for part in (ids.astype(np.int64), end))])
+
+
+@lru_cache(maxsize=8)
+def _held_texts(path: str, config: DataConfig, seed: int) -> tuple[bytes, ...]:
+    """A library has thousands of files, which one evaluation after the other need not read."""
     read = any(other.path == path for phase in config.phases for other in phase.blend)
     if not read or config.validation_fraction == 0:
         config = replace(config, validation="tail", validation_fraction=HELD_OUT)
-    split = splitter(config, source, seed)
-    texts = [held for text in documents_of(path) if (held := split(text)[1])]
-    end = np.array([tokenizer.end_of_document], dtype=np.int64)
-    return np.concatenate([end, *(part for ids in tokenizer.encode_batch(texts) for part in (ids.astype(np.int64), end))])
+    split = splitter(config, SourceConfig(path), seed)
+    return tuple(held for text in documents_of(path) if (held := split(text)[1]))
 
 
 def _generated(domain: str, key: int, tokenizer: Tokenizer, length: int) -> np.ndarray:

@@ -23,11 +23,12 @@ BASELINE_LIMIT = 20_000_000  # tokens a count model is fitted on at most; beyond
 class TextData:
     """Sample i is `sequence_length` + 1 consecutive tokens of one source (see `data.order`).
 
-    tokenizer, sources, sequence_length: as opened. order: which window of which source a sample is.
+    tokenizer, sources, sequence_length, seed: as opened. order: which window of which source a sample is.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: Sequence[Source], sequence_length: int, seed: int):
         self.config, self.tokenizer, self.sources, self.sequence_length = config, tokenizer, tuple(sources), sequence_length
+        self.seed = seed
         keys = [(source.path, source.text_key) for source in _sources(config)]
         phases = []
         for index, phase in enumerate(config.phases):

@@ -42,8 +42,8 @@ class Microbatch:
     inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample; first: of the first one.
     sequence_length: of the whole samples; whole_documents: int32 [batch, sequence_length], of all their tokens. sample: int64 [batch], global
     sample indices. step: optimizer steps done; progress: the fraction of the run that is done. depth: of multi-token prediction, for which a
-    module is called now (0: none). bounds: of the documents; None unless reset, and where ranks split sequences. cache: of the tokens before these,
-    where a text is made; then reset is False.
+    module is called now (0: none). choose_from: every head names the likeliest of so many ids, instead of its losses (0: losses). bounds: of the
+    documents; None unless reset, and where ranks split sequences. cache: of the tokens before these, where a text is made; then reset is False.
     """
 
     tokens: Tensor
@@ -59,6 +59,7 @@ class Microbatch:
     progress: float = 0.0
     depth: int = 0
     first: int = 0
+    choose_from: int = 0
     bounds: Bounds | None = None
     cache: Cache | None = None
 
@@ -75,6 +76,7 @@ class Microbatch:
         step: int,
         depths: int,
         progress: float = 0.0,
+        choose_from: int = 0,
     ) -> Self:
         """From whole sequences, all [batch, sequence], for a model that predicts `depths` tokens beyond the next one.
 
@@ -99,6 +101,7 @@ class Microbatch:
             sample=sample,
             step=step,
             progress=progress,
+            choose_from=choose_from,
             bounds=Bounds.of(documents) if reset else None,
         )
 

@@ -20,12 +20,11 @@ def config(tmp_path: Path, **options: Any) -> DataConfig:
 
 
 def windows(domain: str, data: DataConfig, length: int = 400, count: int = 6, seed: int = 1) -> Windows:
-    domain_windows.cache_clear()
     return domain_windows(domain, data, TOKENIZER, length=length, count=count, seed=seed, run_seed=1)
 
 
 def text(found: Windows) -> str:
-    return TOKENIZER.decode(np.concatenate([row[:size] for row, size in zip(found.ids, found.sizes, strict=True)]))
+    return TOKENIZER.decode(np.concatenate([row[:size] for row, size in zip(found.ids, found.sizes, strict=True)]).tolist())
 
 
 @pytest.mark.parametrize("domain", [domain for domain in DOMAINS if domain != "code"])
