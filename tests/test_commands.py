@@ -96,6 +96,9 @@ WAYS: dict[str, Way] = {
     "python -m experiments.nvfp4_gap": Way(after=(SWEEP,), makes=("runs/nvfp4_gap-sweep/report/gap.png",), slow=True),
     "python -m experiments.nvfp4_gap to=docs/nvfp4_gap": Way(after=(SWEEP,), makes=("docs/nvfp4_gap/gap.png",), slow=True),
     EXPORT: Way(after=(FIRST,), makes=("exported/config.json",), slow=True),
+    "python -m train.export checkpoint=runs/first to=served dtype=bf16 readers=[vllm,sglang]": Way(
+        after=(FIRST,), makes=("served/generation_config.json",), says="Read by transformers, vllm, sglang, megatron_bridge", slow=True
+    ),
     "python -m train.import_hf checkpoint=exported to=runs/imported": Way(after=(FIRST, EXPORT), makes=("runs/imported",), slow=True),
     BLEND: Way(QUICK, says="stop_after", slow=True),
     'python -m train -cn tiny run.dir=runs/blend \'data.phases=[{blend:[{path:"corpus:austen",weight:3},{path:"corpus:jargon",weight:1}]}]\' '
@@ -117,6 +120,9 @@ WAYS: dict[str, Way] = {
     "python -m train.recipe.document to=docs/recipes.md": Way(makes=("docs/recipes.md",), slow=True),
     ".venv/bin/python -m docs.nvfp4_pictures run=runs/tiny to=docs/nvfp4": Way(
         copies=("runs/tiny",), makes=("docs/nvfp4/block.png",), slow=True
+    ),
+    "python -m train -cn retrieval": Way(
+        "train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.mqar.examples=4", says="mqar/512x64", slow=True
     ),
     "python -m model.precision.certify": Way(slow=True),
     "python -m model.precision.certify backend=transformer_engine to=certificate.json": Way("backend=reference", slow=True),
