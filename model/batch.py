@@ -78,7 +78,6 @@ class Microbatch:
         step: int,
         depths: int,
         progress: float = 0.0,
-        choose_from: int = 0,
     ) -> Self:
         """From whole sequences, all [batch, sequence], for a model that predicts `depths` tokens beyond the next one.
 
@@ -103,7 +102,6 @@ class Microbatch:
             sample=sample,
             step=step,
             progress=progress,
-            choose_from=choose_from,
             bounds=Bounds.of(documents) if reset else None,
         )
 

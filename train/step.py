@@ -78,12 +78,11 @@ class BatchPlan:
         return place
 
 
-def to_microbatch(batch: Batch, layout: Layout, progress: float, depths: int, *, choose_from: int = 0) -> Microbatch:
+def to_microbatch(batch: Batch, layout: Layout, progress: float, depths: int) -> Microbatch:
     """The model's view of this rank's part of a data batch, on its device. progress: the fraction of the run behind us, in [0, 1). depths: of
-    multi-token prediction. choose_from: see `Microbatch`."""
+    multi-token prediction."""
     values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    whole = Microbatch.of(**values, progress=progress, depths=depths, choose_from=choose_from)
-    return whole.part(layout.context_rank, layout.context_size).to(layout.device)
+    return Microbatch.of(**values, progress=progress, depths=depths).part(layout.context_rank, layout.context_size).to(layout.device)
 
 
 def loss_weights(counts: Tensor, mtp_loss_scale: float) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 
 from data.config import DataConfig, PhaseConfig, SourceConfig
 from data.domains import DOMAINS, Windows, domain_windows
+from data.source import Source
 from data.text_data import open_data
 from data.tokenizer import ByteTokenizer
 
@@ -41,11 +42,13 @@ def test_the_same_whenever_it_is_asked_for(domain: str, tmp_path: Path) -> None:
 def test_novels_are_what_the_run_holds_out(validation: Any, tmp_path: Path) -> None:
     data = config(tmp_path, validation=validation, validation_fraction=0.2)
     opened = open_data(data, sequence_length=400, seed=1)
-    train = np.asarray(opened.sources[0].train.tokens[:]).astype(np.uint16).tobytes()
+    (source,) = opened.sources
+    assert isinstance(source, Source)
+    train = np.asarray(source.train.tokens[:]).astype(np.uint16).tobytes()
     for row in windows("novels", data).ids:
         piece = row[row < 256][:60].astype(np.uint16).tobytes()
         assert piece not in train
-    assert opened.sources[0].train.read(1000, 60).astype(np.uint16).tobytes() in train
+    assert source.train.read(1000, 60).astype(np.uint16).tobytes() in train
 
 
 def test_little_text_is_filled_up(tmp_path: Path) -> None:

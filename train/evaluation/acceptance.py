@@ -15,7 +15,7 @@ over windows, are logged as accept/<domain>/depth_k_low and _high.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,8 @@ def choices(run: Measured, step: int, ids: np.ndarray) -> np.ndarray:
         for number in own:
             first = min(number, batches - 1) * size
             batch = _batch(padded[first : first + size], first)
-            yield to_microbatch(batch, layout, run.progress(step), run.mtp_depths, choose_from=run.data.tokenizer.vocab_size)
+            microbatch = to_microbatch(batch, layout, run.progress(step), run.mtp_depths)
+            yield replace(microbatch, choose_from=run.data.tokenizer.vocab_size)
 
     kept = _Choices()
     run.engine.evaluate(kept, microbatches(), rounds, sequence_length=length, micro_batch_size=size)
