@@ -5,8 +5,9 @@ python -m train.generate checkpoint=runs/tiny prompts=prompts.txt tokens=100 to=
 
 prompts: a file with a prompt a line. tokens: at most so many more (200). temperature (1): 0 takes the likeliest token. top_p (1): of the likeliest
 tokens, as few as have this probability together. stop: a text, or a list of them, at which one ends. precision: fp32 or bf16, by default bf16 on a
-GPU. speculative.depth: tokens that multi-token prediction drafts for the model to check in one pass (0); the text stays the same. weights: stored, or rounded, to the number formats in which the run multiplied them. to: a file that gets one JSON object a prompt. One prompt
-alone is printed as it grows.
+GPU. weights: stored, or rounded, to the number formats in which the run multiplied them. speculative.depth: tokens that multi-token prediction
+drafts for the model to check in one pass (0: none); the text stays the same. to: a file that gets one JSON object a prompt. One prompt alone is
+printed as it grows.
 """
 
 import json

@@ -20,6 +20,7 @@ from train.generate import main
 from train.generation.sampling import Sampling
 from train.generation.speaker import Speaker, open_speaker
 from train.generation.text import Text
+from train.generation.speaks import following, head
 from train.generation.texts import generate, next_logits, read
 from train.huggingface.export import export
 
@@ -61,11 +62,13 @@ def whole(speaker: Speaker, tokens: list[int]) -> torch.Tensor:
         return speaker.model.logits(batch)[0][0, :, : speaker.vocabulary]
 
 
+@pytest.mark.parametrize("singly", [False, True])
 @pytest.mark.parametrize("part", [1, 2, 7, 1000])
-def test_tokens_in_parts_equal_one_pass(part: int, speaker: Speaker) -> None:
+def test_tokens_in_parts_equal_one_pass(part: int, singly: bool, speaker: Speaker) -> None:
     tokens = list(PROMPTS[2])
     expected = whole(speaker, tokens)
     cache = Cache.empty(1, torch.device("cpu"))
+    cache.revocable = cache.singly = singly
     for start in range(0, len(tokens), part):
         some = tokens[start : start + part]
         found = next_logits(speaker, torch.tensor([some]), cache, [0])
@@ -95,8 +98,9 @@ def test_greedy_texts_are_those_of_transformers(run_dir: Path, speaker: Speaker,
 def test_a_text_does_not_know_of_the_others(sampling: Sampling, speaker: Speaker) -> None:
     together = list(generate(speaker, PROMPTS, 40, sampling))
     for number, prompt in enumerate(PROMPTS):
-        logits, cache = read(speaker, prompt, number)
-        alone = []
+        hidden, cache = read(speaker, prompt, number)
+        logits, alone = head(speaker, hidden, following(speaker, torch.tensor([[0]]), cache, [number]))[0], []
+        cache.revocable = cache.singly = True
         for count in range(40):
             chosen = sampling.choose(logits, [number], [len(prompt) + count])
             alone.append(chosen.item())
@@ -121,12 +125,12 @@ def held(speaker: Speaker, letter: str, kind: type[MambaState] | type[KeysValues
     mixers = [layer.mixer for layer in speaker.model.layers.values() if isinstance(layer, Layer) and layer.kind.letter == letter]
     parts: list[MambaState | KeysValues] = [cache.of(mixer, lambda: kind(*torch.zeros(2, 0))) for mixer in mixers]
     assert parts and all(isinstance(part, kind) for part in parts)
-    return sum(value.numel() for part in parts for value in vars(part).values())
+    return sum(value.numel() for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor))
 
 
 def test_mamba_keeps_as_much_however_long_the_text(speaker: Speaker) -> None:
     assert held(speaker, "M", MambaState, 10) == held(speaker, "M", MambaState, 300) > 0
-    assert held(speaker, "*", KeysValues, 300) == 30 * held(speaker, "*", KeysValues, 10) > 0
+    assert held(speaker, "*", KeysValues, 640) == 10 * held(speaker, "*", KeysValues, 64) > 0
 
 
 def chi_squared(counts: torch.Tensor, expected: torch.Tensor) -> float:

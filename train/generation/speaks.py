@@ -31,6 +31,7 @@ def following(speaker: Speaks, tokens: Tensor, cache: Cache, texts: Sequence[int
     return Microbatch.following(tokens.to(device), cache, sample, step=speaker.step, progress=speaker.progress)
 
 
+@torch.inference_mode()
 def head(speaker: Speaks, hidden: Tensor, microbatch: Microbatch) -> Tensor:
     """hidden [sequence, batch, hidden], normed -> fp32 [sequence, batch, vocabulary]."""
     return speaker.model.lm_head(hidden, microbatch)[..., : speaker.vocabulary].float()
