@@ -95,8 +95,8 @@ register_mixer(
         products=products,
         engine=lambda sizes: {"attention_heads": sizes.attention_heads},
         hugging_face=HuggingFace(
-            "full_attention",
-            aliases=("attention",),
+            "attention",
+            aliases=("full_attention",),
             keys={"num_attention_heads": "attention_heads", "num_key_value_heads": "key_value_heads", "head_dim": "head_dim"},
             constants={"attention_bias": False},
         ),

@@ -248,13 +248,14 @@ register_mixer(
         dimensions=(Dimension("mamba_heads", ("tensor",)), Dimension("mamba_groups", ("tensor",))),
         products=products,
         hugging_face=HuggingFace(
-            "linear_attention",
-            aliases=("mamba",),
+            "mamba",
+            aliases=("linear_attention",),
             keys={
                 "mamba_num_heads": "mamba_heads",
                 "mamba_head_dim": "mamba_head_dim",
                 "ssm_state_size": "mamba_state_size",
                 "n_groups": "mamba_groups",
+                "mamba_n_groups": "mamba_groups",
                 "conv_kernel": "mamba_conv_width",
                 "chunk_size": "mamba_chunk_size",
             },

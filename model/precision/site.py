@@ -6,7 +6,7 @@ Call       one microbatch through one module, kept from its forward to its backw
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,10 @@ class TokenKeys:
     """int64 [rows], the position in its sequence."""
     depth: int = 0
     """Of multi-token prediction, whose depths may share modules; 0: none."""
+
+    def at(self, rows: Tensor) -> "TokenKeys":
+        """Of these rows, int64 [any]."""
+        return replace(self, sample=self.sample[rows], position=self.position[rows])
 
 
 class WeightCache:

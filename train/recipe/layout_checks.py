@@ -17,7 +17,7 @@ from train.recipe.tree import Recipe
 def validate_layout(recipe: Recipe, ranks: int) -> None:
     """Raises ValueError, most of them `Misfit`, for a layout that `ranks` ranks, the model's sizes or its batches do not divide over."""
     recipe.parallel.validate(ranks)
-    for check in (_experts, _stages, _dimensions, _mixers, _sequence):
+    for check in (_experts, _stages, _dimensions, _mixers, _sequence, _head):
         check(recipe)
     _batch(recipe, ranks)
 
@@ -64,6 +64,16 @@ def _sequence(recipe: Recipe) -> None:
                 "parallel.context",
                 "train.sequence_length",
             )
+
+
+def _head(recipe: Recipe) -> None:
+    tensor = recipe.parallel.tensor
+    if recipe.model.head_at_targets and tensor > 1:
+        raise Misfit(
+            f"model.head_at_targets=true works on the whole vocabulary, but parallel.tensor={tensor} splits it",
+            "parallel.tensor",
+            otherwise="set model.head_at_targets=false",
+        )
 
 
 def check_multiple(key: str, value: int, axes: Sequence[str], parallel: ParallelConfig) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.report.acceptance import draw_acceptance
 from train.report.branches import draw_branches, forks
 from train.report.curves import (
     draw_gap,
@@ -76,6 +77,8 @@ PICTURES = (
     Picture("zero_gradients", "Zero gradients", "After the first microbatch; experts without a token count, too.", draw_zero_gradients),
     Picture("residual", "Residual stream", "Where magnitudes grow, and behind which kind of layer.", draw_residual),
     Picture("mtp", "MTP losses", "Of the token after the next one, and so on.", draw_mtp),
+    Picture("acceptance", "Drafts the model accepts", "Of the first run that measured it; bars: 95% intervals over windows of the text.",
+            draw_acceptance),
     Picture("moe", "Balance of the experts", "Maximal load over the mean, less 1; 0 is balanced.", draw_moe_balance),
     Picture("grad_norm", "Gradient norm", "Before clipping.", draw_gradient_norms),
     Picture("learning_rate", "Learning rate", "As the optimizer used it.", draw_learning_rate),
