@@ -121,7 +121,7 @@ class HybridModel(Stage):
         chosen = []
         for depth in range(self.depths + 1):
             if depth:
-                hidden = self._mtp(hidden, microbatch, depth)
+                hidden = self.deeper(hidden, microbatch.tokens[depth], microbatch, depth)
             logits = self.lm_head(hidden, replace(microbatch, depth=depth))
             chosen.append(likeliest(logits, microbatch.choose_from, self.context.layout))
         return torch.stack(chosen)
