@@ -131,6 +131,11 @@ class Microbatch:
             cache=cache,
         )
 
+    @property
+    def singly(self) -> bool:
+        """Whether every token is to be computed as if it came alone: see `Cache`."""
+        return self.cache is not None and self.cache.singly
+
     def part(self, rank: int, size: int) -> Self:
         """What rank `rank` of `size` ranks that split sequences works on: consecutive tokens, as many on each."""
         length = self.sequence_length // size

@@ -102,10 +102,12 @@ def linear(
     keys: TokenKeys,
     step: int,
     out_dtype: torch.dtype | None = None,
+    *,
+    singly: bool = False,
 ) -> Tensor:
     """x [..., K] times the transpose of weight [N, K], each GEMM in its format: [..., N] in out_dtype (default: x's dtype).
 
-    keys: one entry for each row of the flattened x. Raises ValueError, naming the module, for shapes a format cannot take.
+    keys: one entry for each row of the flattened x. singly: see `Call`. Raises ValueError, naming the module, for shapes a format cannot take.
     """
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out_dtype = out_dtype or x.dtype
@@ -115,17 +117,25 @@ def linear(
     if layer is not None:
         y = layer(flat, new_weight=site.weights.first((site.name, formats, "layer"), weight))
     else:
-        call = Call(site, formats, Rows((len(flat),)), keys, step)
+        call = Call(site, formats, Rows((len(flat),)), keys, step, singly)
         y = _linear(flat, weight.unsqueeze(0), weight, formats, call, out_dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, tokens_per_expert: Sequence[int], formats: Formats, site: Site, keys: TokenKeys, step: int
+    x: Tensor,
+    weight: Tensor,
+    tokens_per_expert: Sequence[int],
+    formats: Formats,
+    site: Site,
+    keys: TokenKeys,
+    step: int,
+    *,
+    singly: bool = False,
 ) -> Tensor:
     """Routed experts: x [tokens, K], sorted by expert, times each expert's weight [E, N, K]: [tokens, N].
 
     tokens_per_expert: E counts, zeros allowed. Every expert's tokens are an operand with its own amax, padded with zeros along tokens.
     """
-    call = Call(site, formats, Rows(tuple(tokens_per_expert)), keys, step)
+    call = Call(site, formats, Rows(tuple(tokens_per_expert)), keys, step, singly)
     return _linear(x.contiguous(), weight, weight, formats, call, x.dtype)

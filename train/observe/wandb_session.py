@@ -95,8 +95,8 @@ class WandbSession:
             media["report/page"] = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
         if "seconds/samples" in row:
             texts = [sample for sample in read_samples(self._run_dir) if sample["step"] == row["step"]]
-            columns = ["step", "prompt", "text", "ended"]
-            media["samples"] = wandb.Table(columns=columns, data=[[text[column] for column in columns] for text in texts])
+            columns: list[str | int] = ["step", "prompt", "text", "ended"]
+            media["samples"] = wandb.Table(columns=columns, data=[[text[str(column)] for column in columns] for text in texts])
         self._run.log({**row, **media}, step=int(row["step"]), commit=True)
         self._sent = int(row["step"])
         if self._unconfirmed is None:

@@ -131,10 +131,8 @@ def sample_rows(run_dirs: Sequence[Path], runs: Sequence[Series]) -> list[list[s
         for run_dir, run in zip(run_dirs, runs, strict=True)
         for row in read_samples(Path(run_dir))
     ]
-    return [
-        [html.escape(str(cell)) for cell in (name, step, *texts)]
-        for step, name, *texts in sorted(found, key=lambda row: row[0])[-_MOST_SAMPLES:]
-    ]
+    latest = sorted(found, key=lambda row: row[0])[-_MOST_SAMPLES:]
+    return [[html.escape(str(cell)) for cell in (name, step, *texts)] for step, name, *texts in latest]
 
 
 def stored_recipe(run_dir: Path) -> dict[str, Any]:
