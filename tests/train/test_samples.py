@@ -36,7 +36,7 @@ def test_a_run_that_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     sent = [row for record in RecordReader(log).new() if (row := row_of(record)) is not None]
     tables = [row.get("samples", row) for row in sent if any(key.startswith("samples") for key in row)]
     assert len(tables) == 2
-    (table,) = (run_dir / "wandb").glob("*/files/media/table/samples_4_*.json")
+    table = next((run_dir / "wandb").glob("offline-run-*/files/media/table/samples_4_*.json"))
     assert json.loads(table.read_text())["data"] == [[4, row["prompt"], row["text"], row["ended"]] for row in rows[2:]]
 
 
