@@ -21,6 +21,7 @@ GIVEN = ("train.steps=4", "optimizer.warmup=1", "optimizer.decay=1", "train.eval
 SPEAKING = ("monitor.samples={every: 2, tokens: 9, temperature: 0, prompts: ['It is a truth', 'No']}",)
 
 
+@pytest.mark.slow
 def test_a_run_that_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert loop.run(recipe(*GIVEN, f"run.dir={tmp_path / 'silent'}")) == 0
     capsys.readouterr()
@@ -57,6 +58,7 @@ def spoken(rank: int, run_dir: str) -> int:
     return loop.run(given)
 
 
+@pytest.mark.slow
 def test_experts_spread_over_ranks(tmp_path: Path, ranks: Callable[[int], Callable[..., Any]]) -> None:
     assert loop.run(recipe(*GIVEN, *SPEAKING, "precision=fp32", f"run.dir={tmp_path / 'one'}")) == 0
     assert ranks(2)(spoken, str(tmp_path / "two")) == [0, 0]
