@@ -26,11 +26,12 @@ BASELINE_LIMIT = 20_000_000  # tokens a count model is fitted on at most; beyond
 class TextData:
     """Sample i is a window of one source (see `data.order`): of a text `sequence_length` + 1 consecutive tokens.
 
-    tokenizer, sources, sequence_length: as opened. order: which window of which source a sample is.
+    tokenizer, sources, sequence_length, seed: as opened. order: which window of which source a sample is.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: Sequence[AnySource], sequence_length: int, seed: int):
         self.config, self.tokenizer, self.sources, self.sequence_length = config, tokenizer, tuple(sources), sequence_length
+        self.seed = seed
         keys = [(source.path, source.text_key) for source in _sources(config)]
         phases = []
         for index, phase in enumerate(config.phases):

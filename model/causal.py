@@ -17,7 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.batch import Bounds
-from model.cache import KeysValues
+from model.cache import ROOM, KeysValues
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Bounds | None) -> Tensor:
@@ -48,17 +48,24 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Bound
     return out.unflatten(0, (batch, -1)).transpose(0, 1)
 
 
-def cached_attention(query: Tensor, key: Tensor, value: Tensor, held: KeysValues, lengths: Tensor) -> Tensor:
-    """Attention of tokens that follow the `lengths` [batch] ones whose keys and values are held; theirs are added. Shapes as `causal_attention`."""
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, held: KeysValues, lengths: Tensor, *, singly: bool = False) -> Tensor:
+    """Attention of tokens that follow the `lengths` [batch] ones whose keys and values are held; theirs are added. Shapes as `causal_attention`.
+
+    singly: one call for each token, as if it came alone.
+    """
     places = lengths[:, None] + torch.arange(len(query), device=query.device)  # [batch, sequence]
     held.add(key, value, places)
-    seen = int(places.max()) + 1
-    visible = torch.arange(seen, device=query.device) <= places.unsqueeze(-1)  # [batch, sequence, seen]
-    out = scaled_dot_product_attention(
-        query.permute(1, 2, 0, 3),
-        held.keys[:, :seen].transpose(1, 2),
-        held.values[:, :seen].transpose(1, 2),
-        attn_mask=visible.unsqueeze(1),
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
-    return out.permute(2, 0, 1, 3)
+    some = 1 if singly else len(query)
+    outs = []
+    for queries, ends in zip(query.split(some), places.split(some, dim=1), strict=True):
+        seen = -(-(int(ends.max()) + 1) // ROOM) * ROOM
+        visible = torch.arange(seen, device=query.device) <= ends.unsqueeze(-1)  # [batch, some, seen]
+        out = scaled_dot_product_attention(
+            queries.permute(1, 2, 0, 3).contiguous(),
+            held.keys[:, :seen].transpose(1, 2),
+            held.values[:, :seen].transpose(1, 2),
+            attn_mask=visible.unsqueeze(1),
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        outs.append(out.permute(2, 0, 1, 3))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.batch import Microbatch
 from model.context import ModelContext
-from model.embedding import Embedding, summed_cross_entropy
+from model.embedding import Embedding, likeliest, summed_cross_entropy
 from model.layer import Layer
 from model.linear import Linear
 from model.moe import Experts
@@ -89,27 +89,42 @@ class HybridModel(Stage):
 
     def forward(self, microbatch: Microbatch, input: Tensor | None = None) -> Tensor:
         """The last stage: fp32 [1 + depths], the summed losses of the LM head and each MTP depth over their valid targets
-        (zeros for the depths outside training), or where the microbatch asks for `wrong` that; other stages: the hidden states,
-        [sequence, batch, hidden]."""
+        (zeros for the depths outside training), or what `wrong` or `choices` gives where the microbatch asks for that; other stages: the hidden
+        states, [sequence, batch, hidden]."""
         x = self._stack(microbatch, input)
         if not self.is_last:
             return x
         hidden = self.context.recompute.whole("norm", self.norm_f, x)
         if microbatch.wrong:
             return self.wrong(hidden, microbatch)
+        if microbatch.choose_from:
+            return self.choices(hidden, microbatch)
         losses = [self.head_loss(hidden, microbatch)]
         for depth in range(1, self.depths + 1):
             if not self.training:
                 losses.append(torch.zeros_like(losses[0]))
                 continue
-            hidden = self._mtp(hidden, microbatch, depth)
+            hidden = self.deeper(hidden, microbatch.tokens[depth], microbatch, depth)
             losses.append(self.head_loss(hidden, microbatch, depth))
         return torch.stack(losses)
 
-    def _mtp(self, hidden: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
+    def deeper(self, hidden: Tensor, tokens: Tensor, microbatch: Microbatch, depth: int) -> Tensor:
+        """What MTP depth `depth`, from 1, gives the head: hidden [sequence, batch, hidden], of the depth before (0: the stack); tokens: int64
+        [batch, sequence], `depth` places ahead."""
         assert self.embeddings is not None
         block = self.mtp[min(depth, len(self.mtp)) - 1]
-        return block(self.embeddings(microbatch.tokens[depth]), hidden, replace(microbatch, depth=depth))
+        return block(self.embeddings(tokens), hidden, replace(microbatch, depth=depth))
+
+    def choices(self, hidden: Tensor, microbatch: Microbatch) -> Tensor:
+        """hidden: as the LM head is given it -> int64 [1 + depths, batch, sequence], the likeliest token for the LM head and each MTP depth among the
+        first `choose_from` ids. Depth k at position t sees the microbatch's own tokens up to t + k, whatever the heads before it chose."""
+        chosen = []
+        for depth in range(self.depths + 1):
+            if depth:
+                hidden = self.deeper(hidden, microbatch.tokens[depth], microbatch, depth)
+            logits = self.lm_head(hidden, replace(microbatch, depth=depth))
+            chosen.append(likeliest(logits, microbatch.choose_from, self.context.layout))
+        return torch.stack(chosen)
 
     def head_loss(self, hidden: Tensor, microbatch: Microbatch, depth: int = 0) -> Tensor:
         """hidden [sequence, batch, hidden], normed -> the summed loss of its targets, 0-dim fp32."""
@@ -152,7 +167,7 @@ class HybridModel(Stage):
         """Whole-vocabulary logits of the LM head and of every MTP depth, each [batch, sequence, vocabulary]; one pipeline stage only."""
         states = [self.hidden(microbatch)]
         for depth in range(1, self.depths + 1):
-            states.append(self._mtp(states[-1], microbatch, depth))
+            states.append(self.deeper(states[-1], microbatch.tokens[depth], microbatch, depth))
         heads = [self.lm_head(state, microbatch) for state in states]
         if self.context.layout.tensor_size > 1:
             heads = [mappings.gather_from_tensor_model_parallel_region(logits) for logits in heads]

@@ -58,6 +58,9 @@ WAYS: dict[str, Way] = {
     "torchrun --nproc-per-node 2 -m train -cn tiny parallel.context=2 parallel.context_mamba=all_to_all": Way(
         f"{QUICK} run.dir=runs/heads", makes=("runs/heads/finished.json",), says="context 2", slow=True
     ),
+    "python -m train -cn tiny evaluation.evaluators=[validation,acceptance]": Way(
+        f"{QUICK} run.dir=runs/acceptance", makes=("runs/acceptance/finished.json",), says="drafts accepted: novels", slow=True
+    ),
     "python -m train -cn tiny data.alternate_length=32": Way(
         f"{QUICK} run.dir=runs/alternate", makes=("runs/alternate/finished.json",), slow=True
     ),
@@ -96,6 +99,9 @@ WAYS: dict[str, Way] = {
     "python -m train.export checkpoint=runs/first to=served dtype=bf16 readers=[vllm,sglang]": Way(
         after=(FIRST,), makes=("served/generation_config.json",), says="Read by transformers, vllm, sglang, megatron_bridge", slow=True
     ),
+    "python -m train.export checkpoint=runs/first to=packed format=nvfp4": Way(
+        after=(FIRST,), makes=("packed/model.safetensors",), says="Read by vllm, sglang", slow=True
+    ),
     "python -m train.import_hf checkpoint=exported to=runs/imported": Way(after=(FIRST, EXPORT), makes=("runs/imported",), slow=True),
     BLEND: Way(QUICK, says="stop_after", slow=True),
     'python -m train -cn tiny run.dir=runs/blend \'data.phases=[{blend:[{path:"corpus:austen",weight:3},{path:"corpus:jargon",weight:1}]}]\' '
@@ -126,6 +132,10 @@ WAYS: dict[str, Way] = {
 }
 KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m train\.generate checkpoint=runs/tiny\b", Way("checkpoint=runs/first tokens=5", after=(FIRST,), slow=True)),
+    (
+        r"python -m train\.evaluate checkpoint=runs/tiny evaluators=",
+        Way("checkpoint=runs/first", after=(FIRST,), says="drafts accepted", slow=True),
+    ),
     (r"python -m train\.evaluate checkpoint=runs/first\b", Way(after=(FIRST,), says="nats per token", slow=True)),
     (
         r"python -m train\.checkpoints runs/first merge=",

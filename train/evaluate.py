@@ -1,6 +1,7 @@
-"""Evaluates a checkpoint with the evaluators of its recipe (`evaluation.evaluators`).
+"""Evaluates a checkpoint with the evaluators of its recipe (`evaluation.evaluators`), or with others.
 
 python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoint of it
+python -m train.evaluate checkpoint=runs/tiny evaluators=[validation,acceptance]
 """
 
 import sys
@@ -24,11 +25,14 @@ def main(arguments: Sequence[str]) -> int:
     """The command; exit status 2 for wrong arguments."""
     try:
         adopt()
-        values = key_values(arguments, ("checkpoint",))
+        values = key_values(arguments, ("checkpoint", "evaluators"))
         if not isinstance(values.get("checkpoint"), str):
             raise ValueError("checkpoint=... is missing: python -m train.evaluate checkpoint=runs/tiny")
         checkpoint = open_checkpoint(values["checkpoint"])
-        run = build(read_recipe(stored_recipe(checkpoint), world_size()))
+        recipe = dict(stored_recipe(checkpoint))
+        if "evaluators" in values:
+            recipe["evaluation"] = {**recipe.get("evaluation", {}), "evaluators": values["evaluators"]}
+        run = build(read_recipe(recipe, world_size()))
         load_weights(checkpoint, run.chunks)
         metrics = measure(run, run.recipe.evaluation.chosen(), checkpoint.step)
     except (ValueError, OSError) as error:
@@ -36,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         groups.shutdown()
     if run.layout.rank == 0:
-        print(f"{checkpoint.path}: " + (evaluation_text(metrics) or "no validation text"))
+        print(f"{checkpoint.path}: " + (evaluation_text(metrics) or "nothing was measured: there is no validation text"))
     return 0
 
 

@@ -99,6 +99,8 @@ class Call:
     """Of those rows."""
     step: int
     """Optimizer steps done."""
+    singly: bool = False
+    """Forward, on a CPU: every row is multiplied as if it were alone, so that its last bit does not depend on how many there are."""
 
     @property
     def backend(self) -> Backend:

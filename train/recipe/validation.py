@@ -15,6 +15,11 @@ def validate(recipe: Recipe, ranks: int) -> None:
     recipe.data.validate()
     recipe.monitor.validate()
     recipe.evaluation.validate()
+    if "acceptance" in recipe.evaluation.evaluators and not recipe.model.mtp_depths:
+        raise ValueError(
+            f"evaluation.evaluators names acceptance, but model.pattern={recipe.model.pattern} has no MTP depth to draft with: leave "
+            "it out, or add depths as in /*E/*E"
+        )
     recipe.cluster.validate()
     _validate_length(recipe)
     _validate_profile(recipe)
