@@ -96,7 +96,7 @@ def precision_tables(recipe: Recipe) -> dict[float, PrecisionTable]:
         for module, row in zip(modules, rows, strict=True):
             run = _gemms_run(recipe, module.name)
             a, b, c = (form if gemm in run else None for form, gemm in zip(row, GEMMS, strict=True))
-            names = (a and a.name, b and b.name, c and c.name)
+            names = (a.name if a else None, b.name if b else None, c.name if c else None)
             labels = (policy.label(a) if a else NOT_RUN, policy.label(b) if b else NOT_RUN, policy.label(c) if c else NOT_RUN)
             linear.append(LinearRow(module.name, module.flops, names, labels))
         tables[time] = precision_table(linear, other, known)

@@ -66,7 +66,7 @@ class TrainConfig:
     eval_every: int = 0
     """Steps from one evaluation to the next; 0: only at the end."""
     only: Literal["mtp"] | None = None
-    """What is trained: mtp, the MTP depths alone, on a trunk that stays as checkpoint.initialize_from or a branch's parent has it; null: everything."""
+    """What is trained: mtp, the MTP depths alone, on the unchanged trunk of checkpoint.initialize_from or a branch's parent; null: everything."""
     threads: int | None = None
     """CPU threads of a rank; null: as OMP_NUM_THREADS says, or the machine's cores divided among its ranks."""
 

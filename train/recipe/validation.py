@@ -85,7 +85,7 @@ def _validate_only(recipe: Recipe) -> None:
         )
     if recipe.checkpoint.initialize_from is None and recipe.run.parent is None:
         raise ValueError(
-            "train.only=mtp would train heads on random weights: name the run whose trunk they belong to, as in checkpoint.initialize_from=runs/tiny, or "
+            "train.only=mtp would train heads on random weights: name the run whose trunk it is, as in checkpoint.initialize_from=runs/tiny, or "
             "fork it with python -m train.branch checkpoint=runs/tiny train.only=mtp"
         )
     if recipe.parallel.pipeline > 1:
