@@ -62,6 +62,15 @@ WAYS: dict[str, Way] = {
     "python -m train -cn tiny evaluation.evaluators=[validation,acceptance]": Way(
         f"{QUICK} run.dir=runs/acceptance", makes=("runs/acceptance/finished.json",), says="drafts accepted: novels", slow=True
     ),
+    "python -m train -cn tiny_mtp checkpoint.initialize_from=runs/tiny": Way(
+        f"{QUICK} run.dir=runs/mtp", copies=("runs/tiny",), makes=("runs/mtp/finished.json",), says="drafts accepted: novels", slow=True
+    ),
+    "python -m train.branch checkpoint=runs/tiny/checkpoints/step-00000240 train.only=mtp": Way(
+        "checkpoint=runs/x/checkpoints/step-00000002 train.steps=3 run.dir=runs/mtp-branch",
+        copies=("runs/x",),
+        makes=("runs/mtp-branch/finished.json",),
+        slow=True,
+    ),
     "python -m train -cn tiny data.alternate_length=32": Way(
         f"{QUICK} run.dir=runs/alternate", makes=("runs/alternate/finished.json",), slow=True
     ),
