@@ -28,6 +28,7 @@ BRANCH = "python -m train.branch checkpoint=runs/x precision=bf16 run.dir=runs/b
 BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
 SUBMIT = "python -m launch.slurm -cn nemotron3_super cluster=b200"
 SWEEP = "python -m train -cn nvfp4_gap -m"
+RETRIEVAL = "python -m train -cn retrieval"
 RECALL = "python -m experiments.retrieval"
 
 
@@ -141,9 +142,8 @@ WAYS: dict[str, Way] = {
     ),
     RECALL: Way("steps=4 arms=[attention-dense] rates=[1e-3]", makes=("runs/retrieval-sweep/report/rates.png",), slow=True),
     "python -m experiments.retrieval train=false to=docs/retrieval": Way(after=(RECALL,), makes=("docs/retrieval/rates.png",), slow=True),
-    "python -m train -cn retrieval": Way(
-        "train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.mqar.examples=4", says="mqar/512x64", slow=True
-    ),
+    "python -m train.evaluate checkpoint=runs/retrieval evaluators=[mqar]": Way(after=(RETRIEVAL,), says="mqar/512x64", slow=True),
+    RETRIEVAL: Way("train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.mqar.examples=4", says="mqar/512x64", slow=True),
     "python -m model.precision.certify": Way(slow=True),
     "python -m model.precision.certify backend=transformer_engine to=certificate.json": Way("backend=reference", slow=True),
 }
