@@ -24,7 +24,7 @@ from train.build import build_model
 from train.recipe.load import load_recipe
 from train.recipe.tree import Recipe
 
-MIXERS = {"attention": "**F**F", "mamba": "MMMFMMMF", "5to1": "M*MFMMMF", "8to1": "M*MMMFMMMMF"}
+MIXERS = {"attention": "**F**F", "mamba": "MMMMFMMF", "5to1": "M*MMFMMF", "8to1": "M*MMMMFMMMF"}
 FEED_FORWARDS = ("dense", "moe", "latent_moe")
 TARGET = 760_000  # active parameters, the embedding's 524,288 among them
 LENGTHS = (64, 128, 256, 512)
