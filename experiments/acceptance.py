@@ -2,10 +2,11 @@
 
     python -m experiments.acceptance                          # the runs (finished ones are skipped), then the page
     python -m experiments.acceptance train=false to=docs/acceptance
+    python -m experiments.acceptance "overrides=['run.seed=1','train.steps=60']"     # a quick look
 
-The runs are two sweeps, recipes acceptance and acceptance_heads: NVFP4 or fp32, one block for both depths or two, a loss scale of 0.3 or 0.1, and heads
-that are trained on alone. Runs are compared in pairs that differ in one of these only: the same seed has the same initial weights and the same
-data. Writes results.json, domains.png, training.png, arms.png and a page, index.html, that holds them, and prints tables.
+The runs are two sweeps, recipes acceptance and acceptance_heads: NVFP4 or fp32, one block for both depths or two, a loss scale of 0.3 or 0.1, and
+heads that are trained on alone. Runs are compared in pairs that differ in one of these only: the same seed has the same initial weights and data.
+Writes results.json, domains.png, training.png, arms.png and a page, index.html, that holds them, and prints tables.
 """
 
 import json
@@ -96,9 +97,8 @@ def _read(directory: Path) -> Run:
 
     shares = np.array([values(row) for row in rows]).transpose(1, 2, 0)
     last = rows[-1]
-    return Run(
-        np.array([row["step"] for row in rows]), shares, *(np.array(values(last, end)) for end in ("_low", "_high")), last["eval/loss"]
-    )
+    low, high = (np.array(values(last, end)) for end in ("_low", "_high"))
+    return Run(np.array([row["step"] for row in rows]), shares, low, high, float(last["eval/loss"]))
 
 
 def differences(runs: Runs, change: Mapping[str, tuple[object, object]]) -> np.ndarray:
@@ -249,12 +249,13 @@ def write(runs: Runs, to: Path) -> str:
 def main(arguments: Sequence[str]) -> int:
     """The command; exit status 2 for wrong arguments, 1 where a run failed."""
     try:
-        values = key_values(arguments, ("train", "runs", "to"))
+        values = key_values(arguments, ("train", "runs", "to", "overrides"))
         if not isinstance(values.get("train", True), bool):
             raise ValueError(f"train={values['train']} is neither true nor false")
         if values.get("train", True):
             for sweep in SWEEPS:
-                done = subprocess.run([sys.executable, "-m", "train", "-cn", sweep, "-m"], check=False).returncode
+                command = [sys.executable, "-m", "train", "-cn", sweep, "-m", *map(str, values.get("overrides", []))]
+                done = subprocess.run(command, check=False).returncode
                 if done:
                     print(f"The sweep {sweep} ended with status {done}: the same command again goes on.", file=sys.stderr)
                     return 1
