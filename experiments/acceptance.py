@@ -46,7 +46,7 @@ class Arm:
         return f"{name}, heads trained on" if self.heads else name
 
 
-CHANGES = (
+CHANGES: tuple[tuple[str, Mapping[str, tuple[object, object]]], ...] = (
     ("fp32 instead of NVFP4", {"precision": ("nvfp4", "fp32")}),
     ("two blocks instead of one", {"shared": (True, False)}),
     ("loss scale 0.1 instead of 0.3", {"scale": (0.3, 0.1)}),
