@@ -29,6 +29,7 @@ BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
 SUBMIT = "python -m launch.slurm -cn nemotron3_super cluster=b200"
 SWEEP = "python -m train -cn nvfp4_gap -m"
 DRAFTS = "python -m experiments.acceptance"
+RECALL = "python -m experiments.retrieval"
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,13 @@ WAYS: dict[str, Way] = {
     ".venv/bin/python -m docs.nvfp4_pictures run=runs/tiny to=docs/nvfp4": Way(
         copies=("runs/tiny",), makes=("docs/nvfp4/block.png",), slow=True
     ),
+    "python -m train -cn needle": Way(
+        "train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.needle.examples=2",
+        says="needle/niah_multikey_1/6144",
+        slow=True,
+    ),
+    RECALL: Way("steps=4 arms=[attention-dense] rates=[1e-3]", makes=("runs/retrieval-sweep/report/rates.png",), slow=True),
+    "python -m experiments.retrieval train=false to=docs/retrieval": Way(after=(RECALL,), makes=("docs/retrieval/rates.png",), slow=True),
     "python -m train -cn retrieval": Way(
         "train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.mqar.examples=4", says="mqar/512x64", slow=True
     ),
