@@ -68,11 +68,13 @@ def acceptance_texts(metrics: Metrics) -> list[str]:
     """`drafts accepted: novels 62% 41%, code ...`, a depth after the other; nothing where none were measured."""
     shares: dict[str, list[str]] = {}
     for key, value in metrics.items():
-        _, *domain, what = key.split("/")
-        if key.startswith("accept/") and what.removeprefix("depth_").isdigit():
-            shares.setdefault(domain[0], []).append(f"{value:.0%}")
-        if key.startswith("accept/") and what == "length":
-            shares.setdefault(domain[0], []).append(f"({value:.2f} tokens a pass)")
+        if not key.startswith("accept/"):
+            continue
+        _, domain, what = key.split("/")
+        if what.removeprefix("depth_").isdigit():
+            shares.setdefault(domain, []).append(f"{value:.0%}")
+        elif what == "length":
+            shares.setdefault(domain, []).append(f"({value:.2f} tokens a pass)")
     return ["drafts accepted: " + ", ".join(f"{domain} {' '.join(each)}" for domain, each in shares.items())] if shares else []
 
 
