@@ -207,14 +207,11 @@ def domain_rows(runs: Mapping[int, Run]) -> list[list[str]]:
     last = np.array([run.last for run in runs.values()])
     lengths = np.mean([run.lengths for run in runs.values()], axis=0)
     order = np.argsort(-np.nanmean(last[:, :, 0], axis=0))
-    return [
-        [
-            DOMAINS[d],
-            *(f"{last[:, d, k].mean():.1%} ({last[:, d, k].min():.1%} - {last[:, d, k].max():.1%})" for k in range(len(DEPTHS))),
-            _number(lengths[d]),
-        ]
-        for d in order
-    ]
+    rows = []
+    for d in order:
+        shares = [f"{each.mean():.1%} ({each.min():.1%} - {each.max():.1%})" for each in last[:, d].T]
+        rows.append([DOMAINS[d], *shares, _number(lengths[d])])
+    return rows
 
 
 def _number(value: float) -> str:
