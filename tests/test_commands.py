@@ -29,6 +29,7 @@ BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
 SUBMIT = "python -m launch.slurm -cn nemotron3_super cluster=b200"
 SWEEP = "python -m train -cn nvfp4_gap -m"
 RETRIEVAL = "python -m train -cn retrieval"
+DRAFTS = "python -m experiments.acceptance"
 RECALL = "python -m experiments.retrieval"
 
 
@@ -104,6 +105,16 @@ WAYS: dict[str, Way] = {
     "python -m launch.preflight -cn tiny cluster=cpu": Way("run.dir=runs/preflight", says="1 node, 1 rank fit", slow=True),
     "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
     SWEEP: Way(f"{QUICK} train.steps=20 precision=fp32,nvfp4 run.seed=1", says="2 jobs, 2 finished", slow=True),
+    DRAFTS: Way(
+        "\"overrides=['train.steps=2','train.sequence_length=64','run.seed=1','precision=nvfp4','model.mtp_shared=true','model.mtp_loss_scale=0.3',"
+        "'evaluation.acceptance.windows=2']\"",
+        makes=("runs/acceptance-sweep/report/domains.png",),
+        says="heads trained on",
+        slow=True,
+    ),
+    "python -m experiments.acceptance train=false to=docs/acceptance": Way(
+        after=(DRAFTS,), makes=("docs/acceptance/training.png",), slow=True
+    ),
     "python -m experiments.nvfp4_gap": Way(after=(SWEEP,), makes=("runs/nvfp4_gap-sweep/report/gap.png",), slow=True),
     "python -m experiments.nvfp4_gap to=docs/nvfp4_gap": Way(after=(SWEEP,), makes=("docs/nvfp4_gap/gap.png",), slow=True),
     EXPORT: Way(after=(FIRST,), makes=("exported/config.json",), slow=True),
