@@ -4,8 +4,8 @@
     python -m benchmarks.speculative models=[runs/tiny,small,wide] to=docs/generation/speculative.json picture=docs/generation/speculative.png
 
 models: runs; or recipes, and `wide`, which is `small` with four times the width, without training: their drafts are hardly ever right, so that
-what is measured of them is the cost alone. A round is a pass of the model over 1 + depth tokens and `depth` drafts; its cost is counted in passes over one
-token. Drafts pay where a round gives more tokens than it costs passes.
+what is measured of them is the cost alone. A round is a pass of the model over 1 + depth tokens and `depth` drafts; its cost is counted in passes
+over one token. Drafts pay where a round gives more tokens than it costs passes.
 
 round: its seconds, over those of a token without drafts. check: the pass of it alone. needed: of the drafts, how many must be accepted, were that
 the same at every depth, for a round to be worth its cost. take back: what it takes to return to an accepted token with every state kept, against
