@@ -53,12 +53,11 @@ def some_round(speaker: Speaker, right: int, tokens: int = 200) -> Round:
         ids = torch.tensor([text[:known] + [0] * (DEPTH + 1)])
         Drafter.joined([drafter]).draft(hidden, [1], ids, GREEDY)
         drafts = ids[0, known : known + DEPTH].tolist()
-        choices = []
+        choices: list[int] = []
         for count in range(DEPTH + 1):
-            (choice,) = next(generate(speaker, [text[:known] + drafts[:count]], 1, GREEDY))
-            choices.append(choice)
+            choices += [token for token in next(generate(speaker, [text[:known] + drafts[:count]], 1, GREEDY)) if token is not None]
         found = Round(*(speaker.tokenizer.decode(part) for part in (text[:known], drafts, choices)))
-        if found.right == right and (found.drafts + found.choices).replace(" ", "").isalpha():
+        if found.right == right and (found.before[-1] + found.drafts + found.choices).isalpha():
             return found
     raise ValueError(f"no round of {tokens} tokens of this run has just {right} of {DEPTH} drafts right: train it longer")
 
@@ -110,15 +109,15 @@ def draw(found: Round, path: Path) -> None:
         for number, choice in enumerate(found.choices):
             good = number <= found.right
             box(axes, last + 1 + number, 2.3, choice, GREEN if good else GREY, filled=good)
-        marks = [("=", GREEN)] * found.right + [("≠", RED)]
+        marks = [("= draft", GREEN)] * found.right + [("≠ draft", RED)]
         for number, (mark, colour) in enumerate(marks):
-            axes.text(last + 1.5 + number, 2.3, mark + " draft", ha="center", va="center", color=colour, fontsize=8, rotation=90)
+            axes.text(last + 1 + number, 1.87, mark, ha="center", va="center", color=colour, fontsize=9)
         say(1.2, "3  roll back: Mamba", "a state behind every token was kept: this one goes on")
         say(0.2, "attention", "the length says how many count: the rest is written over")
         for column in range(last + DEPTH + 1):
             number = column - last
-            name = f"$h_{{{column}}}$"
-            box(axes, column, 1.2, name if number >= 0 else "", BLUE if number == found.right else GREY, filled=number == found.right)
+            if number >= 0:
+                box(axes, column, 1.2, f"$h_{{{number}}}$", BLUE if number == found.right else GREY, filled=number == found.right)
             box(axes, column, 0.2, "k v", BLUE if number <= found.right else GREY, filled=number <= found.right)
         axes.set_xlim(-6.3, last + DEPTH + 1.9)
         axes.set_ylim(-0.3, 6.1)
