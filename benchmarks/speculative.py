@@ -1,4 +1,4 @@
-"""What drafts cost and bring: tokens/s of one text with speculative.depth 1 to 6 against none, in turns in one run.
+"""What drafts cost and bring: tokens a CPU second of one text with speculative.depth 1 to 6 against none, in turns in one run, on one thread.
 
     python -m benchmarks.speculative models=[runs/tiny]                    # a run: what its heads' drafts bring
     python -m benchmarks.speculative models=[runs/tiny,small,wide] to=docs/generation/speculative.json picture=docs/generation/speculative.png
@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from benchmarks.arguments import main
-from benchmarks.timing import keep_freed_memory, machine, medians, save, table
+from benchmarks.timing import keep_freed_memory, machine, save, table
 from model.cache import MambaState
 from model.layer import Layer
 from parallel import groups
@@ -72,10 +71,10 @@ def seconds_of(speaker: Speaks, prompt: Sequence[int], tokens: int, sampling: Sa
     acceptance = Acceptance.none(1, depth)
     turns = generate(speaker, [prompt], tokens, sampling, depth=depth, acceptance=acceptance)
     next(turns)
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in turns:
         pass
-    return (time.perf_counter() - begin) / (tokens - 1), acceptance
+    return (time.process_time() - begin) / (tokens - 1), acceptance
 
 
 @torch.inference_mode()
@@ -92,22 +91,26 @@ def passes(speaker: Speaks, prompt: Sequence[int], depths: int, rounds: int) -> 
         read_on(count)
         cache.accept([0])
 
-    checks = medians({str(count): partial(again, count) for count in range(1, depths + 2)}, rounds, torch.device("cpu"))
+    checks: dict[int, list[float]] = {count: [] for count in range(1, depths + 2)}
     back: dict[str, list[float]] = {"take back": [], "make again": []}
     for _ in range(rounds):
+        for count, seconds in checks.items():
+            begin = time.process_time()
+            again(count)
+            seconds.append(time.process_time() - begin)
         read_on(3)
-        begin = time.perf_counter()
+        begin = time.process_time()
         cache.accept([1])
-        middle = time.perf_counter()
+        middle = time.process_time()
         read_on(1)
         back["take back"].append(middle - begin)
-        back["make again"].append(time.perf_counter() - middle)
+        back["make again"].append(time.process_time() - middle)
         cache.accept([0])
     mixers = [layer.mixer for layer in speaker.model.layers.values() if isinstance(layer, Layer) and layer.kind.letter == "M"]
     states = [cache.of(mixer, lambda: MambaState(torch.empty(0))).state for mixer in mixers]
     state_bytes = sum(state.numel() * state.element_size() for state in states if state is not None)
     return (
-        {int(count): seconds for count, seconds in checks.items()},
+        {count: statistics.median(seconds) for count, seconds in checks.items()},
         {name: statistics.median(values) for name, values in back.items()},
         state_bytes,
     )
@@ -164,7 +167,7 @@ def measure(name: str, depths: int, tokens: int, rounds: int, temperature: float
 
 
 def told(found: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = [("depth", "tokens/s", "against none", "tokens a round", "round", "check", "needed")]
+    rows: list[tuple[str, ...]] = [("depth", "tokens/CPU s", "against none", "tokens a round", "round", "check", "needed")]
     rows.append(("0", f"{found['tokens_per_second']:,.1f}", "1.00x", "1.00", "1.00", "1.00", ""))
     for each in found["depths"]:
         numbers = [f"{each[key]:.2f}" for key in ("length", "round", "check")]
@@ -204,7 +207,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
                 axes.plot(depths, values, style, color=colour)
                 axes.annotate(name + what, (depths[-1], values[-1]), xytext=(7, 0), textcoords="offset points", color=colour, va="center")
         left.axhline(1, color="#555555", linewidth=1)
-        left.set_title("Tokens per second, against no drafts")
+        left.set_title("Tokens per CPU second, against no drafts")
         right.set_title("What a round costs, in passes, and gives, in tokens")
         for axes in (left, right):
             axes.set_xlabel("speculative.depth")
@@ -216,6 +219,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def run(models: list[str], depths: int, tokens: int, rounds: int, temperature: str, to: str, picture: str) -> None:
     keep_freed_memory()
+    torch.set_num_threads(1)
     print(f"One text of {tokens} tokens, fp32, {machine(torch.device('cpu'))}; medians of {rounds} rounds in turns")
     results = []
     for name in models:
