@@ -126,6 +126,7 @@ def drafts_in_one_pass(speaker: Few, tokens: Sequence[int], depth: int) -> list[
 @torch.inference_mode()
 def test_drafts_are_those_of_whole_passes(speaker: Few) -> None:
     text, draw = list(b"It is a truth universally acknowledged"), random.Random(2)
+    speaker.vocabulary = 256
     depth = 4 if speaker.model.context.config.mtp_shared else 2
     ids = torch.tensor([text + [0] * (depth + 8)])
     hidden = speaker.model.hidden(following(speaker, torch.tensor([text]), Cache.empty(1, torch.device("cpu")), [0]))
