@@ -14,7 +14,9 @@ from data.documents import DataError
 from data.hashing import digest
 from data.mqar import MQAR
 from data.mqar import PREFIX as MQAR_PREFIX
-from data.tokenizer import Tokenizer
+from data.needle import PREFIX as NEEDLE_PREFIX
+from data.needle import Needles
+from data.tokenizer import ByteTokenizer, Tokenizer
 
 WINDOWS = 1 << 40  # of a source before it repeats itself
 
@@ -31,7 +33,7 @@ class Task(Protocol):
 
 def is_generated(path: str) -> bool:
     """Whether a source of this name is computed."""
-    return path.startswith(MQAR_PREFIX)
+    return path.startswith((MQAR_PREFIX, NEEDLE_PREFIX))
 
 
 @dataclass(frozen=True)
@@ -80,4 +82,13 @@ class Generated:
 
 def open_generated(path: str, tokenizer: Tokenizer, seed: int) -> Generated:
     """Raises DataError for a name that stands for no task."""
-    return Generated(path, MQAR.of(path, tokenizer.vocab_size), seed)
+    if path.startswith(MQAR_PREFIX):
+        return Generated(path, MQAR.of(path, tokenizer.vocab_size), seed)
+    check_bytes(path, tokenizer)
+    return Generated(path, Needles.of(path), seed)
+
+
+def check_bytes(what: str, tokenizer: Tokenizer) -> None:
+    """Needles are of bytes. Raises DataError."""
+    if not isinstance(tokenizer, ByteTokenizer):
+        raise DataError(f"{what} is a text of bytes: set data.tokenizer.kind=bytes")

@@ -141,7 +141,9 @@ class HybridModel(Stage):
     def _at_targets(self, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [targets, 1, vocabulary] where the loss counts, their labels [1, targets], and their sequences [targets]."""
         depth, batch = microbatch.depth, hidden.shape[1]
-        rows = microbatch.loss_mask[depth].T.flatten().nonzero().flatten()
+        microbatch = microbatch if microbatch.targets is not None else microbatch.with_targets()
+        assert microbatch.targets is not None
+        rows = microbatch.targets[depth]
         logits = self.lm_head(hidden.flatten(0, 1)[rows].unsqueeze(1), microbatch, microbatch.keys(microbatch.positions).at(rows))
         return logits, microbatch.labels[depth].T.flatten()[rows].unsqueeze(0), rows % batch
 

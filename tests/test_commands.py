@@ -99,6 +99,9 @@ WAYS: dict[str, Way] = {
     "python -m train.export checkpoint=runs/first to=served dtype=bf16 readers=[vllm,sglang]": Way(
         after=(FIRST,), makes=("served/generation_config.json",), says="Read by transformers, vllm, sglang, megatron_bridge", slow=True
     ),
+    "python -m train.export checkpoint=runs/first to=packed format=nvfp4": Way(
+        after=(FIRST,), makes=("packed/model.safetensors",), says="Read by vllm, sglang", slow=True
+    ),
     "python -m train.import_hf checkpoint=exported to=runs/imported": Way(after=(FIRST, EXPORT), makes=("runs/imported",), slow=True),
     BLEND: Way(QUICK, says="stop_after", slow=True),
     'python -m train -cn tiny run.dir=runs/blend \'data.phases=[{blend:[{path:"corpus:austen",weight:3},{path:"corpus:jargon",weight:1}]}]\' '

@@ -19,24 +19,25 @@ from train.huggingface.readers import MTP_LETTERS, problem
 def main(arguments: Sequence[str]) -> int:
     """The command; exit status 2 for wrong arguments."""
     try:
-        values = key_values(arguments, ("checkpoint", "to", "dtype", "readers"))
+        values = key_values(arguments, ("checkpoint", "to", "format", "dtype", "readers"))
         for key in ("checkpoint", "to"):
             if not isinstance(values.get(key), str):
                 raise ValueError(f"{key}=... is missing: python -m train.export checkpoint=runs/tiny to=exported")
         checkpoint = open_checkpoint(values["checkpoint"])
         readers = listed if isinstance(listed := values.get("readers", []), list) else [listed]
-        files = export(checkpoint, Path(values["to"]), dtype=values.get("dtype"), readers=readers)
+        format = values.get("format")
+        files = export(checkpoint, Path(values["to"]), format=format, dtype=values.get("dtype"), readers=readers)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Exported {checkpoint.path} (step {checkpoint.step}):")
     for path in files:
         print(f"  {path}  {path.stat().st_size:,} bytes")
-    problems = {reader: problem(reader, model_of(checkpoint)) for reader in MTP_LETTERS}
+    problems = {reader: problem(reader, model_of(checkpoint), format) for reader in MTP_LETTERS}
     print(f"Read by {', '.join(reader for reader, found in problems.items() if not found)}; docs/export.md says what each reads.")
     for reader, found in problems.items():
         if found:
-            print(f"Its MTP heads are not for {reader}: {found}.")
+            print(f"Not all of it is for {reader}: {found}.")
     return 0
 
 

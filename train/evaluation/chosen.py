@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from train.evaluation import acceptance, mqar, validation  # noqa: F401  registers them
+from train.evaluation import acceptance, mqar, needle, validation  # noqa: F401  registers them
 from train.evaluation.base import EVALUATORS, Evaluator, Measured
 
 

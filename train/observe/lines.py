@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.observe.base import Metrics, RunInfo
+from train.observe.sample_settings import Sample
 
 _WIDTH = 118  # columns of the header
 _DATA_WAIT = 0.05  # of a step: a smaller wait for data is not worth a word
@@ -70,6 +71,12 @@ def acceptance_texts(metrics: Metrics) -> list[str]:
         if key.startswith("accept/") and key.rpartition("/")[2].removeprefix("depth_").isdigit():
             shares.setdefault(key.split("/")[1], []).append(f"{value:.0%}")
     return ["drafts accepted: " + ", ".join(f"{domain} {' '.join(each)}" for domain, each in shares.items())] if shares else []
+
+
+def sample_lines(sample: Sample, head: str) -> list[str]:
+    """A text behind its step, wrapped; line ends and other characters that do not print as they are typed in code."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in f"[{sample.prompt}]{sample.text}")
+    return textwrap.wrap(text, _WIDTH, initial_indent=f"{head}  ", subsequent_indent=" " * (len(head) + 2))
 
 
 def loss_text(metrics: Mapping[str, Any]) -> str:

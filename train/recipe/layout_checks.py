@@ -17,6 +17,7 @@ from train.recipe.tree import Recipe
 def validate_layout(recipe: Recipe, ranks: int) -> None:
     """Raises ValueError, most of them `Misfit`, for a layout that `ranks` ranks, the model's sizes or its batches do not divide over."""
     recipe.parallel.validate(ranks)
+    _validate_samples(recipe)
     for check in (_experts, _stages, _dimensions, _mixers, _sequence, _head):
         check(recipe)
     _batch(recipe, ranks)
@@ -99,3 +100,20 @@ def _batch(recipe: Recipe, ranks: int) -> None:
         check_micro_batch_size(recipe, ranks, train.micro_batch_size)
     elif next(automatic_sizes(recipe, ranks), None) is None:
         check_micro_batch_size(recipe, ranks, 1)
+
+
+def _validate_samples(recipe: Recipe) -> None:
+    """Texts are made by ranks that hold whole layers and whole sequences."""
+    if not recipe.monitor.samples.every:
+        return
+    for key in ("tensor", "pipeline", "context"):
+        if (size := getattr(recipe.parallel, key)) > 1:
+            raise ValueError(
+                f"monitor.samples.every={recipe.monitor.samples.every} asks for texts, which a model split by parallel.{key}={size} cannot make "
+                "while it is trained: set it to 0 and make texts of checkpoints with python -m train.generate, or divide data and experts alone"
+            )
+    if recipe.parallel.zero_stage == 3:
+        raise ValueError(
+            f"monitor.samples.every={recipe.monitor.samples.every} asks for texts, which a model split by parallel.zero_stage=3 cannot make while it "
+            "is trained: set it to 0 and make texts of checkpoints with python -m train.generate, or use a lower stage"
+        )
