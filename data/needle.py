@@ -34,6 +34,7 @@ QUESTION = (
     "\nWhat is the special magic {kind} for {key} mentioned in the provided text? "
     "The special magic {kind} for {key} mentioned in the provided text is "
 )
+LONGEST = {"word": 19, "number": 7, "uuid": 36}
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
@@ -121,11 +122,21 @@ class Needles:
         return cls(name, held)
 
     def draw(self, key: int, length: int) -> Sample:
-        """A sequence of `length` bytes as ids. Raises DataError where it has no room for a haystack."""
+        """A sequence of `length` bytes as ids. Raises DataError where the longest keys would leave it no room for a haystack."""
+        if length < self.shortest:
+            raise DataError(f"{PREFIX}{self.name} does not fit into sequences of {length} bytes: use at least {self.shortest}")
         text, answer = self.text(key, length + 1)
         ids = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64)
         counts = np.arange(length) >= length - len(answer)
         return Sample(ids[:-1].copy(), ids[1:].copy(), counts, np.zeros(length, dtype=np.int32))
+
+    @property
+    def shortest(self) -> int:
+        """Bytes of a sequence with the longest keys and five short sentences of haystack."""
+        kind = KINDS[self.name]
+        key, value = LONGEST[kind.keys] * "x", LONGEST[kind.values] * "x"
+        parts = [part.format(kind=kind.values, key=key, value=value) for part in (OPENING, QUESTION, *[NEEDLE + " "] * kind.needles)]
+        return sum(map(len, parts)) + len(value) + len(NOISE)
 
     def text(self, key: int, size: int) -> tuple[str, str]:
         """`size` characters that end with the answer, and the answer."""
@@ -136,11 +147,6 @@ class Needles:
         opening, question = OPENING.format(kind=kind.values), QUESTION.format(kind=kind.values, key=asked)
         needles = [NEEDLE.format(kind=kind.values, key=name, value=value) for name, value in pairs]
         room = size - len(opening) - len(question) - len(answer) - sum(len(needle) + 1 for needle in needles)
-        if room < len(NOISE):  # 64 more where another key is longer
-            raise DataError(
-                f"{PREFIX}{self.name} leaves {max(0, room)} of {size - 1} bytes for its haystack: use sequences of at least "
-                f"{size + 63 + len(NOISE) - room}"
-            )
         if kind.haystack == "novel":
             context = self._in_novel(draws, needles, room)
         else:

@@ -48,6 +48,7 @@ class HybridModel(Stage):
         self.context = context
         self.is_first, self.is_last = part.first, part.last
         self.depths = config.mtp_depths
+        self.trunk_frozen = False
         self.embeddings: Embedding | None = None
         if self.is_first or (self.is_last and (self.depths or config.tied_embeddings)):
             self.embeddings = Embedding(context)
@@ -67,6 +68,12 @@ class HybridModel(Stage):
                 assert self.embeddings is not None
                 self.lm_head.weight = self.embeddings.weight
             self.mtp = nn.ModuleList(MTPBlock(context, f"mtp.layers.{i}", config.parsed.mtp[i]) for i in range(config.mtp_blocks))
+
+    def freeze_trunk(self) -> None:
+        """Nothing but the MTP blocks is trained from now on: all else, embedding and head included, is computed as ever, but has no gradients."""
+        self.trunk_frozen = True
+        self.requires_grad_(False)
+        self.mtp.requires_grad_(True)
 
     @property
     def shared_weight(self) -> nn.Parameter | None:
@@ -91,15 +98,16 @@ class HybridModel(Stage):
         """The last stage: fp32 [1 + depths], the summed losses of the LM head and each MTP depth over their valid targets
         (zeros for the depths outside training), or what `wrong` or `choices` gives where the microbatch asks for that; other stages: the hidden
         states, [sequence, batch, hidden]."""
-        x = self._stack(microbatch, input)
-        if not self.is_last:
-            return x
-        hidden = self.context.recompute.whole("norm", self.norm_f, x)
-        if microbatch.wrong:
-            return self.wrong(hidden, microbatch)
-        if microbatch.choose_from:
-            return self.choices(hidden, microbatch)
-        losses = [self.head_loss(hidden, microbatch)]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen):
+            x = self._stack(microbatch, input)
+            if not self.is_last:
+                return x
+            hidden = self.context.recompute.whole("norm", self.norm_f, x)
+            if microbatch.wrong:
+                return self.wrong(hidden, microbatch)
+            if microbatch.choose_from:
+                return self.choices(hidden, microbatch)
+            losses = [self.head_loss(hidden, microbatch)]
         for depth in range(1, self.depths + 1):
             if not self.training:
                 losses.append(torch.zeros_like(losses[0]))
@@ -187,7 +195,7 @@ def weight_changes(chunks: Sequence[HybridModel], step: int, progress: float) ->
         if isinstance(module, Linear | Experts):
             for site, weight in module.weights():
                 form = policy.format_for(site.name, "fprop", progress)
-                if form.changes_weights:
+                if form.changes_weights and weight.requires_grad:
                     changes[weight] = partial(_after_step, form, site, step)
     return changes
 

@@ -28,6 +28,8 @@ BRANCH = "python -m train.branch checkpoint=runs/x precision=bf16 run.dir=runs/b
 BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
 SUBMIT = "python -m launch.slurm -cn nemotron3_super cluster=b200"
 SWEEP = "python -m train -cn nvfp4_gap -m"
+DRAFTS = "python -m experiments.acceptance"
+RECALL = "python -m experiments.retrieval"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,15 @@ WAYS: dict[str, Way] = {
     "python -m train -cn tiny evaluation.evaluators=[validation,acceptance]": Way(
         f"{QUICK} run.dir=runs/acceptance", makes=("runs/acceptance/finished.json",), says="drafts accepted: novels", slow=True
     ),
+    "python -m train -cn tiny_mtp checkpoint.initialize_from=runs/tiny": Way(
+        f"{QUICK} run.dir=runs/mtp", copies=("runs/tiny",), makes=("runs/mtp/finished.json",), says="drafts accepted: novels", slow=True
+    ),
+    "python -m train.branch checkpoint=runs/tiny/checkpoints/step-00000240 train.only=mtp": Way(
+        "checkpoint=runs/x/checkpoints/step-00000002 train.steps=3 run.dir=runs/mtp-branch",
+        copies=("runs/x",),
+        makes=("runs/mtp-branch/finished.json",),
+        slow=True,
+    ),
     "python -m train -cn tiny data.alternate_length=32": Way(
         f"{QUICK} run.dir=runs/alternate", makes=("runs/alternate/finished.json",), slow=True
     ),
@@ -93,6 +104,15 @@ WAYS: dict[str, Way] = {
     "python -m launch.preflight -cn tiny cluster=cpu": Way("run.dir=runs/preflight", says="1 node, 1 rank fit", slow=True),
     "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
     SWEEP: Way(f"{QUICK} train.steps=20 precision=fp32,nvfp4 run.seed=1", says="2 jobs, 2 finished", slow=True),
+    DRAFTS: Way(
+        "\"overrides=['train.steps=2','train.sequence_length=64','run.seed=1','precision=nvfp4','model.mtp_shared=true','model.mtp_loss_scale=0.3']\"",
+        makes=("runs/acceptance-sweep/report/domains.png",),
+        says="heads trained on",
+        slow=True,
+    ),
+    "python -m experiments.acceptance train=false to=docs/acceptance": Way(
+        after=(DRAFTS,), makes=("docs/acceptance/training.png",), slow=True
+    ),
     "python -m experiments.nvfp4_gap": Way(after=(SWEEP,), makes=("runs/nvfp4_gap-sweep/report/gap.png",), slow=True),
     "python -m experiments.nvfp4_gap to=docs/nvfp4_gap": Way(after=(SWEEP,), makes=("docs/nvfp4_gap/gap.png",), slow=True),
     EXPORT: Way(after=(FIRST,), makes=("exported/config.json",), slow=True),
@@ -124,6 +144,13 @@ WAYS: dict[str, Way] = {
     ".venv/bin/python -m docs.nvfp4_pictures run=runs/tiny to=docs/nvfp4": Way(
         copies=("runs/tiny",), makes=("docs/nvfp4/block.png",), slow=True
     ),
+    "python -m train -cn needle": Way(
+        "train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.needle.examples=2",
+        says="needle/niah_multikey_1/6144",
+        slow=True,
+    ),
+    RECALL: Way("steps=4 arms=[attention-dense] rates=[1e-3]", makes=("runs/retrieval-sweep/report/rates.png",), slow=True),
+    "python -m experiments.retrieval train=false to=docs/retrieval": Way(after=(RECALL,), makes=("docs/retrieval/rates.png",), slow=True),
     "python -m train -cn retrieval": Way(
         "train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.mqar.examples=4", says="mqar/512x64", slow=True
     ),

@@ -23,8 +23,9 @@ from train.checkpoint.checkpointer import Checkpointer, load_weights
 from train.checkpoint.reader import open_checkpoint
 from train.checkpoint.remote import Location
 from train.evaluation import measure
+from train.evaluation.acceptance import Acceptance
 from train.failures import RunFailed
-from train.generation.live import live_samples
+from train.generation.live import accepted_lengths, live_samples
 from train.goodput import FILE_NAME, Ledger
 from train.incidents.incidents import Incidents, Rewind
 from train.lineage import begin_branch, read_parent
@@ -253,6 +254,9 @@ class Training:
         self.ledger.spend("other")
         begin = time.perf_counter()
         self.evaluated = measure(self.run, self.evaluators, self.step)
+        acceptance = self.evaluators.get("acceptance")
+        if isinstance(acceptance, Acceptance) and acceptance.length_due(self.step, self.recipe.last_step):
+            self.evaluated |= accepted_lengths(self.run, self.step, acceptance)
         self.ledger.spend("evaluation")
         if self.evaluated:
             seconds = time.perf_counter() - begin

@@ -46,7 +46,9 @@ class Utilisation:
         self._linear = (1 + BACKWARD) * tokens * sum(module.flops for module in linear_modules(recipe.model))
         self._other = (1 + BACKWARD) * tokens * sum(one.flops for one in other_products(recipe.model, recipe.train.sequence_length))
         self._compute = recipe.precision.compute
-        self._counted = not recipe.model.head_at_targets  # the head's FLOPs depend on how many targets there are
+        # The head's FLOPs depend on how many targets there are; a frozen trunk has no backward pass.
+        self._counted = not recipe.model.head_at_targets and recipe.train.only is None
+        self._frozen = recipe.train.only is not None
         self.line = self._describe(device)
 
     def flops(self, shares: Mapping[str, float]) -> dict[str, float]:
@@ -64,6 +66,8 @@ class Utilisation:
         return {"mfu": ideal / self.devices / seconds}
 
     def _describe(self, device: str) -> str:
+        if self._frozen:
+            return "MFU: not known, as train.only=mtp leaves most of the backward pass out"
         if not self._counted:
             return "MFU: not known, as model.head_at_targets=true computes the head for some tokens alone"
         if self.cluster is None or self.cluster.peak(self._compute) is None:

@@ -2,7 +2,7 @@
 
     attention   order from nothing but the causal mask, as in the hybrids, whose Mamba layers know it
     mamba       Mamba-2 alone
-    5to1, 8to1  one attention layer to five and to eight Mamba-2 layers, behind more than half of them
+    5to1, 8to1  one attention layer to five and to eight Mamba-2 layers, behind the first of them
 
 Each has two layers of feed-forward: dense, a mixture of experts (8, of which a token visits 2, and a shared one), or the same in a latent space of
 half the width (LatentMoE). Their hidden size is what is left to choose: the one that brings the active parameters closest to TARGET.
@@ -24,7 +24,7 @@ from train.build import build_model
 from train.recipe.load import load_recipe
 from train.recipe.tree import Recipe
 
-MIXERS = {"attention": "**F**F", "mamba": "MMMFMMMF", "5to1": "MMMF*MMF", "8to1": "MMMMMF*MMMF"}
+MIXERS = {"attention": "**F**F", "mamba": "MMMFMMMF", "5to1": "M*MFMMMF", "8to1": "M*MMMFMMMMF"}
 FEED_FORWARDS = ("dense", "moe", "latent_moe")
 TARGET = 760_000  # active parameters, the embedding's 524,288 among them
 LENGTHS = (64, 128, 256, 512)
@@ -110,5 +110,6 @@ def _cached_bytes(model: torch.nn.Module) -> dict[int, int]:
         tokens = torch.from_numpy(MQAR(length, 1, 8192).draw(digest(length), length).tokens)[None]
         with torch.no_grad():
             model.hidden(Microbatch.following(tokens, cache, torch.zeros(1, dtype=torch.int64), step=0, progress=0.0))  # type: ignore[operator]
+        cache.advance(length)
         held[length] = cache.bytes()
     return held

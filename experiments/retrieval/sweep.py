@@ -20,7 +20,7 @@ from train import loop
 from train.observe.metrics import read_metrics
 
 # In the order in which they run: from the middle outwards.
-RATES = (2.2e-3, 3.2e-3, 1.5e-3, 4.7e-3, 1e-3, 6.8e-3, 5e-4, 1e-2)
+RATES = (3.2e-3, 2.2e-3, 4.7e-3, 1.5e-3, 6.8e-3, 1e-3, 1e-2, 5e-4)
 TASKS = ("64x4", "128x8", "256x16", "512x64")
 CHANCE = math.log(8192)  # nats, of all ids
 DIVERGED = CHANCE + 0.5

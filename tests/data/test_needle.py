@@ -85,7 +85,7 @@ def test_as_a_source_it_gives_one_text_a_sample(tmp_path: Path) -> None:
     ("path", "length", "kind", "says"),
     [
         ("ruler:niah_single_9", 800, "bytes", "is no task with needles: use ruler: and one of niah_single_1, niah_single_2"),
-        ("ruler:niah_single_1", 300, "bytes", "bytes for its haystack: use sequences of at least"),
+        ("ruler:niah_single_1", 300, "bytes", "does not fit into sequences of 300 bytes: use at least 470"),
         ("ruler:niah_single_1", 800, "numbers", "is a text of bytes: set data.tokenizer.kind=bytes"),
     ],
 )

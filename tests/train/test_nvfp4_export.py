@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from model.linear import Linear
 from model.moe import Experts
+from model.precision.nvfp4 import quantize
 from parallel import groups
 from parallel.shards import pieces_of
 from tests.train import served
@@ -26,7 +28,11 @@ from train.huggingface.nvfp4 import GLOBAL, PACKED, SCALE
 
 MODEL = ("model.pattern='ME*-EMEM/*E/*E'", "model.ffn_hidden_size=48")
 # Weights in 16 x 16 tiles and in rows, with the usual choice of scales and with 4over6, beside MXFP8 and bf16.
-PRECISIONS = ("nvfp4", "nvfp4_1d", "nvfp4_4over6")
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "nvfp4": {"scaling": "2d"},
+    "nvfp4_1d": {"scaling": "1d"},
+    "nvfp4_4over6": {"scaling": "2d", "clipping": "4over6_mae", "e4m3_bound": 256},
+}
 
 
 def written(run_dir: Path, *overrides: str) -> Path:
@@ -96,6 +102,16 @@ def test_every_layer_is_packed_or_named(exported: Path) -> None:
     shapes = {name: shape for name, shape in on_disk(exported).items() if not name.endswith((PACKED, SCALE, GLOBAL))}
     shapes |= {f"{name}.weight": (tensors[f"{name}.{PACKED}"].shape[0], 2 * tensors[f"{name}.{PACKED}"].shape[1]) for name in packed}
     assert served.target(config, shapes) == [] and served.draft(config, shapes) == []
+
+
+def test_codes_and_scales_are_those_of_the_definition(run_dir: Path, exported: Path, request: pytest.FixtureRequest) -> None:
+    checkpoint, tensors = open_checkpoint(run_dir), tensors_of(exported)
+    names = {to_hugging_face(name, 2): name for name in checkpoint.names("model")}
+    for name in [name.removesuffix(f".{PACKED}") for name in tensors if name.endswith(PACKED)]:
+        defined = quantize(checkpoint.read_full(f"model/{names[f'{name}.weight']}"), **PRECISIONS[request.node.callspec.params["run_dir"]])
+        assert torch.equal(tensors[f"{name}.{PACKED}"], defined.codes), name
+        assert torch.equal(tensors[f"{name}.{SCALE}"].view(torch.uint8), defined.scales), name
+        assert torch.equal(tensors[f"{name}.{GLOBAL}"], torch.div(torch.tensor(6 * defined.bound), defined.amax).view(1)), name
 
 
 def test_compressed_tensors_reads_what_training_multiplied(run_dir: Path, exported: Path) -> None:

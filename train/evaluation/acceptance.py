@@ -40,6 +40,11 @@ class Acceptance:
     """Pieces of text of a domain, each of train.sequence_length tokens."""
     seed: int = 1
     """Of generated text."""
+    length_every: int = 0
+    """Steps from one evaluation to the next, and at the end, that also lets the model write, with its drafts, and says how many tokens a pass gave
+    (accept/<domain>/length); 0: none does."""
+    length_tokens: int = 64
+    """Tokens it then writes behind the first half of each window, each the likeliest."""
 
     def __post_init__(self) -> None:
         key = "evaluation.acceptance"
@@ -52,6 +57,10 @@ class Acceptance:
             raise ValueError(
                 f"{key}.domains=[] names none: use some of {', '.join(DOMAINS)}, or leave acceptance out of evaluation.evaluators"
             )
+        if self.length_every < 0:
+            raise ValueError(f"{key}.length_every={self.length_every} is negative: use 0 for never, or for instance 1000")
+        if self.length_tokens < 1:
+            raise ValueError(f"{key}.length_tokens={self.length_tokens} must be at least 1")
         if self.windows < 2:
             raise ValueError(f"{key}.windows={self.windows} must be at least 2, between which an interval can be seen")
 
@@ -68,6 +77,10 @@ class Acceptance:
                     name = f"accept/{domain}/depth_{depth}"
                     metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = share_interval(own[:, depth], own[:, depth - 1])
         return metrics
+
+    def length_due(self, step: int, last: int) -> bool:
+        """Whether an evaluation after step (from 1) of a run that ends with step `last` lets the model write."""
+        return self.length_every > 0 and (step % self.length_every == 0 or step == last)
 
     def text(self, domain: str, run: Measured) -> Windows:
         """The windows of a domain."""

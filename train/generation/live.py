@@ -1,12 +1,17 @@
-"""Texts made by the model that is being trained, as it is after a step: in the formats of the run, on every rank alike.
+"""The model that is being trained speaks, as it is after a step: in the formats of the run, on every rank alike.
 
 Each rank makes every text, with the same draws, so experts may be spread over ranks; a rank must hold whole layers and whole sequences.
 """
 
 from dataclasses import dataclass
 
+import torch
+
 from model.hybrid import HybridModel
 from train.build import Run
+from train.evaluation.acceptance import Acceptance
+from train.evaluation.intervals import share_interval
+from train.generation.acceptance import Acceptance as Rounds
 from train.generation.sampling import Sampling
 from train.generation.text import Text
 from train.generation.texts import generate
@@ -40,3 +45,23 @@ def live_samples(run: Run, step: int) -> list[Sample]:
     for text in texts:
         text.finish()
     return [Sample(text.prompt, text.more, text.ended) for text in texts]
+
+
+def accepted_lengths(run: Run, step: int, config: Acceptance) -> dict[str, float]:
+    """accept/<domain>/length after `step` steps: tokens a pass gives when the model writes with the drafts of all its MTP depths, each token the
+    likeliest, and the 95% interval over texts, _low and _high. Collective, as `live_samples`."""
+    (model,), depth = run.chunks, run.mtp_depths
+    speaker = Live(model, step, run.progress(step), run.data.tokenizer.vocab_size)
+    run.engine.settle()
+    metrics = {}
+    for domain in config.domains:
+        text = config.text(domain, run)
+        prompts = [ids[: max(1, size // 2)].tolist() for ids, size in zip(text.ids, text.sizes.tolist(), strict=True)]
+        counted = Rounds.none(len(prompts), depth)
+        for _ in generate(speaker, prompts, config.length_tokens, Sampling(0.0), depth=depth, acceptance=counted):
+            pass
+        tokens = (counted.rounds * torch.arange(1, depth + 2)).sum(1).numpy()
+        name = f"accept/{domain}/length"
+        metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = share_interval(tokens, counted.rounds.sum(1).numpy())
+    run.context.weights.clear()
+    return metrics

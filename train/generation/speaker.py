@@ -55,7 +55,7 @@ def open_speaker(checkpoint: Checkpoint, precision: str, weights: str = "stored"
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights} is none of {', '.join(WEIGHTS)}")
     stored = stored_recipe(checkpoint)
-    trained = read_recipe(on_one_rank(stored, stored["precision"]), 1)
+    trained = read_recipe(on_one_rank(stored, stored.get("precision", {})), 1)
     recipe = read_recipe(on_one_rank(stored, {"compute": precision, "default": precision}), 1)
     tokenizer = run_tokenizer(recipe, run_dir_of(checkpoint) / "tokenizer")
     layout = groups.initialize(recipe.parallel, recipe.run.seed)

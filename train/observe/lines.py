@@ -68,8 +68,13 @@ def acceptance_texts(metrics: Metrics) -> list[str]:
     """`drafts accepted: novels 62% 41%, code ...`, a depth after the other; nothing where none were measured."""
     shares: dict[str, list[str]] = {}
     for key, value in metrics.items():
-        if key.startswith("accept/") and key.rpartition("/")[2].removeprefix("depth_").isdigit():
-            shares.setdefault(key.split("/")[1], []).append(f"{value:.0%}")
+        if not key.startswith("accept/"):
+            continue
+        _, domain, what = key.split("/")
+        if what.removeprefix("depth_").isdigit():
+            shares.setdefault(domain, []).append(f"{value:.0%}")
+        elif what == "length":
+            shares.setdefault(domain, []).append(f"({value:.2f} tokens a pass)")
     return ["drafts accepted: " + ", ".join(f"{domain} {' '.join(each)}" for domain, each in shares.items())] if shares else []
 
 

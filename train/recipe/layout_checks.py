@@ -10,6 +10,7 @@ from model.mixer import MIXERS
 from model.stages import check_parts
 from parallel.layout import ParallelConfig
 from parallel.misfit import Misfit
+from train.evaluation.acceptance import Acceptance
 from train.recipe.microbatch import automatic_sizes, check_micro_batch_size
 from train.recipe.tree import Recipe
 
@@ -104,16 +105,17 @@ def _batch(recipe: Recipe, ranks: int) -> None:
 
 def _validate_samples(recipe: Recipe) -> None:
     """Texts are made by ranks that hold whole layers and whole sequences."""
-    if not recipe.monitor.samples.every:
+    samples, acceptance = recipe.monitor.samples, recipe.evaluation.chosen().get("acceptance")
+    if samples.every:
+        key = f"monitor.samples.every={samples.every}"
+    elif isinstance(acceptance, Acceptance) and acceptance.length_every:
+        key = f"evaluation.acceptance.length_every={acceptance.length_every}"
+    else:
         return
-    for key in ("tensor", "pipeline", "context"):
-        if (size := getattr(recipe.parallel, key)) > 1:
-            raise ValueError(
-                f"monitor.samples.every={recipe.monitor.samples.every} asks for texts, which a model split by parallel.{key}={size} cannot make "
-                "while it is trained: set it to 0 and make texts of checkpoints with python -m train.generate, or divide data and experts alone"
-            )
-    if recipe.parallel.zero_stage == 3:
+    split = [name for name in ("tensor", "pipeline", "context") if getattr(recipe.parallel, name) > 1]
+    split += ["zero_stage"] if recipe.parallel.zero_stage == 3 else []
+    if split:
         raise ValueError(
-            f"monitor.samples.every={recipe.monitor.samples.every} asks for texts, which a model split by parallel.zero_stage=3 cannot make while it "
-            "is trained: set it to 0 and make texts of checkpoints with python -m train.generate, or use a lower stage"
+            f"{key} asks for texts, which a model split by parallel.{split[0]}={getattr(recipe.parallel, split[0])} cannot make while it is "
+            "trained: set it to 0 and make texts of checkpoints with python -m train.generate, or divide data and experts alone"
         )
