@@ -8,19 +8,19 @@ from typing import Literal
 class TokenizerConfig:
     """The recipe's `data.tokenizer` group."""
 
-    kind: Literal["bytes", "file", "bpe"] = "bytes"
+    kind: Literal["bytes", "file", "bpe", "numbers"] = "bytes"
     """bytes: 257 ids, 256 bytes and end of document; file: a Hugging Face tokenizer.json; bpe: byte-level merges trained on the sources of the
-    first phase."""
+    first phase; numbers: ids written as decimal numbers with spaces between, for tasks that have no text, 0 ends a document."""
     path: str | None = None
     """Of the tokenizer.json of kind file."""
     vocab_size: int | None = None
-    """Ids of kind bpe, at least 258."""
+    """Ids of kind bpe, at least 258, or of kind numbers."""
     end_of_document: str = "<|endoftext|>"
     """The token of kind file that ends a document."""
 
     def known_vocab_size(self) -> int | None:
         """Number of ids where it is known without opening a file."""
-        return 257 if self.kind == "bytes" else self.vocab_size if self.kind == "bpe" else None
+        return 257 if self.kind == "bytes" else self.vocab_size if self.kind in ("bpe", "numbers") else None
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class SourceConfig:
 
     path: str
     """A text file (.txt, .md, .py, ...), .jsonl, either of them .gz or .zst, a directory, a glob, a prefix of Megatron's .bin/.idx pair,
-    corpus:austen or corpus:jargon (shipped), or stdlib (the running Python's standard library)."""
+    corpus:austen or corpus:jargon (shipped), stdlib (the running Python's standard library), or a task whose sequences are
+    computed: mqar:LENGTHxPAIRS (see `data.mqar`), or ruler:niah_single_1 and others (see `data.needle`)."""
     weight: float = 1.0
     """Share of the blend, relative to the other sources."""
     text_key: str = "text"
@@ -74,6 +75,10 @@ class DataConfig:
             raise ValueError(
                 f"data.tokenizer.vocab_size={tokenizer.vocab_size} is too small: a byte-level BPE needs at least 258 (256 bytes, end of "
                 "document, one merge)"
+            )
+        if tokenizer.kind == "numbers" and (tokenizer.vocab_size is None or tokenizer.vocab_size < 2):
+            raise ValueError(
+                f"data.tokenizer.vocab_size={tokenizer.vocab_size} is too small: data.tokenizer.kind=numbers needs the number of ids, 2 or more"
             )
         if not self.phases:
             raise ValueError("data.phases is empty: give at least one phase with a blend, or choose a group such as data=austen")

@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data import indexed
+from data.batch import Sample
 from data.cache import cached
 from data.config import DataConfig, SourceConfig
 from data.documents import DataError, documents_of, fingerprint
@@ -44,6 +46,26 @@ class Source:
     validation: Stream | None
     validation_bytes: int | None
     given: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of training."""
+        return len(self.train)
+
+    def windows(self, length: int, *, reset: bool) -> int:
+        """Samples of `length` tokens, each with the target behind its last."""
+        return (len(self.train) - 1) // length
+
+    def sample(self, window: int, length: int, *, reset: bool) -> Sample:
+        """Window `window`. reset: documents are kept apart, and a target in another document than its token does not count."""
+        self.train.check()
+        ids = self.train.read(window * length, length + 1).astype(np.int64)
+        documents = self.train.ordinals(window * length, length + 1) if reset else np.zeros(length + 1, dtype=np.int32)
+        return Sample(ids[:-1], ids[1:], documents[1:] == documents[:-1], documents[:-1])
+
+    def where(self, window: int, length: int) -> dict[str, Any]:
+        """For a person."""
+        return {"source": self.path, "window": window, "documents": list(self.train.documents(window * length, length + 1))}
 
 
 class Progress:

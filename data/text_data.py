@@ -8,26 +8,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.batch import Batch
+from data.batch import Batch, Sample
 from data.config import DataConfig, SourceConfig
 from data.documents import DataError
+from data.generated import Generated, is_generated, open_generated
 from data.ngram import CountBaselines, count_baselines
 from data.order import UNIT, Order, Phase
 from data.source import Source, open_source, texts_key, texts_of
 from data.tokenizer import Tokenizer, open_tokenizer
 from data.validation import Validation, ValidationBatches
 
+AnySource = Source | Generated
+
 BASELINE_LIMIT = 20_000_000  # tokens a count model is fitted on at most; beyond that it takes long and says little
 
 
 class TextData:
-    """Sample i is `sequence_length` + 1 consecutive tokens of one source (see `data.order`).
+    """Sample i is a window of one source (see `data.order`): of a text `sequence_length` + 1 consecutive tokens.
 
-    tokenizer, sources, sequence_length: as opened. order: which window of which source a sample is.
+    tokenizer, sources, sequence_length, seed: as opened. order: which window of which source a sample is.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: Sequence[Source], sequence_length: int, seed: int):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: Sequence[AnySource], sequence_length: int, seed: int):
         self.config, self.tokenizer, self.sources, self.sequence_length = config, tokenizer, tuple(sources), sequence_length
+        self.seed = seed
         keys = [(source.path, source.text_key) for source in _sources(config)]
         phases = []
         for index, phase in enumerate(config.phases):
@@ -40,11 +44,11 @@ class TextData:
                     raise DataError(
                         f"data.phases[{index}]: the weight {weight} of {path!r} is below 1 in {UNIT:,} of its blend: raise it, or set 0"
                     )
-        windows = [(len(source.train) - 1) // sequence_length for source in sources]
+        windows = [source.windows(sequence_length, reset=config.reset_at_document) for source in sources]
         for place, (source, count) in enumerate(zip(sources, windows, strict=True)):
             if count < 1 and any(phase.weights[place] for phase in phases):
                 raise DataError(
-                    f"data source {source.path!r} has {len(source.train)} training tokens, fewer than one sequence of "
+                    f"data source {source.path!r} has {source.tokens} training tokens, fewer than one sequence of "
                     f"train.sequence_length={sequence_length} and its last target: add text, or shorten sequences"
                 )
         self.order = Order(phases, windows, seed)
@@ -60,25 +64,22 @@ class TextData:
         """The batch of these global sample indices. Raises DataError beyond the last phase, and for ids the tokenizer does not have."""
         length, reset = self.sequence_length, self.config.reset_at_document
         short = self.config.alternate_length if step % 2 else None
-        rows = np.empty((len(samples), length + 1), dtype=np.int64)
-        documents = np.zeros(rows.shape, dtype=np.int32)
-        for row, index in enumerate(samples):
+        rows = []
+        for index in samples:
             place, window = self.order(index)
-            source = self.sources[place]
-            source.train.check()
-            rows[row] = source.train.read(window * length, length + 1)
-            if reset:
-                documents[row] = source.train.ordinals(window * length, length + 1)
-            self._check_ids(source, rows[row], index)
-        mask = documents[:, 1:] == documents[:, :-1]
+            rows.append(self.sources[place].sample(window, length, reset=reset))
+            self._check_ids(self.sources[place], rows[-1], index)
+        tokens, labels, counts, documents = (
+            np.stack([getattr(row, name) for row in rows]) for name in ("tokens", "labels", "counts", "documents")
+        )
         if short is not None:
             # As whole sequences, pieces know their last target: the mask is that of the documents.
-            documents += np.arange(length + 1, dtype=np.int32) // short
+            documents += np.arange(length, dtype=np.int32) // short
         return Batch(
-            tokens=torch.from_numpy(rows[:, :-1].copy()),
-            labels=torch.from_numpy(rows[:, 1:].copy()),
-            loss_mask=torch.from_numpy(mask),
-            documents=torch.from_numpy(documents[:, :-1].copy()),
+            tokens=torch.from_numpy(tokens),
+            labels=torch.from_numpy(labels),
+            loss_mask=torch.from_numpy(counts),
+            documents=torch.from_numpy(documents),
             reset=reset or short is not None,
             sample=torch.tensor(samples, dtype=torch.int64),
             step=step,
@@ -87,11 +88,10 @@ class TextData:
     def where(self, index: int) -> dict[str, Any]:
         """Where sample `index` comes from, for a person: its source, its window there, its first and last training document by number."""
         place, window = self.order(index)
-        source, length = self.sources[place], self.sequence_length
-        documents = source.train.documents(window * length, length + 1)
-        return {"sample": index, "source": source.path, "window": window, "documents": list(documents)}
+        return {"sample": index, **self.sources[place].where(window, self.sequence_length)}
 
-    def _check_ids(self, source: Source, ids: np.ndarray, index: int) -> None:
+    def _check_ids(self, source: AnySource, row: Sample, index: int) -> None:
+        ids = np.append(row.tokens, row.labels[-1])
         wrong = ids[(ids < 0) | (ids >= self.tokenizer.vocab_size)]
         if wrong.size:
             remedy = "use the tokenizer it was prepared with" if source.given else f"remove its tokens in data.cache={self.config.cache}"
@@ -105,9 +105,14 @@ class TextData:
         return ValidationBatches(self.validation, batch_size, self.config.reset_at_document)
 
     @property
+    def texts(self) -> list[Source]:
+        """The sources that are text."""
+        return [source for source in self.sources if isinstance(source, Source)]
+
+    @property
     def training_tokens(self) -> dict[str, int]:
-        """Of each source, end-of-document ids included."""
-        return {source.path: len(source.train) for source in self.sources}
+        """Of each source that is text, end-of-document ids included."""
+        return {source.path: len(source.train) for source in self.texts}
 
     @property
     def validation_tokens(self) -> int:
@@ -130,7 +135,7 @@ class TextData:
         text is too long for a yardstick."""
         if not self.validation.tokens or sum(self.training_tokens.values()) > BASELINE_LIMIT:
             return None
-        text = np.concatenate([source.train.read(0, len(source.train)).astype(np.int64) for source in self.sources])
+        text = np.concatenate([source.train.read(0, len(source.train)).astype(np.int64) for source in self.texts])
         return count_baselines(text, self.validation.documents(), self.tokenizer.vocab_size, self.tokenizer.end_of_document)
 
     def describe(self) -> list[str]:
@@ -140,7 +145,7 @@ class TextData:
             total = sum(source.weight for source in phase.blend)
             blend = ", ".join(f"{source.weight / total:.0%} {source.path}" for source in phase.blend)
             lines.append(f"data phase {index + 1}: {blend}" + (f", {phase.tokens:,} tokens" if phase.tokens else ""))
-        sizes = ", ".join(f"{path} {tokens:,}" for path, tokens in self.training_tokens.items())
+        sizes = ", ".join(f"{source.path} {'without end' if source.tokens is None else f'{source.tokens:,}'}" for source in self.sources)
         lines.append(f"data: training tokens {sizes}; validation tokens {self.validation_tokens:,} ({self.config.validation})")
         lines.append(
             f"tokenizer: {self.config.tokenizer.kind}, {self.tokenizer.vocab_size:,} ids, end of document {self.tokenizer.end_of_document}"
@@ -160,9 +165,12 @@ def _sources(config: DataConfig) -> list[SourceConfig]:
 def open_data(config: DataConfig, *, sequence_length: int, seed: int) -> TextData:
     """Opens tokenizer and sources, tokenising what is not in the cache. Raises DataError (a ValueError) in one sentence."""
     config.validate()
-    blend = config.phases[0].blend
+    blend = tuple(source for source in config.phases[0].blend if not is_generated(source.path))
     key = texts_key(blend, config, seed) if config.tokenizer.kind == "bpe" else ""
     cache = Path(config.cache).expanduser()
     tokenizer = open_tokenizer(config.tokenizer, cache, lambda: texts_of(blend, config, seed), key)
-    sources = [open_source(config, source, tokenizer, seed) for source in _sources(config)]
+    sources = [
+        open_generated(source.path, tokenizer, seed) if is_generated(source.path) else open_source(config, source, tokenizer, seed)
+        for source in _sources(config)
+    ]
     return TextData(config, tokenizer, sources, sequence_length, seed)

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, any Hugging Face tokenizer.json, or a byte-level BPE trained on the sources.
+"""Tokenizers: bytes, any Hugging Face tokenizer.json, a byte-level BPE trained on the sources, or plain numbers.
 
 Special tokens are ids nobody can type: text that happens to spell `<|endoftext|>` is encoded like any other text. The one special id that
 data know is the end of a document, appended to every training document and named explicitly.
@@ -113,17 +113,21 @@ class FileTokenizer:
             raise DataError(
                 f"data.tokenizer.end_of_document={end_of_document!r} is no token of {path}: name the one that ends a document there"
             )
-        self._saved = raw
-        self.tokenizer.encode_special_tokens = True
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.name, self.end_of_document = end_of_document, int(found)
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())  # ids may have gaps
+        self._use(self.tokenizer, raw, end_of_document, int(found))
         if self.vocab_size > LARGEST_VOCABULARY:
             raise DataError(
                 f"data.tokenizer.path={str(path)!r} has ids up to {self.vocab_size - 1:,}, which no embedding holds: number them from 0"
             )
-        self.key = f"{hashlib.sha256(raw).hexdigest()[:16]}-{found}"
+
+    def _use(self, tokenizer: tokenizers.Tokenizer, raw: bytes, name: str, end: int) -> None:
+        """raw: the tokenizer.json. name, end: of the token that ends a document."""
+        self.tokenizer, self._saved = tokenizer, raw
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.name, self.end_of_document = name, end
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())  # ids may have gaps
+        self.key = f"{hashlib.sha256(raw).hexdigest()[:16]}-{end}"
         self._dtype = token_dtype(self.vocab_size)
 
     def encode(self, text: bytes | str) -> np.ndarray:
@@ -150,6 +154,16 @@ class FileTokenizer:
 
     def save(self, directory: str | Path) -> None:
         _save(tokenizers.Tokenizer.from_buffer(self._saved), directory, self.name)
+
+
+class NumberTokenizer(FileTokenizer):
+    """Ids are written as decimal numbers with spaces between them; 0 ends a document. For tasks that have no text."""
+
+    def __init__(self, vocab_size: int):
+        words = {str(number): number for number in range(vocab_size)}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(words))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        self._use(tokenizer, tokenizer.to_str().encode(), "0", 0)
 
 
 def _is_the_librarys(error: BaseException) -> bool:
@@ -180,8 +194,10 @@ def open_tokenizer(config: TokenizerConfig, cache: Path, texts: Callable[[], Ite
             raise DataError("data.tokenizer.path is missing: data.tokenizer.kind=file needs the path of a tokenizer.json")
         return FileTokenizer(Path(config.path).expanduser(), config.end_of_document)
     if not config.vocab_size:
-        raise DataError("data.tokenizer.vocab_size is missing: data.tokenizer.kind=bpe needs the number of ids to train")
+        raise DataError(f"data.tokenizer.vocab_size is missing: data.tokenizer.kind={config.kind} needs the number of ids")
     vocab_size = config.vocab_size
+    if config.kind == "numbers":
+        return NumberTokenizer(vocab_size)
 
     def build(directory: Path) -> None:
         train_bpe(texts(), vocab_size, config.end_of_document).save(str(directory / "tokenizer.json"))

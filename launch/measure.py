@@ -16,6 +16,7 @@ import torch
 
 from data.config import DataConfig
 from data.documents import DataError, files_of
+from data.generated import is_generated
 from data.indexed import prefix_of
 from train.recipe.load import RECIPES
 
@@ -115,6 +116,8 @@ def unreadable(config: DataConfig) -> str:
     """Why some file of the recipe's data cannot be read from here; empty: all can."""
     for phase in config.phases:
         for source in phase.blend:
+            if is_generated(source.path):
+                continue
             try:
                 prefix = prefix_of(source.path)
                 files = files_of(source.path) if prefix is None else [prefix.with_name(prefix.name + end) for end in (".bin", ".idx")]

@@ -71,7 +71,8 @@ class Attention(nn.Module):
             if microbatch.cache is None:
                 out = causal_attention(query, key, value, microbatch.bounds)
             else:
-                out = cached_attention(query, key, value, microbatch.cache.of(self, self._no_tokens(key)), microbatch.cache.lengths)
+                held = microbatch.cache.of(self, self._no_tokens(key))
+                out = cached_attention(query, key, value, held, microbatch.cache.lengths, singly=microbatch.singly)
         return self.o_proj(out.flatten(2), microbatch)
 
     def _no_tokens(self, key: Tensor) -> Callable[[], KeysValues]:
@@ -94,8 +95,8 @@ register_mixer(
         products=products,
         engine=lambda sizes: {"attention_heads": sizes.attention_heads},
         hugging_face=HuggingFace(
-            "full_attention",
-            aliases=("attention",),
+            "attention",
+            aliases=("full_attention",),
             keys={"num_attention_heads": "attention_heads", "num_key_value_heads": "key_value_heads", "head_dim": "head_dim"},
             constants={"attention_bias": False},
         ),

@@ -42,8 +42,10 @@ class Microbatch:
     inside the sample; reset: no state crosses documents. positions: int64 [sequence], of the tokens in their sample; first: of the first one.
     sequence_length: of the whole samples; whole_documents: int32 [batch, sequence_length], of all their tokens. sample: int64 [batch], global
     sample indices. step: optimizer steps done; progress: the fraction of the run that is done. depth: of multi-token prediction, for which a
-    module is called now (0: none). bounds: of the documents; None unless reset, and where ranks split sequences. cache: of the tokens before these,
-    where a text is made; then reset is False.
+    module is called now (0: none). wrong: wrong predictions are counted instead of losses. choose_from: every head names the likeliest of so many
+    ids instead (0: losses). bounds: of the documents; None unless reset, and where ranks split sequences. targets: of each depth, the rows of a
+    flattened [sequence, batch] whose target counts, int64 [any]; None: whoever wants them finds them, which waits for a GPU. cache: of the tokens
+    before these, where a text is made; then reset is False.
     """
 
     tokens: Tensor
@@ -59,7 +61,10 @@ class Microbatch:
     progress: float = 0.0
     depth: int = 0
     first: int = 0
+    choose_from: int = 0
+    wrong: bool = False
     bounds: Bounds | None = None
+    targets: tuple[Tensor, ...] | None = None
     cache: Cache | None = None
 
     @classmethod
@@ -106,7 +111,13 @@ class Microbatch:
         """The same on a device."""
         moved = {each.name: getattr(self, each.name) for each in fields(self)}
         moved = {name: value.to(device, non_blocking=True) for name, value in moved.items() if isinstance(value, Tensor | Bounds)}
+        if self.targets is not None:
+            moved["targets"] = tuple(rows.to(device, non_blocking=True) for rows in self.targets)
         return replace(self, **moved)
+
+    def with_targets(self) -> Self:
+        """The same that knows `targets`; to be asked on the host."""
+        return replace(self, targets=tuple(mask.T.flatten().nonzero().flatten() for mask in self.loss_mask))
 
     @classmethod
     def following(cls, tokens: Tensor, cache: Cache, sample: Tensor, *, step: int, progress: float) -> Self:
@@ -127,6 +138,11 @@ class Microbatch:
             progress=progress,
             cache=cache,
         )
+
+    @property
+    def singly(self) -> bool:
+        """Whether every token is to be computed as if it came alone: see `Cache`."""
+        return self.cache is not None and self.cache.singly
 
     def part(self, rank: int, size: int) -> Self:
         """What rank `rank` of `size` ranks that split sequences works on: consecutive tokens, as many on each."""

@@ -39,6 +39,10 @@ class ModelConfig:
     """Added to the mean square inside every RMSNorm."""
     init_std: float = 0.02
     """Standard deviation of initial weights; projections back to the residual stream start smaller by sqrt(2 layers)."""
+    tied_embeddings: bool = False
+    """The head's weight is the embedding's."""
+    head_at_targets: bool = False
+    """The head and its loss are computed only where a target counts, which is much quicker where few do; not with parallel.tensor above 1."""
     mtp_shared: bool = True
     """All MTP depths are one block, applied again."""
     mtp_loss_scale: float = 0.3

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from model import init
 from model.context import ModelContext
 from model.parameter import sharded_parameter
 from model.precision.linear import leave_in_main_grad
+from parallel.layout import Layout
 from parallel.shards import Section, split_sections
 
 
@@ -74,3 +76,22 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor) -> Tenso
     """
     losses = vocab_parallel_cross_entropy(logits.float(), labels.T.contiguous())
     return (losses * valid.T).sum()
+
+
+def likeliest(logits: Tensor, ids: int, layout: Layout) -> Tensor:
+    """The likeliest of the ids below `ids`, the lowest of several: int64 [batch, sequence], the same on every rank of the tensor group.
+
+    logits: [sequence, batch, vocabulary / tensor]. Collective.
+    """
+    first = layout.tensor_rank * logits.shape[-1]
+    beyond = torch.arange(first, first + logits.shape[-1], device=logits.device) >= ids
+    best, chosen = logits.float().masked_fill(beyond, -torch.inf).max(-1)
+    chosen = chosen + first
+    if layout.tensor_size > 1:
+        offers = [torch.empty_like(best) for _ in range(layout.tensor_size)]
+        named = [torch.empty_like(chosen) for _ in range(layout.tensor_size)]
+        dist.all_gather(offers, best.contiguous(), group=layout.groups.tp)
+        dist.all_gather(named, chosen.contiguous(), group=layout.groups.tp)
+        rank = torch.stack(offers).argmax(0, keepdim=True)  # the first of several
+        chosen = torch.stack(named).gather(0, rank).squeeze(0)
+    return chosen.T

@@ -17,7 +17,7 @@ from model.batch import Microbatch
 from model.context import LinearUse, ModelContext
 from model.parameter import sharded_parameter
 from model.precision.linear import linear
-from model.precision.site import Site
+from model.precision.site import Site, TokenKeys
 from parallel.shards import Piece, Section, Spread, split_sections
 
 Mode = Literal["column", "row", "replicated"]
@@ -77,8 +77,9 @@ class Linear(nn.Module):
         """The weight, [N, K], and what the numerics know of it."""
         return [(self.site, self.weight)]
 
-    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
-        """x [sequence, batch, in] -> [sequence, batch, out]; which dimension is local depends on the mode."""
+    def forward(self, x: Tensor, microbatch: Microbatch, keys: TokenKeys | None = None) -> Tensor:
+        """x [sequence, batch, in] -> [sequence, batch, out]; which dimension is local depends on the mode. keys: which tokens of the microbatch
+        the rows of x are; None: all."""
         layout = self.context.layout
         if self.mode == "column" and layout.tensor_size > 1:
             if layout.sequence_parallel:
@@ -91,9 +92,10 @@ class Linear(nn.Module):
             self.weight,
             self.context.policy.formats(self.name, microbatch.progress),
             self.site,
-            microbatch.keys(positions),
+            microbatch.keys(positions) if keys is None else keys,
             microbatch.step,
             self.out_dtype,
+            singly=microbatch.singly,
         )
         if self.mode == "row" and layout.tensor_size > 1:
             if layout.sequence_parallel:

@@ -1,5 +1,6 @@
 """Mamba-2 mixer: input projection, short causal convolution, state-space recurrence, gated norm, output projection."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,12 @@ from model.batch import Microbatch
 from model.cache import MambaState
 from model.context import ModelContext
 from model.convolution import causal_convolution
+from model.elementwise import evenly
 from model.linear import Linear
 from model.mixer import NOT_GIVEN, Dimension, HuggingFace, Mixer, Needed, Products, Sizes, register_mixer
 from model.norm import gated_group_norm
 from model.parameter import output_std, sharded_parameter
-from model.ssd import ssd, ssd_flops
+from model.ssd import ssd, ssd_flops, stepped
 from parallel.context import Scan, halo, to_heads, to_tokens
 from parallel.layout import ParallelConfig
 from parallel.misfit import Misfit
@@ -139,7 +141,10 @@ class MambaMixer(nn.Module):
         if microbatch.cache is not None:
             rows = self.conv_weight.shape[-1] - 1
             state = microbatch.cache.of(self, lambda: MambaState(convolved.new_zeros(rows, *convolved.shape[1:])))
-            return self._recur(convolved, dt, weights, self.groups, None, state.shift(convolved), None, state)
+            rows_before = state.shift(convolved)
+            if microbatch.cache.revocable:
+                return self._step(convolved, dt, rows_before, state)
+            return self._recur(convolved, dt, weights, self.groups, None, rows_before, None, state)
         if self.layout.context_size == 1:
             return self._recur(convolved, dt, weights, self.groups, documents)
         group, rows = self.layout.groups.cp, self.conv_weight.shape[-1] - 1
@@ -189,12 +194,7 @@ class MambaMixer(nn.Module):
         if documents is not None and preceding is not None and before is not None:
             seen = torch.cat((preceding, documents), dim=1)
         out = causal_convolution(convolved, conv_weight, conv_bias, seen, before)
-        heads, shared = dt.shape[-1], groups * self.shared // self.groups
-        inner = out.shape[-1] - 2 * shared
-        x, b, c = (
-            part.transpose(0, 1).unflatten(-1, (count, -1))
-            for part, count in zip(out.split((inner, shared, shared), dim=-1), (heads, groups, groups), strict=True)
-        )
+        x, b, c = self._parts(out, dt.shape[-1], groups)
         y = ssd(
             x,
             nn.functional.softplus(dt.float() + dt_bias.float()).transpose(0, 1),
@@ -207,6 +207,26 @@ class MambaMixer(nn.Module):
             scan=scan,
             preceding=None if preceding is None else preceding[:, -1],
         )
+        return y.transpose(0, 1).flatten(2).to(convolved.dtype)
+
+    def _parts(self, convolved: Tensor, heads: int, groups: int) -> Iterator[Tensor]:
+        """x, B and C, each [batch, sequence, heads or groups, features]."""
+        shared = groups * self.shared // self.groups
+        sizes = (convolved.shape[-1] - 2 * shared, shared, shared)
+        for part, count in zip(convolved.split(sizes, dim=-1), (heads, groups, groups), strict=True):
+            yield part.transpose(0, 1).unflatten(-1, (count, -1))
+
+    def _step(self, convolved: Tensor, dt: Tensor, before: Tensor, state: MambaState) -> Tensor:
+        """`_recur` of a few tokens one after another, of which the state keeps what each leaves. before: rows of x | B | C right before these."""
+        taps = self.conv_weight[:, 0].float().T  # [width, channels]
+        windows = torch.cat((before, convolved)).float().unfold(0, len(taps), 1)  # [sequence, batch, channels, width]
+        out = self.conv_bias.float()
+        for window, tap in zip(windows.unbind(-1), taps, strict=True):
+            out = torch.addcmul(out, window, tap)
+        x, b, c = self._parts(evenly(nn.functional.silu, out), self.heads, self.groups)
+        dt = evenly(nn.functional.softplus, dt.float() + self.dt_bias.float()).transpose(0, 1)
+        y, states = stepped(x, dt, -torch.exp(self.A_log.float()), b, c, self.D.float(), state.state)
+        state.leave(states)
         return y.transpose(0, 1).flatten(2).to(convolved.dtype)
 
 
@@ -228,13 +248,14 @@ register_mixer(
         dimensions=(Dimension("mamba_heads", ("tensor",)), Dimension("mamba_groups", ("tensor",))),
         products=products,
         hugging_face=HuggingFace(
-            "linear_attention",
-            aliases=("mamba",),
+            "mamba",
+            aliases=("linear_attention",),
             keys={
                 "mamba_num_heads": "mamba_heads",
                 "mamba_head_dim": "mamba_head_dim",
                 "ssm_state_size": "mamba_state_size",
                 "n_groups": "mamba_groups",
+                "mamba_n_groups": "mamba_groups",
                 "conv_kernel": "mamba_conv_width",
                 "chunk_size": "mamba_chunk_size",
             },

@@ -68,7 +68,7 @@ class Products:
 @dataclass(frozen=True)
 class HuggingFace:
     """How a NemotronH config.json says it. layer_type: in layers_block_type; aliases: other names of the same, read and never written.
-    keys: theirs -> ours. constants: what config.json must say of this mixer, which has no choice there."""
+    keys: theirs -> ours, of which several may be one of ours. constants: what config.json must say of this mixer, which has no choice there."""
 
     layer_type: str
     aliases: tuple[str, ...] = ()

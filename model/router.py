@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from model.batch import Microbatch
 from model.context import ModelContext
+from model.elementwise import even_rows
 from model.linear import Linear
 from parallel.shards import set_pieces, whole
 
@@ -52,13 +53,14 @@ class Router(nn.Module):
     def forward(self, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         """x [sequence, batch, hidden] -> weights fp32 and choices bool, both [sequence * batch, experts]."""
         logits = self.gate(x, microbatch)
+        rows = logits.flatten(0, 1)
+        if microbatch.singly:
+            rows = nn.functional.pad(rows, (0, 0, 0, even_rows(len(rows), self.experts) - len(rows)))
         weights, chosen = topk_routing_with_score_function(
-            logits.flatten(0, 1),
-            self.top_k,
-            scaling_factor=self.scaling_factor,
-            score_function="sigmoid",
-            expert_bias=self.bias,
+            rows, self.top_k, scaling_factor=self.scaling_factor, score_function="sigmoid", expert_bias=self.bias
         )
+        if microbatch.singly:
+            weights, chosen = (each[: logits.shape[0] * logits.shape[1]] for each in (weights, chosen))
         if torch.is_grad_enabled() and self.training:
             once = not self.context.recompute.repeating
             if once:

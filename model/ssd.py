@@ -279,6 +279,28 @@ class _Chunked(torch.autograd.Function):
         )
 
 
+def stepped(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """A few tokens one after another, for text that is made: y as `ssd` gives it, and the states before these tokens and behind each of them, fp32
+    [batch, groups, N, r, P]. Arguments as there, fp32; state: before these tokens, None at the beginning.
+
+    Each token is computed as if it came alone: its products have the same shapes however many tokens there are.
+    """
+    batch, tokens, heads, width = x.shape
+    groups = b.shape[2]
+    decay = (dt.double() * a.double()).exp().to(x.dtype).unflatten(-1, (groups, -1))  # [batch, tokens, groups, r]
+    u = (x * dt.unsqueeze(-1)).unflatten(2, (groups, -1))
+    added = b[..., None, None] * u.unsqueeze(3)  # [batch, tokens, groups, N, r, P]
+    if state is None:
+        state = torch.zeros_like(added[:, 0])
+    states, outputs = [state], []
+    for t in range(tokens):
+        state = torch.addcmul(added[:, t], state, decay[:, t, :, None, :, None])
+        states.append(state)
+        outputs.append(c[:, t].unsqueeze(2).contiguous() @ state.flatten(3))  # [batch, groups, 1, r * P]
+    y = torch.stack(outputs, dim=1).view(batch, tokens, heads, width)
+    return torch.addcmul(y, x, d.unsqueeze(-1)), states
+
+
 def recurrence(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, documents: Tensor | None = None) -> Tensor:
     """The definition, one token after another, in the dtype of its arguments (fp64 for a reference)."""
     batch, length, heads, width = x.shape

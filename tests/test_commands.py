@@ -27,7 +27,10 @@ EXPORT = "python -m train.export checkpoint=runs/first to=exported"
 BRANCH = "python -m train.branch checkpoint=runs/x precision=bf16 run.dir=runs/bf16"
 BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
 SUBMIT = "python -m launch.slurm -cn nemotron3_super cluster=b200"
+QUESTIONS = "python -m data.questions to=runs/tasks"
 SWEEP = "python -m train -cn nvfp4_gap -m"
+DRAFTS = "python -m experiments.acceptance"
+RECALL = "python -m experiments.retrieval"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,18 @@ WAYS: dict[str, Way] = {
     "torchrun --nproc-per-node 2 -m train -cn tiny parallel.context=2 parallel.context_mamba=all_to_all": Way(
         f"{QUICK} run.dir=runs/heads", makes=("runs/heads/finished.json",), says="context 2", slow=True
     ),
+    "python -m train -cn tiny evaluation.evaluators=[validation,acceptance]": Way(
+        f"{QUICK} run.dir=runs/acceptance", makes=("runs/acceptance/finished.json",), says="drafts accepted: novels", slow=True
+    ),
+    "python -m train -cn tiny_mtp checkpoint.initialize_from=runs/tiny": Way(
+        f"{QUICK} run.dir=runs/mtp", copies=("runs/tiny",), makes=("runs/mtp/finished.json",), says="drafts accepted: novels", slow=True
+    ),
+    "python -m train.branch checkpoint=runs/tiny/checkpoints/step-00000240 train.only=mtp": Way(
+        "checkpoint=runs/x/checkpoints/step-00000002 train.steps=3 run.dir=runs/mtp-branch",
+        copies=("runs/x",),
+        makes=("runs/mtp-branch/finished.json",),
+        slow=True,
+    ),
     "python -m train -cn tiny data.alternate_length=32": Way(
         f"{QUICK} run.dir=runs/alternate", makes=("runs/alternate/finished.json",), slow=True
     ),
@@ -83,6 +98,10 @@ WAYS: dict[str, Way] = {
     f"{SUBMIT} cluster.nodes=8 submit=false": Way(makes=("runs/nemotron3_super/slurm.sh",), slow=True),
     f"{SUBMIT} cluster.nodes=8 --dry-run": Way(says="arguments=(-cn nemotron3_super cluster=b200 cluster.nodes=8)", slow=True),
     "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way("--dry-run run.seed=7,8", says="case $SLURM_ARRAY_TASK_ID in", slow=True),
+    QUESTIONS: Way(makes=("runs/tasks/austen_next.yaml",), says="austen_next (300 documents)"),
+    "python -m train.evaluate checkpoint=runs/first tasks=[austen_next] include=runs/tasks": Way(
+        "limit=2", after=(FIRST, QUESTIONS), says="|austen_next|", needs="lm_eval", slow=True
+    ),
     "python -m train.generate checkpoint=runs/first prompt='It is a truth' tokens=100 temperature=0.8": Way(
         "tokens=5", after=(FIRST,), says="It is a truth", slow=True
     ),
@@ -90,9 +109,24 @@ WAYS: dict[str, Way] = {
     "python -m launch.preflight -cn tiny cluster=cpu": Way("run.dir=runs/preflight", says="1 node, 1 rank fit", slow=True),
     "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
     SWEEP: Way(f"{QUICK} train.steps=20 precision=fp32,nvfp4 run.seed=1", says="2 jobs, 2 finished", slow=True),
+    DRAFTS: Way(
+        "\"overrides=['train.steps=2','train.sequence_length=64','run.seed=1','precision=nvfp4','model.mtp_shared=true','model.mtp_loss_scale=0.3']\"",
+        makes=("runs/acceptance-sweep/report/domains.png",),
+        says="heads trained on",
+        slow=True,
+    ),
+    "python -m experiments.acceptance train=false to=docs/acceptance": Way(
+        after=(DRAFTS,), makes=("docs/acceptance/training.png",), slow=True
+    ),
     "python -m experiments.nvfp4_gap": Way(after=(SWEEP,), makes=("runs/nvfp4_gap-sweep/report/gap.png",), slow=True),
     "python -m experiments.nvfp4_gap to=docs/nvfp4_gap": Way(after=(SWEEP,), makes=("docs/nvfp4_gap/gap.png",), slow=True),
     EXPORT: Way(after=(FIRST,), makes=("exported/config.json",), slow=True),
+    "python -m train.export checkpoint=runs/first to=served dtype=bf16 readers=[vllm,sglang]": Way(
+        after=(FIRST,), makes=("served/generation_config.json",), says="Read by transformers, vllm, sglang, megatron_bridge", slow=True
+    ),
+    "python -m train.export checkpoint=runs/first to=packed format=nvfp4": Way(
+        after=(FIRST,), makes=("packed/model.safetensors",), says="Read by vllm, sglang", slow=True
+    ),
     "python -m train.import_hf checkpoint=exported to=runs/imported": Way(after=(FIRST, EXPORT), makes=("runs/imported",), slow=True),
     BLEND: Way(QUICK, says="stop_after", slow=True),
     'python -m train -cn tiny run.dir=runs/blend \'data.phases=[{blend:[{path:"corpus:austen",weight:3},{path:"corpus:jargon",weight:1}]}]\' '
@@ -115,11 +149,25 @@ WAYS: dict[str, Way] = {
     ".venv/bin/python -m docs.nvfp4_pictures run=runs/tiny to=docs/nvfp4": Way(
         copies=("runs/tiny",), makes=("docs/nvfp4/block.png",), slow=True
     ),
+    "python -m train -cn needle": Way(
+        "train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.needle.examples=2",
+        says="needle/niah_multikey_1/6144",
+        slow=True,
+    ),
+    RECALL: Way("steps=4 arms=[attention-dense] rates=[1e-3]", makes=("runs/retrieval-sweep/report/rates.png",), slow=True),
+    "python -m experiments.retrieval train=false to=docs/retrieval": Way(after=(RECALL,), makes=("docs/retrieval/rates.png",), slow=True),
+    "python -m train -cn retrieval": Way(
+        "train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.mqar.examples=4", says="mqar/512x64", slow=True
+    ),
     "python -m model.precision.certify": Way(slow=True),
     "python -m model.precision.certify backend=transformer_engine to=certificate.json": Way("backend=reference", slow=True),
 }
 KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m train\.generate checkpoint=runs/tiny\b", Way("checkpoint=runs/first tokens=5", after=(FIRST,), slow=True)),
+    (
+        r"python -m train\.evaluate checkpoint=runs/tiny evaluators=",
+        Way("checkpoint=runs/first", after=(FIRST,), says="drafts accepted", slow=True),
+    ),
     (r"python -m train\.evaluate checkpoint=runs/first\b", Way(after=(FIRST,), says="nats per token", slow=True)),
     (
         r"python -m train\.checkpoints runs/first merge=",

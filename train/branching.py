@@ -186,7 +186,7 @@ def _label(overrides: Sequence[str]) -> str:
     words = []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if not key.startswith(UNNAMED):
+        if not key.startswith(UNNAMED) or key == "train.only":
             words.append(value if key in GROUPS else f"{key.rsplit('.', 1)[-1]}-{value}")
     return "__".join("".join(c if c.isalnum() or c in "._-" else "_" for c in word) for word in words) or "same"
 

@@ -112,4 +112,8 @@ def build_model(recipe: Recipe, layout: Layout) -> tuple[ModelContext, list[Hybr
         health=Health(recipe.monitor.quantization.modules),
     )
     parts = pipeline_parts(recipe.model, recipe.parallel, recipe.train.sequence_length)
-    return context, [HybridModel(context, part) for part in parts_of_stage(parts, layout.pipeline_size, layout.pipeline_rank)]
+    chunks = [HybridModel(context, part) for part in parts_of_stage(parts, layout.pipeline_size, layout.pipeline_rank)]
+    if recipe.train.only == "mtp":
+        for chunk in chunks:
+            chunk.freeze_trunk()
+    return context, chunks

@@ -1,6 +1,7 @@
-"""Evaluates a checkpoint with the evaluators of its recipe (`evaluation.evaluators`), or with tasks of the lm-evaluation-harness.
+"""Evaluates a checkpoint with the evaluators of its recipe (`evaluation.evaluators`), with others, or with tasks of the lm-evaluation-harness.
 
 python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoint of it
+python -m train.evaluate checkpoint=runs/tiny evaluators=[validation,acceptance]
 python -m train.evaluate checkpoint=runs/tiny tasks=[lambada_openai] batch=16 to=results.json
 python -m train.evaluate checkpoint=runs/tiny tasks=[my_task] include=my_tasks
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
             print(__doc__)
             return 0
         adopt()
-        values = key_values(arguments, ("checkpoint", "tasks", *OF_TASKS))
+        values = key_values(arguments, ("checkpoint", "evaluators", "tasks", *OF_TASKS))
         if not isinstance(values.get("checkpoint"), str):
             raise ValueError("checkpoint=... is missing: python -m train.evaluate checkpoint=runs/tiny")
         for key in OF_TASKS:
@@ -50,11 +51,13 @@ def main(arguments: Sequence[str]) -> int:
                 raise ValueError(
                     f"{key}={values[key]} is for tasks of the lm-evaluation-harness: give tasks=[...] with it, or leave it out"
                 )
+        if "tasks" in values and "evaluators" in values:
+            raise ValueError("tasks=... and evaluators=... are two ways to evaluate: give one of them")
         checkpoint = open_checkpoint(values["checkpoint"])
         if "tasks" in values:
             _harness(checkpoint, values)
         else:
-            _evaluators(checkpoint)
+            _evaluators(checkpoint, values.get("evaluators"))
     except (ValueError, OSError) as error:
         return refuse(str(error))
     finally:
@@ -62,12 +65,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _evaluators(checkpoint: Checkpoint) -> None:
-    run = build(read_recipe(stored_recipe(checkpoint), world_size()))
+def _evaluators(checkpoint: Checkpoint, others: Any) -> None:
+    recipe = dict(stored_recipe(checkpoint))
+    if others is not None:
+        recipe["evaluation"] = {**recipe.get("evaluation", {}), "evaluators": others}
+    run = build(read_recipe(recipe, world_size()))
     load_weights(checkpoint, run.chunks)
     metrics = measure(run, run.recipe.evaluation.chosen(), checkpoint.step)
     if run.layout.rank == 0:
-        print(f"{checkpoint.path}: " + (evaluation_text(metrics) or "no validation text"))
+        print(f"{checkpoint.path}: " + (evaluation_text(metrics) or "nothing was measured: there is no validation text"))
 
 
 def _harness(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:

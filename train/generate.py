@@ -5,8 +5,9 @@ python -m train.generate checkpoint=runs/tiny prompts=prompts.txt tokens=100 to=
 
 prompts: a file with a prompt a line. tokens: at most so many more (200). temperature (1): 0 takes the likeliest token. top_p (1): of the likeliest
 tokens, as few as have this probability together. stop: a text, or a list of them, at which one ends. precision: fp32 or bf16, by default bf16 on a
-GPU. weights: stored, or rounded, to the number formats in which the run multiplied them. to: a file that gets one JSON object a prompt. One prompt
-alone is printed as it grows.
+GPU. weights: stored, or rounded, to the number formats in which the run multiplied them. speculative.depth: tokens that multi-token prediction
+drafts for the model to check in one pass (0: none); the text stays the same. to: a file that gets one JSON object a prompt. One prompt alone is
+printed as it grows.
 """
 
 import json
@@ -22,13 +23,28 @@ from parallel import groups
 from parallel.layout import world_size
 from train.arguments import key_values
 from train.checkpoint.reader import open_checkpoint
+from train.generation.acceptance import Acceptance
+from train.generation.drafter import check_depth
 from train.generation.sampling import Sampling
 from train.generation.speaker import Speaker, open_speaker
 from train.generation.text import Text
 from train.generation.texts import generate
 from train.refusal import refuse
 
-KEYS = ("checkpoint", "prompt", "prompts", "tokens", "temperature", "top_p", "seed", "stop", "precision", "weights", "to")
+KEYS = (
+    "checkpoint",
+    "prompt",
+    "prompts",
+    "tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "precision",
+    "weights",
+    "to",
+    "speculative.depth",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,15 +71,20 @@ def main(arguments: Sequence[str]) -> int:
             to.touch()
         precision = _one(values, "precision", str, "bf16" if torch.cuda.is_available() else "fp32")
         speaker = open_speaker(open_checkpoint(path), precision, _one(values, "weights", str, "stored"))
+        depth = _one(values, "speculative.depth", int, 0)
+        check_depth(speaker, depth)
+        acceptance = Acceptance.none(len(prompts), depth)
         texts = [Text(speaker.tokenizer, prompt, stops) for prompt in prompts]
         start = time.perf_counter()
         if len(texts) == 1:
             print(texts[0].prompt, end="", flush=True)
-        for new in _made(speaker, texts, tokens, sampling):
+        for new in _made(speaker, texts, tokens, sampling, acceptance):
             if len(texts) == 1:
                 print(new, end="", flush=True)
         seconds = time.perf_counter() - start
         _tell(texts, seconds)
+        if depth:
+            print(f"[{acceptance}]", file=sys.stderr)
         if to is not None:
             _write(to, texts)
     except (ValueError, OSError) as error:
@@ -73,12 +94,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _made(speaker: Speaker, texts: Sequence[Text], tokens: int, sampling: Sampling) -> Iterator[str]:
+def _made(speaker: Speaker, texts: Sequence[Text], tokens: int, sampling: Sampling, acceptance: Acceptance) -> Iterator[str]:
     """What each token adds to a text, until all have ended."""
     end = speaker.tokenizer.end_of_document
     # A text without a beginning begins where a document does.
     prompts = [speaker.tokenizer.encode(text.prompt).tolist() or [end] for text in texts]
-    for chosen in generate(speaker, prompts, tokens, sampling, end=end):
+    for chosen in generate(speaker, prompts, tokens, sampling, end=end, depth=acceptance.depth, acceptance=acceptance):
         for text, token in zip(texts, chosen, strict=True):
             if token is not None and not text.ended:
                 yield text.add(token)

@@ -20,6 +20,7 @@ from model.count import linear_modules, other_products
 from model.precision.gemm import GEMMS
 from train.recipe.tree import Recipe
 
+NOT_RUN = "-"
 _SHOWN_RANGES = 5  # of layer numbers in one row
 
 
@@ -31,8 +32,8 @@ class LinearRow:
     """Canonical name."""
     flops: float
     """Forward FLOPs per token (2 x rows x columns; a block used several times counts each use; experts times top-k)."""
-    formats: tuple[str, str, str]
-    """Names of the formats of fprop, dgrad and wgrad: shares are of these."""
+    formats: tuple[str | None, str | None, str | None]
+    """Names of the formats of fprop, dgrad and wgrad: shares are of these. None: that GEMM is not run."""
     labels: tuple[str, str, str] | None = None
     """What the table calls them, where names alone do not tell variants of a format apart."""
 
@@ -73,7 +74,7 @@ def precision_table(linear: Sequence[LinearRow], other: Sequence[OtherRow] = (),
             raise ValueError(f"{module} has {flops} FLOPs per token: give a positive number")
     totals: dict[str, float] = dict.fromkeys(sorted(formats), 0.0)
     for linear_row in linear:
-        for name in linear_row.formats:
+        for name in filter(None, linear_row.formats):
             totals[name] = totals.get(name, 0.0) + linear_row.flops
     whole = sum(totals.values())
     shares = {name: value / whole for name, value in sorted(totals.items(), key=lambda item: -item[1])}
@@ -92,11 +93,21 @@ def precision_tables(recipe: Recipe) -> dict[float, PrecisionTable]:
     tables = {}
     for time, rows in formats.items():
         linear = []
-        for module, (a, b, c) in zip(modules, rows, strict=True):
-            labels = (policy.label(a), policy.label(b), policy.label(c))
-            linear.append(LinearRow(module.name, module.flops, (a.name, b.name, c.name), labels))
+        for module, row in zip(modules, rows, strict=True):
+            run = _gemms_run(recipe, module.name)
+            a, b, c = (form if gemm in run else None for form, gemm in zip(row, GEMMS, strict=True))
+            names = (a.name if a else None, b.name if b else None, c.name if c else None)
+            labels = (policy.label(a) if a else NOT_RUN, policy.label(b) if b else NOT_RUN, policy.label(c) if c else NOT_RUN)
+            linear.append(LinearRow(module.name, module.flops, names, labels))
         tables[time] = precision_table(linear, other, known)
     return tables
+
+
+def _gemms_run(recipe: Recipe, module: str) -> Sequence[str]:
+    """Where MTP depths alone are trained, gradients flow through the head they share with the frozen trunk, and no further."""
+    if recipe.train.only is None or module.startswith("mtp."):
+        return GEMMS
+    return GEMMS[:2] if module == "lm_head" else GEMMS[:1]
 
 
 def table_at(tables: Mapping[float, PrecisionTable], progress: float) -> PrecisionTable:
@@ -109,7 +120,7 @@ def _text(linear: Sequence[LinearRow], other: Sequence[OtherRow], shares: dict[s
     cells: list[tuple[str, ...]] = [("linear layers", "count", *GEMMS, "FLOPs/token", "share")]
     groups: dict[tuple[str, tuple[str, ...]], list[LinearRow]] = {}
     for row in linear:
-        groups.setdefault((_template(row.module), row.labels or row.formats), []).append(row)
+        groups.setdefault((_template(row.module), row.labels or tuple(name or NOT_RUN for name in row.formats)), []).append(row)
     for (_, labels), rows in groups.items():
         flops = sum(row.flops for row in rows)
         name = _merged_name([row.module for row in rows])

@@ -78,11 +78,12 @@ class BatchPlan:
         return place
 
 
-def to_microbatch(batch: Batch, layout: Layout, progress: float, depths: int) -> Microbatch:
+def to_microbatch(batch: Batch, layout: Layout, progress: float, depths: int, *, targets: bool = False) -> Microbatch:
     """The model's view of this rank's part of a data batch, on its device. progress: the fraction of the run behind us, in [0, 1). depths: of
-    multi-token prediction."""
+    multi-token prediction. targets: it is to know where they count (`Microbatch.targets`)."""
     values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return Microbatch.of(**values, progress=progress, depths=depths).part(layout.context_rank, layout.context_size).to(layout.device)
+    part = Microbatch.of(**values, progress=progress, depths=depths).part(layout.context_rank, layout.context_size)
+    return (part.with_targets() if targets else part).to(layout.device)
 
 
 def loss_weights(counts: Tensor, mtp_loss_scale: float) -> Tensor:

@@ -19,7 +19,8 @@ def train_step(run: Run, step: int, clock: Stopwatch | None = None) -> dict[str,
     clock = clock or Stopwatch(layout.device)
     progress = step / recipe.total_steps
     depths = recipe.model.mtp_depths
-    microbatches = [to_microbatch(run.data.batch(s, step), layout, progress, depths) for s in run.plan.samples(step)]
+    targets = run.recipe.model.head_at_targets
+    microbatches = [to_microbatch(run.data.batch(s, step), layout, progress, depths, targets=targets) for s in run.plan.samples(step)]
     clock.mark("data")
     counts = sum_over_ranks(torch.stack([m.loss_counts() for m in microbatches]).sum(0), layout, pipeline=False)
     losses = LossStep(layout, counts, recipe.model.mtp_loss_scale)

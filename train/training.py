@@ -23,7 +23,9 @@ from train.checkpoint.checkpointer import Checkpointer, load_weights
 from train.checkpoint.reader import open_checkpoint
 from train.checkpoint.remote import Location
 from train.evaluation import measure
+from train.evaluation.acceptance import Acceptance
 from train.failures import RunFailed
+from train.generation.live import accepted_lengths, live_samples
 from train.goodput import FILE_NAME, Ledger
 from train.incidents.incidents import Incidents, Rewind
 from train.lineage import begin_branch, read_parent
@@ -94,8 +96,10 @@ class Training:
         self._begin()
         self._look()
         while (self.step < self.recipe.last_step or self.owed) and not self.stop:
-            if not self.owed and not self._take_step():
-                continue
+            if not self.owed:
+                if not self._take_step():
+                    continue
+                self._speak()
             self._look()
             self.owed = self.owed or self._evaluation_due()
             if self.owed and not self.stop:
@@ -195,6 +199,16 @@ class Training:
                 self.observers.on_alert(alert)
         return True
 
+    def _speak(self) -> None:
+        """Lets the model make texts, where some are due."""
+        if self.recipe.monitor.samples.due(self.step, self.recipe.last_step):
+            self.place.doing = "texts after step"
+            self.ledger.spend("other")
+            begin = time.perf_counter()
+            samples = live_samples(self.run, self.step)
+            self.ledger.spend("evaluation")
+            self.observers.on_samples({**_at(self.recipe, self.step), "seconds/samples": time.perf_counter() - begin}, samples)
+
     def _follow(self, rewind: Rewind | None) -> bool:
         """Whether the run goes on from where it is. Where it was taken back, its checkpoint there is written again with what is known since."""
         if rewind is None:
@@ -240,6 +254,9 @@ class Training:
         self.ledger.spend("other")
         begin = time.perf_counter()
         self.evaluated = measure(self.run, self.evaluators, self.step)
+        acceptance = self.evaluators.get("acceptance")
+        if isinstance(acceptance, Acceptance) and acceptance.length_due(self.step, self.recipe.last_step):
+            self.evaluated |= accepted_lengths(self.run, self.step, acceptance)
         self.ledger.spend("evaluation")
         if self.evaluated:
             seconds = time.perf_counter() - begin

@@ -46,6 +46,9 @@ class Utilisation:
         self._linear = (1 + BACKWARD) * tokens * sum(module.flops for module in linear_modules(recipe.model))
         self._other = (1 + BACKWARD) * tokens * sum(one.flops for one in other_products(recipe.model, recipe.train.sequence_length))
         self._compute = recipe.precision.compute
+        # The head's FLOPs depend on how many targets there are; a frozen trunk has no backward pass.
+        self._counted = not recipe.model.head_at_targets and recipe.train.only is None
+        self._frozen = recipe.train.only is not None
         self.line = self._describe(device)
 
     def flops(self, shares: Mapping[str, float]) -> dict[str, float]:
@@ -57,12 +60,16 @@ class Utilisation:
     def metrics(self, shares: Mapping[str, float], seconds: float) -> dict[str, float]:
         """`mfu` of a step that took `seconds`; nothing where a peak is not known."""
         floor = None if self.cluster is None else self.cluster.peak(self._compute)
-        if self.cluster is None or floor is None:
+        if self.cluster is None or floor is None or not self._counted:
             return {}
         ideal = sum(flops / max(floor, self.cluster.peak(name) or floor) for name, flops in self.flops(shares).items())
         return {"mfu": ideal / self.devices / seconds}
 
     def _describe(self, device: str) -> str:
+        if self._frozen:
+            return "MFU: not known, as train.only=mtp leaves most of the backward pass out"
+        if not self._counted:
+            return "MFU: not known, as model.head_at_targets=true computes the head for some tokens alone"
         if self.cluster is None or self.cluster.peak(self._compute) is None:
             return f"MFU: not known, as the peaks of {device} are not: choose its hardware with cluster=NAME, a file of recipes/cluster"
         if self.cluster.peak_flops.bf16 is None:

@@ -94,6 +94,14 @@ class Backend(Protocol):
         """
         raise ValueError(f"the backend {self.name} does not multiply packed operands")
 
+    def multiply_rows(self, x: Tensor, weight: Tensor, sizes: Sequence[int], into: Tensor) -> None:
+        """fprop in fp32 on a CPU, every row in an order of sums that does not depend on the others: x [rows, K], of which each group has
+        sizes[g], weight [groups * N, K], into [rows, N]."""
+        starts = [sum(sizes[:group]) for group in range(len(sizes))]
+        for matrix, start, size in zip(weight.split(into.shape[1]), starts, sizes, strict=True):
+            for row in range(start, start + size):
+                torch.mm(x[row : row + 1], matrix.T, out=into[row : row + 1])
+
     def layer(self, name: str, x: Tensor, weight: Tensor, formats: tuple[Asked, Asked, Asked]) -> Layer | None:
         """A layer of its own for module `name`, x [tokens, K] times the transpose of weight [N, K]; None where it has none that does just
         what the formats of fprop, dgrad and wgrad say."""

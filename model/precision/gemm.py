@@ -32,13 +32,18 @@ def alpha(a: Operand, b: Operand) -> Tensor | None:
     return torch.div(a.amax * b.amax, torch.full((), a.largest * b.largest, device=b.amax.device))
 
 
-def multiply(gemm: Gemm, left: Operand, right: Operand, into: Tensor, backend: Backend, dtype: torch.dtype) -> None:
-    """One of the GEMMs of the module docstring, fp32 `into`; values are multiplied in `dtype`, accumulated in fp32."""
+def multiply(
+    gemm: Gemm, left: Operand, right: Operand, into: Tensor, backend: Backend, dtype: torch.dtype, *, singly: bool = False
+) -> None:
+    """One of the GEMMs of the module docstring, fp32 `into`; values are multiplied in `dtype`, accumulated in fp32. singly: see `Call`."""
     if backend.multiplies_packed and _one_amax_a_group(left) and _one_amax_a_group(right):
         _on_tensor_cores(gemm, left, right, into, backend)
         return
     a, b = left.values(backend, dtype), right.values(backend, dtype)
     factor = alpha(left, right)
+    if singly and gemm == "fprop" and factor is None and into.device.type == "cpu":
+        backend.multiply_rows(a, b, left.rows.sizes, into)
+        return
     if gemm == "wgrad":
         groups, outputs, inputs = into.shape
         factors = [(a[i:j].T, b[k:m]) for (i, j), (k, m) in zip(left.rows.bounds, right.rows.bounds, strict=True)]

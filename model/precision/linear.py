@@ -37,15 +37,28 @@ def leave_in_main_grad(weight: Tensor) -> None:
     weight.grad = weight.new_zeros(()).expand(weight.shape)
 
 
+def _multiplied(x: Tensor, weight: Tensor, formats: Formats, call: Call) -> tuple[Operand, Tensor]:
+    """x as fprop multiplied it, and y."""
+    left, right = formats[0].fprop(x, weight, call)
+    y = torch.empty(len(x), weight.shape[1], device=weight.device)
+    formats[0].multiply("fprop", left, right, y, call)
+    return left, y
+
+
+def _linear(x: Tensor, weight: Tensor, target: Tensor, formats: Formats, call: Call, out_dtype: torch.dtype) -> Tensor:
+    if torch.is_grad_enabled():
+        result: Tensor = _Linear.apply(x, weight, target, formats, call, out_dtype)
+        return result
+    return _multiplied(x, weight, formats, call)[1].to(out_dtype)
+
+
 class _Linear(torch.autograd.Function):
     """x [rows, K], weight [groups, N, K] -> [rows, N]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, formats: Formats, call: Call, out_dtype: torch.dtype) -> Tensor:
-        fprop, _, wgrad = formats
-        left, right = fprop.fprop(x, weight, call)
-        y = torch.empty(len(x), weight.shape[1], device=weight.device)
-        fprop.multiply("fprop", left, right, y, call)
+        _, _, wgrad = formats
+        left, y = _multiplied(x, weight, formats, call)
         ctx.formats, ctx.target, ctx.x_dtype = formats, target, x.dtype
         tensors = [weight]
         ctx.kept = apart(wgrad.keep(x, left, call) if ctx.needs_input_grad[1] else None, tensors)
@@ -89,10 +102,12 @@ def linear(
     keys: TokenKeys,
     step: int,
     out_dtype: torch.dtype | None = None,
+    *,
+    singly: bool = False,
 ) -> Tensor:
     """x [..., K] times the transpose of weight [N, K], each GEMM in its format: [..., N] in out_dtype (default: x's dtype).
 
-    keys: one entry for each row of the flattened x. Raises ValueError, naming the module, for shapes a format cannot take.
+    keys: one entry for each row of the flattened x. singly: see `Call`. Raises ValueError, naming the module, for shapes a format cannot take.
     """
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out_dtype = out_dtype or x.dtype
@@ -102,17 +117,25 @@ def linear(
     if layer is not None:
         y = layer(flat, new_weight=site.weights.first((site.name, formats, "layer"), weight))
     else:
-        call = Call(site, formats, Rows((len(flat),)), keys, step)
-        y = _Linear.apply(flat, weight.unsqueeze(0), weight, formats, call, out_dtype)
+        call = Call(site, formats, Rows((len(flat),)), keys, step, singly)
+        y = _linear(flat, weight.unsqueeze(0), weight, formats, call, out_dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, tokens_per_expert: Sequence[int], formats: Formats, site: Site, keys: TokenKeys, step: int
+    x: Tensor,
+    weight: Tensor,
+    tokens_per_expert: Sequence[int],
+    formats: Formats,
+    site: Site,
+    keys: TokenKeys,
+    step: int,
+    *,
+    singly: bool = False,
 ) -> Tensor:
     """Routed experts: x [tokens, K], sorted by expert, times each expert's weight [E, N, K]: [tokens, N].
 
     tokens_per_expert: E counts, zeros allowed. Every expert's tokens are an operand with its own amax, padded with zeros along tokens.
     """
-    call = Call(site, formats, Rows(tuple(tokens_per_expert)), keys, step)
-    return _Linear.apply(x.contiguous(), weight, weight, formats, call, x.dtype)
+    call = Call(site, formats, Rows(tuple(tokens_per_expert)), keys, step, singly)
+    return _linear(x.contiguous(), weight, weight, formats, call, x.dtype)

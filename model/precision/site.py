@@ -6,7 +6,7 @@ Call       one microbatch through one module, kept from its forward to its backw
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,10 @@ class TokenKeys:
     """int64 [rows], the position in its sequence."""
     depth: int = 0
     """Of multi-token prediction, whose depths may share modules; 0: none."""
+
+    def at(self, rows: Tensor) -> "TokenKeys":
+        """Of these rows, int64 [any]."""
+        return replace(self, sample=self.sample[rows], position=self.position[rows])
 
 
 class WeightCache:
@@ -95,6 +99,8 @@ class Call:
     """Of those rows."""
     step: int
     """Optimizer steps done."""
+    singly: bool = False
+    """Forward, on a CPU: every row is multiplied as if it were alone, so that its last bit does not depend on how many there are."""
 
     @property
     def backend(self) -> Backend:

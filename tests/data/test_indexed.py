@@ -80,7 +80,7 @@ def test_prepared_text_is_the_text(tmp_path: Path, capsys: pytest.CaptureFixture
 
     def opened(path: Path) -> list[int]:
         config = DataConfig(phases=(PhaseConfig((SourceConfig(str(path)),)),), validation_fraction=0.0, cache=str(tmp_path / "cache"))
-        return np.asarray(open_data(config, sequence_length=8, seed=1).sources[0].train.tokens[:]).tolist()
+        return np.asarray(open_data(config, sequence_length=8, seed=1).texts[0].train.tokens[:]).tolist()
 
     assert opened(tmp_path / "out" / "p") == opened(tmp_path / "t")
     for fraction in (0.1, 0.001):  # 0.001 holds nothing out of the shortest
@@ -94,7 +94,7 @@ def test_prepared_text_is_the_text(tmp_path: Path, capsys: pytest.CaptureFixture
                     open_data(config, sequence_length=8, seed=1)
                 continue
             data = open_data(config, sequence_length=8, seed=1)
-            train, held = data.sources[0].train, data.sources[0].validation
+            train, held = data.texts[0].train, data.sources[0].validation
             assert held is not None
             streams.append((train.read(0, len(train)).tolist(), train.ordinals(0, len(train)).tolist(), held.read(0, len(held)).tolist()))
         if streams:

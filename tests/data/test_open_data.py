@@ -67,7 +67,7 @@ def test_an_appended_phase_leaves_earlier_samples_and_cursors_alone(tmp_path: Pa
         source, window = three.order(index)
         seen.setdefault(source, []).append(window)
     for source, windows in seen.items():  # a source's epoch goes on across phases: every window once before any again
-        size = (len(three.sources[source].train) - 1) // 16
+        size = (len(three.texts[source].train) - 1) // 16
         for start in range(0, len(windows) - size + 1, size):
             assert sorted(windows[start : start + size]) == list(range(size)), source
     with pytest.raises(DataError, match=r"data\.phases"):
@@ -120,7 +120,7 @@ def test_short_pieces_and_documents_are_kept_apart_together(tmp_path: Path) -> N
 def test_the_tail_of_every_novel_is_predicted_once_and_never_trained_on(tmp_path: Path) -> None:
     data = data_of(tmp_path, *AUSTEN, length=128)
     predicted = [int(token) for batch in data.validation_batches(16) for token in batch.labels[batch.loss_mask]]
-    tails, train = [], bytes(np.asarray(data.sources[0].train.tokens[:]).clip(max=255).astype(np.uint8))
+    tails, train = [], bytes(np.asarray(data.texts[0].train.tokens[:]).clip(max=255).astype(np.uint8))
     for name in SHIPPED["corpus:austen"]:
         text = gzip.decompress((CORPUS / f"{name}.txt.gz").read_bytes())
         tail = text[len(text) - int(len(text) * 0.05) :]
@@ -150,14 +150,14 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     expected = [*text.encode(), 256]
     for name in ("plain.txt", "zipped.txt.gz", "zipped.txt.zst", "lines.jsonl", "lines.jsonl.zst", "pl*.txt"):
         data = data_of(tmp_path, blend((place / name, 1.0)), validation_fraction=0.0)
-        assert np.asarray(data.sources[0].train.tokens[:]).tolist() == expected * (2 if "jsonl" in name else 1), name
-    assert len(data_of(tmp_path, blend((place, 1.0)), validation_fraction=0.0).sources[0].train.lengths) == 7
+        assert np.asarray(data.texts[0].train.tokens[:]).tolist() == expected * (2 if "jsonl" in name else 1), name
+    assert len(data_of(tmp_path, blend((place, 1.0)), validation_fraction=0.0).texts[0].train.lengths) == 7
 
 
 def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
     data = data_of(tmp_path, blend(("stdlib", 1.0)), length=64)
-    assert len(data.sources[0].train) > 5_000_000
-    assert "import" in data.tokenizer.decode(np.asarray(data.sources[0].train.tokens[:200_000]).tolist())
+    assert len(data.texts[0].train) > 5_000_000
+    assert "import" in data.tokenizer.decode(np.asarray(data.texts[0].train.tokens[:200_000]).tolist())
 
 
 WRONG = {
@@ -199,7 +199,7 @@ def test_whole_documents_for_validation(tmp_path: Path) -> None:
     texts = [f"document number {i} " * 5 for i in range(50)]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     data = data_of(tmp_path, blend((path, 1.0)), validation="documents", validation_fraction=0.2)
-    train = data.tokenizer.decode(np.asarray(data.sources[0].train.tokens[:]).tolist())
+    train = data.tokenizer.decode(np.asarray(data.texts[0].train.tokens[:]).tolist())
     held = [text for text in texts if text not in train]
     assert len(held) == 10
     predicted = [int(t) for batch in data.validation_batches(4) for t in batch.labels[batch.loss_mask]]

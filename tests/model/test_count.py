@@ -19,6 +19,7 @@ def config(name: str) -> ModelConfig:
         ("nemotron3_nano", "31.58", "3.58", "0.00"),
         ("nemotron3_super", "120.67", "12.77", "2.94"),
         ("nemotron3_ultra", "549.31", "56.06", "11.22"),
+        ("nemotron3_5_lightning", "31.58", "3.58", "1.34"),
     ],
 )
 def test_published_sizes_to_the_digit(name: str, parameters: str, active: str, mtp: str) -> None:

@@ -88,7 +88,13 @@ def test_the_published_models_are_whole_over_their_recipes_layouts(name: str, ra
 
 @pytest.mark.parametrize(
     ("name", "ranks", "context"),
-    [("nemotron3_nano", 512, 1), ("nemotron3_super", 1024, 1), ("nemotron3_ultra", 2048, 1), ("nemotron3_super_long", 2048, 64)],
+    [
+        ("nemotron3_nano", 512, 1),
+        ("nemotron3_5_lightning", 512, 2),
+        ("nemotron3_super", 1024, 1),
+        ("nemotron3_ultra", 2048, 1),
+        ("nemotron3_super_long", 2048, 64),
+    ],
 )
 def test_the_last_rank_of_a_shipped_recipe(name: str, ranks: int, context: int) -> None:
     """1M tokens a sequence among them: 64 ranks of a context group hold the same weights."""
@@ -97,8 +103,9 @@ def test_the_last_rank_of_a_shipped_recipe(name: str, ranks: int, context: int) 
     with groups.imagined(recipe.parallel, ranks, ranks - 1) as layout:
         _, chunks = build_model(recipe, layout)
         assert sum(one.whole for one in held_by(chunks, layout).values()) == counted.parameters + counted.mtp
-        assert dist.get_process_group_ranks(layout.groups.cp) == list(range(ranks - 2 * context + 1, ranks, 2))
-        assert dist.get_process_group_ranks(layout.groups.dp_cp) == list(range(1, ranks, 2))
+        apart = recipe.parallel.tensor
+        assert dist.get_process_group_ranks(layout.groups.cp) == list(range(ranks - 1 - apart * (context - 1), ranks, apart))
+        assert dist.get_process_group_ranks(layout.groups.dp_cp) == list(range(apart - 1, ranks, apart))
 
 
 def test_groups_of_a_thousand_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from train.checkpoint.reader import Checkpoint, finished, latest
 from train.checkpoint.remote import Location, locate
 from train.checkpoint.retention import Retention
 from train.checkpoint.staging import Staging, shortage
-from train.checkpoint.state import MODEL, make_room, model_parts, number_parts, optimizer_parts
+from train.checkpoint.state import MODEL, make_room, model_parts, number_parts, optimizer_parts, state_of_frozen
 from train.checkpoint.writer import GIBIBYTE, Draft, Files, begin, clear_leftovers, delete_later, tidy
 
 CHECKPOINTS = "checkpoints"
@@ -249,7 +249,7 @@ class Checkpointer:
             numbers = make_room(checkpoint, self._engine)
             parts.extend(model_parts(self._chunks))
             parts.extend(optimizer_parts(self._engine.parameter_states()))
-            return numbers.union(part.name for part in parts)
+            return numbers.union((part.name for part in parts), state_of_frozen(checkpoint, self._chunks))
 
         names = together(collect, doing)
         _refuse_surplus(checkpoint.manifest.tensors.keys() - set().union(*names), doing)

@@ -64,6 +64,13 @@ def number_parts(states: Sequence[ParameterState]) -> Iterator[Part]:
                 yield from (Part(f"{name}/{piece.name}", (), scalar, _number(value)) for piece in pieces_of(state.param))
 
 
+def state_of_frozen(checkpoint: Checkpoint, chunks: Sequence[nn.Module]) -> set[str]:
+    """Names of the masters and the optimizer's tensors that a checkpoint holds of parameters which are not trained here: nobody needs them."""
+    frozen = {piece.name for chunk in chunks for param in chunk.parameters() if not param.requires_grad for piece in pieces_of(param)}
+    split = ((name, *name.split("/", 1)) for name in checkpoint.manifest.tensors if "/" in name)
+    return {name for name, kind, param in split if kind != MODEL and param in frozen}
+
+
 def _number(value: float) -> Tensor:
     whole = float(value).is_integer() and abs(value) < 2**53
     return torch.tensor(value, dtype=torch.int64 if whole else torch.float64)

@@ -7,15 +7,15 @@ from typing import Any, Protocol
 from torch import nn
 
 from data.text_data import TextData
+from parallel.engine import ForwardStep
 from parallel.layout import Layout
-from train.step import LossStep
 
 
 class Forward(Protocol):
     """What an evaluator needs of the engine."""
 
     def evaluate(
-        self, forward_step: LossStep, microbatches: Iterator[Any], count: int, *, sequence_length: int, micro_batch_size: int
+        self, forward_step: ForwardStep, microbatches: Iterator[Any], count: int, *, sequence_length: int, micro_batch_size: int
     ) -> None:
         """Forward passes alone over `count` microbatches, the same number on every rank; results are left in `forward_step`."""
 

@@ -1,9 +1,10 @@
 """The recipe's `evaluation` group: which evaluators measure a run, and the keys of each."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from train.evaluation import validation  # noqa: F401  registers the first evaluator
+from train.evaluation import acceptance, mqar, needle, validation  # noqa: F401  registers them
 from train.evaluation.base import EVALUATORS, Evaluator, Measured
 
 
@@ -37,13 +38,13 @@ class EvaluationConfig:
 
 
 def measure(run: Measured, evaluators: Mapping[str, Evaluator], step: int) -> dict[str, float]:
-    """What every evaluator says after `step` steps, {metric: value}; collective, the same on every rank.
-
-    An error names the evaluator that raised it.
+    """What every evaluator says after `step` steps, {metric: value}; collective, the same on every rank but for seconds/evaluation/<name>, which
+    each of several took. An error names the evaluator that raised it.
     """
     run.engine.settle()
     metrics: dict[str, float] = {}
     for name, evaluator in evaluators.items():
+        begin = time.perf_counter()
         try:
             measured = evaluator.evaluate(run, step)
         except Exception as error:
@@ -52,4 +53,6 @@ def measure(run: Measured, evaluators: Mapping[str, Evaluator], step: int) -> di
         if twice := metrics.keys() & measured.keys():
             raise ValueError(f"evaluator {name!r} gives {min(twice)}, which another evaluator gives too: rename one of them")
         metrics |= measured
+        if len(evaluators) > 1:
+            metrics[f"seconds/evaluation/{name}"] = time.perf_counter() - begin
     return metrics

@@ -23,6 +23,12 @@ from train.run_directory import run_dir_of, stored_recipe
 
 PRECISIONS = ("fp32", "bf16")
 WEIGHTS = ("stored", "rounded")
+# What a recipe must have and no text depends on, for checkpoints that were imported: no run has trained them.
+NO_RUN = {
+    "train": {"steps": 1, "global_batch_size": 1, "sequence_length": 4096},
+    "optimizer": {"learning_rate": 1.0},
+    "data": {"tokenizer": {"kind": "file", "path": "tokenizer.json"}, "phases": [{"blend": [{"path": "none"}]}]},
+}
 
 
 @dataclass
@@ -49,7 +55,7 @@ def open_speaker(checkpoint: Checkpoint, precision: str, weights: str = "stored"
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights} is none of {', '.join(WEIGHTS)}")
     stored = stored_recipe(checkpoint)
-    trained = read_recipe(on_one_rank(stored, stored["precision"]), 1)
+    trained = read_recipe(on_one_rank(stored, stored.get("precision", {})), 1)
     recipe = read_recipe(on_one_rank(stored, {"compute": precision, "default": precision}), 1)
     tokenizer = run_tokenizer(recipe, run_dir_of(checkpoint) / "tokenizer")
     layout = groups.initialize(recipe.parallel, recipe.run.seed)
@@ -72,10 +78,10 @@ def open_speaker(checkpoint: Checkpoint, precision: str, weights: str = "stored"
 
 
 def on_one_rank(values: Mapping[str, Any], precision: Any) -> dict[str, Any]:
-    """A stored recipe for one rank, with another `precision` group."""
+    """A stored recipe for one rank, with another `precision` group; of an imported checkpoint too."""
     model = dict(values["model"])
     model["pattern"] = str(model["pattern"]).replace("|", "")  # pipeline stages
-    return {**values, "model": model, "parallel": {}, "precision": precision}
+    return {**NO_RUN, **values, "model": model, "parallel": {}, "precision": precision}
 
 
 def run_tokenizer(recipe: Recipe, directory: Path | RemotePath) -> Tokenizer:

@@ -3,21 +3,26 @@
     python -m train.import_hf checkpoint=exported to=runs/imported
     python -m train -cn tiny checkpoint.initialize_from=runs/imported ...        # with the sizes printed
 
-Weights (and MTP blocks under `mtp.*`) are taken over bit for bit; there is no optimizer state in such a checkpoint.
+Either spelling of the layers is read. Weights, MTP blocks included, are taken over bit for bit, NVFP4 ones as their
+values in fp32; there is no optimizer state in such a checkpoint.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from train.checkpoint.boxes import Box
 from train.checkpoint.checkpointer import CHECKPOINTS
 from train.checkpoint.parts import Part
 from train.checkpoint.writer import save
-from train.huggingface.config import from_hugging_face, model_config
+from train.huggingface.config import model_config, mtp_letters
+from train.huggingface.names import differences, from_hugging_face, shapes
+from train.huggingface.nvfp4 import check_readable, unpacked
 from train.recipe.reading import plain
 
 
@@ -30,40 +35,56 @@ def _files(source: Path) -> list[Path]:
     return files
 
 
-def _parts(files: Sequence[Path]) -> Iterator[Part]:
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    tensor = file.get_tensor(name)
-                    shape = tuple(tensor.shape)
-                    yield Part(f"model/{from_hugging_face(name)}", shape, Box(tuple(0 for _ in shape), shape), tensor)
+                    yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): copy it again") from None
 
 
+def _parts(tensors: Iterable[tuple[str, Tensor]], depth_layers: int) -> Iterator[Part]:
+    for name, tensor in tensors:
+        shape = tuple(tensor.shape)
+        yield Part(f"model/{from_hugging_face(name, depth_layers)}", shape, Box(tuple(0 for _ in shape), shape), tensor)
+
+
 def import_hf(source: Path, to: Path) -> Path:
-    """Writes `to`/checkpoints/step-00000000, recipe.yaml (the model group) and tokenizer/; returns the checkpoint's path."""
+    """Writes `to`/checkpoints/step-00000000, recipe.yaml (model and precision) and tokenizer/; returns the checkpoint's path."""
     if (to / CHECKPOINTS).exists():
         raise ValueError(f"to={str(to)!r} holds checkpoints already: choose a new directory")
-    config = source / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{config} does not exist: give a directory written by save_pretrained or train.export")
-    parts = list(_parts(_files(source)))
-    blocks = {part.name.split("/", 1)[1].split(".")[2] for part in parts if part.name.startswith("model/mtp.layers.")}
+    path = source / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a directory written by save_pretrained or train.export")
     try:
-        model = model_config(json.loads(config.read_text()), len(blocks))
+        config = json.loads(path.read_text())
+        depth_layers = len(mtp_letters(config))
+        tensors = _tensors(_files(source))
+        parts = list(_parts(unpacked(tensors) if check_readable(config) else tensors, depth_layers))
+        model = model_config(config, _mtp_layers(parts, depth_layers))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{config} is not JSON ({error}): copy it again") from None
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from None
     except KeyError as error:
         raise ValueError(
-            f"{config} lacks or does not know {error}: only NemotronH models as transformers writes them can be imported"
+            f"{path} lacks or does not know {error}: only NemotronH models as transformers writes them can be imported"
         ) from None
-    path = save(to / CHECKPOINTS, 0, parts, {"imported_from": str(source)})
-    (to / "recipe.yaml").write_text(yaml.safe_dump({"model": plain(model)}, sort_keys=False))
+    if found := differences({part.name.removeprefix("model/"): part.shape for part in parts}, shapes(model)):
+        raise ValueError(f"checkpoint={str(source)!r} {found}: copy it again, with the config.json that belongs to it")
+    written = save(to / CHECKPOINTS, 0, parts, {"imported_from": str(source)})
+    bf16 = any(part.tensor.dtype == torch.bfloat16 for part in parts)
+    compute = "bf16" if bf16 else "fp32"
+    recipe = {"model": plain(model), "precision": {"compute": compute, "default": compute}}
+    (to / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     tokenizer = to / "tokenizer"
     for name in ("tokenizer.json", "tokenizer_config.json", "facts.json"):
         if (source / name).is_file():
             tokenizer.mkdir(exist_ok=True)
             (tokenizer / name).write_bytes((source / name).read_bytes())
-    return path
+    return written
+
+
+def _mtp_layers(parts: Sequence[Part], depth_layers: int) -> int:
+    """Layers of all MTP depths a checkpoint holds."""
+    return depth_layers * len({part.name.split(".")[2] for part in parts if part.name.startswith("model/mtp.layers.")})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint.remote import Location
 from train.observe.incident_settings import IncidentsConfig, ReplicasConfig
+from train.observe.sample_settings import Sample, SamplesConfig
 
 Metrics = Mapping[str, float | int]
 
@@ -91,6 +92,8 @@ class MonitorConfig:
     """Ranks that are slower than the others."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     """Health of quantisation, measured every so many steps."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Texts the model makes while it is trained, for the console, W&B and the report."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """A window of steps under torch.profiler, whose trace lands below <run>/profile."""
     observers: tuple[str, ...] = ()
@@ -109,6 +112,7 @@ class MonitorConfig:
         self.incidents.validate()
         self.replicas.validate()
         self.stragglers.validate()
+        self.samples.validate()
         if self.quantization.every < 0:
             raise ValueError(f"monitor.quantization.every={self.quantization.every} is negative: use 0 for never, or for instance 50")
         if self.profile.start < 1:
@@ -216,6 +220,9 @@ class Observer:
 
     def on_evaluation(self, metrics: Metrics) -> None:
         """An evaluation: `step`, `tokens`, and what the evaluators measured, such as `eval/loss`."""
+
+    def on_samples(self, metrics: Metrics, samples: Sequence[Sample]) -> None:
+        """Texts the model has made: `step`, `tokens`, `seconds/samples`, and a text for each prompt of the recipe."""
 
     def on_checkpoint(self, step: int, path: Location) -> None: ...
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from train.checkpoint.remote import Location
 from train.goodput import summary_line
 from train.observe.base import Alert, Metrics, Observer, RunInfo
-from train.observe.lines import beside, count, duration, evaluation_line, loss_text, recipe_lines, step_column, step_line
+from train.observe.lines import beside, count, duration, evaluation_line, loss_text, recipe_lines, sample_lines, step_column, step_line
 from train.observe.picture import LossPicture
 from train.observe.redact import without_secrets
+from train.observe.sample_settings import Sample
 
 FILE_NAME = "log.txt"
 
@@ -109,6 +110,11 @@ class Console(Observer):
     def on_evaluation(self, metrics: Metrics) -> None:
         self._evaluated.update(metrics)
         self.say(evaluation_line(metrics, self._run))
+
+    def on_samples(self, metrics: Metrics, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            for line in sample_lines(sample, step_column(metrics, self._run)):
+                self.say(line)
 
     def on_checkpoint(self, step: int, path: Location) -> None:
         self.say(f"{step_column({'step': step}, self._run)}  checkpoint {path}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.observe.base import Metrics, RunInfo
+from train.observe.sample_settings import Sample
 
 _WIDTH = 118  # columns of the header
 _DATA_WAIT = 0.05  # of a step: a smaller wait for data is not worth a word
@@ -56,11 +57,31 @@ def evaluation_line(metrics: Metrics, run: RunInfo | None) -> str:
 
 
 def evaluation_text(metrics: Metrics) -> str:
-    """What one evaluation measured: the validation loss as `loss_text`, whatever else by its name."""
+    """What one evaluation measured: the validation loss as `loss_text`, acceptance by domain, whatever else by its name."""
     parts = [f"validation loss {loss_text(metrics)}"] if "eval/loss" in metrics else []
     shown = ("step", "tokens", "eval/loss", "eval/bits_per_byte")
-    others = [key for key in metrics if key not in shown and not key.startswith("seconds/")]
-    return "  ".join([*parts, *(f"{key.removeprefix('eval/')} {metrics[key]:.4g}" for key in others)])
+    others = [key for key in metrics if key not in shown and not key.startswith(("seconds/", "accept/"))]
+    return "  ".join([*parts, *acceptance_texts(metrics), *(f"{key.removeprefix('eval/')} {metrics[key]:.4g}" for key in others)])
+
+
+def acceptance_texts(metrics: Metrics) -> list[str]:
+    """`drafts accepted: novels 62% 41%, code ...`, a depth after the other; nothing where none were measured."""
+    shares: dict[str, list[str]] = {}
+    for key, value in metrics.items():
+        if not key.startswith("accept/"):
+            continue
+        _, domain, what = key.split("/")
+        if what.removeprefix("depth_").isdigit():
+            shares.setdefault(domain, []).append(f"{value:.0%}")
+        elif what == "length":
+            shares.setdefault(domain, []).append(f"({value:.2f} tokens a pass)")
+    return ["drafts accepted: " + ", ".join(f"{domain} {' '.join(each)}" for domain, each in shares.items())] if shares else []
+
+
+def sample_lines(sample: Sample, head: str) -> list[str]:
+    """A text behind its step, wrapped; line ends and other characters that do not print as they are typed in code."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in f"[{sample.prompt}]{sample.text}")
+    return textwrap.wrap(text, _WIDTH, initial_indent=f"{head}  ", subsequent_indent=" " * (len(head) + 2))
 
 
 def loss_text(metrics: Mapping[str, Any]) -> str:

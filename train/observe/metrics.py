@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from train.observe.base import Metrics, Observer, RunInfo
+from train.observe.sample_settings import Sample
 
 FILE_NAME = "metrics.jsonl"
 
@@ -139,6 +140,9 @@ class MetricsFile(Observer):
         self._write(metrics)
 
     def on_evaluation(self, metrics: Metrics) -> None:
+        self._write(metrics)
+
+    def on_samples(self, metrics: Metrics, samples: Sequence[Sample]) -> None:
         self._write(metrics)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:

@@ -16,6 +16,8 @@ from train.observe.incidents import IncidentsFile
 from train.observe.metrics import MetricsFile
 from train.observe.picture import LossPicture
 from train.observe.profiler import Profiler
+from train.observe.sample_settings import Sample
+from train.observe.samples import SamplesFile
 from train.observe.tensorboard_observer import TensorBoard
 from train.observe.wandb_observer import WandbObserver
 
@@ -62,6 +64,9 @@ class Observers(Observer):
 
     def on_evaluation(self, metrics: Metrics) -> None:
         self._tell("on_evaluation", lambda observer: observer.on_evaluation(metrics))
+
+    def on_samples(self, metrics: Metrics, samples: Sequence[Sample]) -> None:
+        self._tell("on_samples", lambda observer: observer.on_samples(metrics, samples))
 
     def on_checkpoint(self, step: int, path: Location) -> None:
         self._tell("on_checkpoint", lambda observer: observer.on_checkpoint(step, path))
@@ -123,12 +128,12 @@ class Observers(Observer):
 def open_observers(config: MonitorConfig, draw: Callable[[Path], Path], draw_report: Callable[[Path], Path] | None = None) -> Observers:
     """The observers of one run; call on rank 0 only (other ranks use `Observers(())`). draw: see `LossPicture`; draw_report: see `WandbObserver`.
 
-    The order is that of the last moment: the metrics file is complete before the picture is drawn from it, W&B is sent both, and the console
-    speaks last.
+    Texts are written before the row of their step, with which W&B is sent them. Then the order is that of the last moment: the metrics file is
+    complete before the picture is drawn from it, W&B is sent both, and the console speaks last.
     """
     picture = LossPicture(draw) if config.picture else None
     console = Console(picture)
-    chosen: list[Observer] = [MetricsFile(), FactsFile(), IncidentsFile()]
+    chosen: list[Observer] = [SamplesFile(), MetricsFile(), FactsFile(), IncidentsFile()]
     if config.tensorboard:
         chosen.append(TensorBoard())
     if config.profile.steps:

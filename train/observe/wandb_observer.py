@@ -20,7 +20,7 @@ import secrets
 import string
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from train.checkpoint.remote import Location
 from train.observe.base import Alert, Metrics, MonitorConfig, Observer, RunInfo
 from train.observe.metrics_tail import MetricsTail
 from train.observe.redact import redacted
+from train.observe.sample_settings import Sample
 from train.observe.wandb_session import NoAccount, WandbSession, abandon_services
 from train.signals import STOPPED
 
@@ -88,6 +89,9 @@ class WandbObserver(Observer):
         self._nudge()
 
     def on_evaluation(self, metrics: Metrics) -> None:
+        self._nudge()
+
+    def on_samples(self, metrics: Metrics, samples: Sequence[Sample]) -> None:
         self._nudge()
 
     def on_alert(self, alert: Alert) -> None:

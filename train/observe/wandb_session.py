@@ -20,6 +20,7 @@ import psutil
 from train.checkpoint.remote import Location
 from train.observe.base import Alert, MonitorConfig, RunInfo
 from train.observe.redact import without_secrets
+from train.observe.samples import read_samples
 from train.observe.wandb_records import RecordReader, files_of, last_step, last_step_written
 
 SYSTEM_SECONDS = 15.0  # between measurements of the machine: CPU, memory, disk, GPUs
@@ -85,12 +86,17 @@ class WandbSession:
             self._run.define_metric(name, step_metric="step", summary=summary)
 
     def log(self, row: Mapping[str, Any], pictures: Mapping[str, Path] | None = None, page: Path | None = None) -> None:
-        """Sends a row that will not change any more; pictures (PNG) and a page (HTML) are shown with it, as media of its step."""
+        """Sends a row that will not change any more; pictures (PNG) and a page (HTML) are shown with it, as media of its step, and
+        texts that the model made at this step as a table."""
         import wandb
 
         media: dict[str, Any] = {name: wandb.Image(str(path)) for name, path in (pictures or {}).items()}
         if page is not None:
             media["report/page"] = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
+        if "seconds/samples" in row:
+            texts = [sample for sample in read_samples(self._run_dir) if sample["step"] == row["step"]]
+            columns: list[str | int] = ["step", "prompt", "text", "ended"]
+            media["samples"] = wandb.Table(columns=columns, data=[[text[str(column)] for column in columns] for text in texts])
         self._run.log({**row, **media}, step=int(row["step"]), commit=True)
         self._sent = int(row["step"])
         if self._unconfirmed is None:

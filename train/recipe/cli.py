@@ -1,6 +1,7 @@
 """The command line of every command that takes a recipe: Hydra composes it, one sentence answers a mistake.
 
-    -cn NAME               a recipe of recipes/ (tiny, small, nemotron3_nano, nemotron3_super, nemotron3_ultra)
+    -cn NAME               a recipe of recipes/ (tiny, small, nemotron3_nano, nemotron3_super, nemotron3_ultra,
+                           nemotron3_5_lightning)
     key=value              any key of the recipe; a group too: precision=mxfp8
     --help [GROUP]         every key, or those of a group, with type, default and meaning
     --cfg job              print the composed recipe and stop

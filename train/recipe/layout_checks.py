@@ -10,6 +10,7 @@ from model.mixer import MIXERS
 from model.stages import check_parts
 from parallel.layout import ParallelConfig
 from parallel.misfit import Misfit
+from train.evaluation.acceptance import Acceptance
 from train.recipe.microbatch import automatic_sizes, check_micro_batch_size
 from train.recipe.tree import Recipe
 
@@ -17,7 +18,8 @@ from train.recipe.tree import Recipe
 def validate_layout(recipe: Recipe, ranks: int) -> None:
     """Raises ValueError, most of them `Misfit`, for a layout that `ranks` ranks, the model's sizes or its batches do not divide over."""
     recipe.parallel.validate(ranks)
-    for check in (_experts, _stages, _dimensions, _mixers, _sequence):
+    _validate_samples(recipe)
+    for check in (_experts, _stages, _dimensions, _mixers, _sequence, _head):
         check(recipe)
     _batch(recipe, ranks)
 
@@ -66,6 +68,16 @@ def _sequence(recipe: Recipe) -> None:
             )
 
 
+def _head(recipe: Recipe) -> None:
+    tensor = recipe.parallel.tensor
+    if recipe.model.head_at_targets and tensor > 1:
+        raise Misfit(
+            f"model.head_at_targets=true works on the whole vocabulary, but parallel.tensor={tensor} splits it",
+            "parallel.tensor",
+            otherwise="set model.head_at_targets=false",
+        )
+
+
 def check_multiple(key: str, value: int, axes: Sequence[str], parallel: ParallelConfig) -> None:
     """Raises Misfit where the ranks of these axes cannot share out `value` equally."""
     sizes = {f"parallel.{axis}": getattr(parallel, axis) for axis in axes if getattr(parallel, axis) > 1}
@@ -89,3 +101,21 @@ def _batch(recipe: Recipe, ranks: int) -> None:
         check_micro_batch_size(recipe, ranks, train.micro_batch_size)
     elif next(automatic_sizes(recipe, ranks), None) is None:
         check_micro_batch_size(recipe, ranks, 1)
+
+
+def _validate_samples(recipe: Recipe) -> None:
+    """Texts are made by ranks that hold whole layers and whole sequences."""
+    samples, acceptance = recipe.monitor.samples, recipe.evaluation.chosen().get("acceptance")
+    if samples.every:
+        key = f"monitor.samples.every={samples.every}"
+    elif isinstance(acceptance, Acceptance) and acceptance.length_every:
+        key = f"evaluation.acceptance.length_every={acceptance.length_every}"
+    else:
+        return
+    split = [name for name in ("tensor", "pipeline", "context") if getattr(recipe.parallel, name) > 1]
+    split += ["zero_stage"] if recipe.parallel.zero_stage == 3 else []
+    if split:
+        raise ValueError(
+            f"{key} asks for texts, which a model split by parallel.{split[0]}={getattr(recipe.parallel, split[0])} cannot make while it is "
+            "trained: set it to 0 and make texts of checkpoints with python -m train.generate, or divide data and experts alone"
+        )

@@ -65,6 +65,8 @@ class TrainConfig:
     """Steps from one logged step to the next; 0: only the first and the last."""
     eval_every: int = 0
     """Steps from one evaluation to the next; 0: only at the end."""
+    only: Literal["mtp"] | None = None
+    """What is trained: mtp, the MTP depths alone, on the unchanged trunk of checkpoint.initialize_from or a branch's parent; null: everything."""
     threads: int | None = None
     """CPU threads of a rank; null: as OMP_NUM_THREADS says, or the machine's cores divided among its ranks."""
 

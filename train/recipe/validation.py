@@ -15,8 +15,14 @@ def validate(recipe: Recipe, ranks: int) -> None:
     recipe.data.validate()
     recipe.monitor.validate()
     recipe.evaluation.validate()
+    if "acceptance" in recipe.evaluation.evaluators and not recipe.model.mtp_depths:
+        raise ValueError(
+            f"evaluation.evaluators names acceptance, but model.pattern={recipe.model.pattern} has no MTP depth to draft with: leave "
+            "it out, or add depths as in /*E/*E"
+        )
     recipe.cluster.validate()
     _validate_length(recipe)
+    _validate_only(recipe)
     _validate_profile(recipe)
     _validate_phases(recipe)
     check_engine(recipe.parallel, recipe.precision.compute)
@@ -67,6 +73,27 @@ def _validate_length(recipe: Recipe) -> None:
     if train.tokens is not None and train.tokens.unit != "tokens":
         raise ValueError(f"train.tokens={train.tokens} counts no tokens: write for instance 2.5M tokens, or use train.steps")
     _at_least("train.steps" if train.steps is not None else "train.tokens", recipe.total_steps, 1)
+
+
+def _validate_only(recipe: Recipe) -> None:
+    """Heads are trained alone on a trunk that is there, by an engine that leaves out what has no gradient."""
+    if recipe.train.only is None:
+        return
+    if not recipe.model.mtp_depths:
+        raise ValueError(
+            f"train.only=mtp, but model.pattern={recipe.model.pattern} has no MTP depth: add some as in /*E/*E, or set it to null"
+        )
+    if recipe.checkpoint.initialize_from is None and recipe.run.parent is None:
+        raise ValueError(
+            "train.only=mtp would train heads on random weights: name the run whose trunk it is, as in checkpoint.initialize_from=runs/tiny, or "
+            "fork it with python -m train.branch checkpoint=runs/tiny train.only=mtp"
+        )
+    if recipe.parallel.pipeline > 1:
+        raise ValueError(
+            f"train.only=mtp with parallel.pipeline={recipe.parallel.pipeline} would leave stages without anything to train: use parallel.pipeline=1"
+        )
+    if recipe.parallel.engine != "megatron":
+        raise ValueError(f"train.only=mtp is not known to parallel.engine={recipe.parallel.engine}: use parallel.engine=megatron")
 
 
 def _validate_profile(recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.report.acceptance import draw_acceptance
 from train.report.branches import draw_branches, forks
 from train.report.curves import (
     draw_gap,
@@ -40,7 +41,7 @@ from train.report.page import heading, page, picture, table
 from train.report.sections import SECTIONS, section_of
 from train.report.series import Series, load_run
 from train.report.shares import draw_precision_shares
-from train.report.tables import differences, facts, incident_rows, keys, stored_recipe
+from train.report.tables import differences, facts, incident_rows, keys, sample_rows, stored_recipe
 from train.report.timing import draw_phases
 
 MOST_RUNS = len(RUN_COLOURS)
@@ -76,6 +77,8 @@ PICTURES = (
     Picture("zero_gradients", "Zero gradients", "After the first microbatch; experts without a token count, too.", draw_zero_gradients),
     Picture("residual", "Residual stream", "Where magnitudes grow, and behind which kind of layer.", draw_residual),
     Picture("mtp", "MTP losses", "Of the token after the next one, and so on.", draw_mtp),
+    Picture("acceptance", "Drafts the model accepts", "Of the first run that measured it; bars: 95% intervals over windows of the text.",
+            draw_acceptance),
     Picture("moe", "Balance of the experts", "Maximal load over the mean, less 1; 0 is balanced.", draw_moe_balance),
     Picture("grad_norm", "Gradient norm", "Before clipping.", draw_gradient_norms),
     Picture("learning_rate", "Learning rate", "As the optimizer used it.", draw_learning_rate),
@@ -123,9 +126,9 @@ def write_report(run_dirs: Sequence[Path], to: Path, say: Callable[[str], None] 
     for fork in forks(runs):
         say(fork.line)
     index = to / "index.html"
-    index.write_text(
-        _page(runs, [stored_recipe(run_dir) for run_dir in run_dirs], drawn, missing, incident_rows(run_dirs, runs)), encoding="utf-8"
-    )
+    recipes = [stored_recipe(run_dir) for run_dir in run_dirs]
+    html_page = _page(runs, recipes, drawn, missing, incident_rows(run_dirs, runs), sample_rows(run_dirs, runs))
+    index.write_text(html_page, encoding="utf-8")
     return index
 
 
@@ -157,6 +160,7 @@ def _page(
     drawn: Sequence[tuple[Picture, Path]],
     missing: Sequence[str],
     incidents: Sequence[Sequence[str]],
+    samples: Sequence[Sequence[str]],
 ) -> str:
     names = ", ".join(run.name for run in runs)
     parts = [
@@ -172,6 +176,9 @@ def _page(
         parts.append("<p>The recipes are the same but for the run's name and directory.</p>")
     parts += [f"<p>{html.escape(fork.line)}</p>" for fork in forks(runs)]
     parts += _sections(drawn, incidents)
+    if samples:
+        parts.append(heading("Samples", "Texts the models made behind a prompt, as they were after a step."))
+        parts.append(table(["run", "step", "prompt", "text"], samples, text=True))
     if missing:
         parts.append("<h2>Not drawn</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in missing]

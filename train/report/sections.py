@@ -41,8 +41,12 @@ SECTIONS = (
     Section(
         "MTP",
         "Losses of the tokens behind the next one, and how many drafts are accepted.",
-        ("mtp",),
-        (Panel("MTP losses", "loss/mtp_.*", "nats per token"), Panel("Acceptance", "eval/.*acceptance.*", "share")),
+        ("mtp", "acceptance"),
+        (
+            Panel("MTP losses", "loss/mtp_.*", "nats per token"),
+            Panel("Acceptance", "accept/.*/depth_[0-9]+", "share of drafts"),
+            Panel("Accepted length", "accept/.*/length", "tokens a pass"),
+        ),
     ),
     Section(
         "Throughput and goodput",

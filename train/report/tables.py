@@ -11,11 +11,13 @@ import numpy as np
 
 from train.observe.incidents import read_incidents
 from train.observe.redact import without_secrets
+from train.observe.samples import read_samples
 from train.recipe.guard import read_yaml
 from train.report.drawing import RUN_COLOURS
 from train.report.series import Series, final, gap
 
 _MOST_INCIDENTS = 100
+_MOST_SAMPLES = 100
 
 
 def keys(runs: Sequence[Series]) -> list[str]:
@@ -120,6 +122,17 @@ def incident_rows(run_dirs: Sequence[Path], runs: Sequence[Series]) -> list[list
         for one in read_incidents(Path(run_dir))
     ]
     return [[html.escape(cell) for cell in row] for row in sorted(found)[-_MOST_INCIDENTS:]]
+
+
+def sample_rows(run_dirs: Sequence[Path], runs: Sequence[Series]) -> list[list[str]]:
+    """Rows (run, step, prompt, text) of what the models of the runs said, oldest first; the last hundred."""
+    found = [
+        (row["step"], run.name, row["prompt"], row["text"])
+        for run_dir, run in zip(run_dirs, runs, strict=True)
+        for row in read_samples(Path(run_dir))
+    ]
+    latest = sorted(found, key=lambda row: row[0])[-_MOST_SAMPLES:]
+    return [[html.escape(str(cell)) for cell in (name, step, *texts)] for step, name, *texts in latest]
 
 
 def stored_recipe(run_dir: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@ python -m model.precision.backends        compiles every kernel once and keeps i
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -221,6 +222,15 @@ class FusedCPU(Backend):
         _spread(lambda first, last: k.round_to_bf16(values, first, last, rounded), len(values), len(values))
         return result
 
+    def multiply_rows(self, x: Tensor, weight: Tensor, sizes: Sequence[int], into: Tensor) -> None:
+        from model.precision.backends import cpu_rows
+
+        left, right, result = (each.detach().contiguous().numpy() for each in (x.float(), weight.float(), into))
+        starts = np.array([0, *accumulate(sizes)])
+        _spread(
+            lambda first, last: cpu_rows.multiply_rows(left, right, starts, first, last, result), into.shape[1], into.numel() * x.shape[1]
+        )
+
 
 def compile_all() -> None:
     """Runs every kernel once on every dtype, so that the compiled code lies on disk."""
@@ -237,3 +247,4 @@ def compile_all() -> None:
             assert isinstance(operand, Packed)
             backend.unpack(operand, torch.float32)
         backend.bf16(x)
+    backend.multiply_rows(torch.randn(2, 16), torch.randn(3, 16), (2,), torch.empty(2, 3))

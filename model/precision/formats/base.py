@@ -112,7 +112,7 @@ class Format(ABC):
 
     def multiply(self, gemm: Gemm, left: Operand, right: Operand, into: Tensor, call: Call) -> None:
         """The product of what the methods above gave, scaled; see `model.precision.gemm` for shapes."""
-        gemms.multiply(gemm, left, right, into, call.backend, self.multiplied_in(into.device))
+        gemms.multiply(gemm, left, right, into, call.backend, self.multiplied_in(into.device), singly=call.singly)
 
     def multiplied_in(self, device: torch.device) -> torch.dtype:
         """The dtype in which values are multiplied; it must hold them exactly."""

@@ -1,0 +1,79 @@
+"""The sweep of recall: what its arms have in common, which runs it makes, and what it says of results that are known."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.retrieval.__main__ import main
+from experiments.retrieval.arms import ARMS, TARGET, Arm, state_bytes
+from experiments.retrieval.report import accuracy_rows, rate_rows, report
+from experiments.retrieval.sweep import TASKS, Result, best, missing, read_results
+
+TWO = (Arm("mamba", "dense"), Arm("5to1", "moe"))
+
+
+def result(arm: Arm, rate: float, seed: int, accuracy: float, *, loss: float = 1.0, stopped: bool = False) -> Result:
+    return Result(arm.name, rate, seed, dict.fromkeys(TASKS, accuracy), loss, 100.0, stopped)
+
+
+def test_arms_have_as_many_active_parameters() -> None:
+    assert len(ARMS) == 12
+    assert all(abs(arm.counted.active - TARGET) < 0.001 * TARGET for arm in (Arm("attention", "dense"), Arm("8to1", "latent_moe"), *TWO))
+    for arm in ARMS:
+        mixers = arm.recipe().model.layers if arm in TWO else ""
+        assert (mixers.count("M"), mixers.count("*")) in ((0, 0), (6, 0), (5, 1))
+
+
+def test_state_is_what_a_cache_holds() -> None:
+    """By formula: two layers of keys and values of 64 features; six Mamba layers of 64 x 64 state and a window of three rows."""
+    sizes = Arm("mamba", "dense").recipe().model
+    assert sizes.size("mamba_heads") * sizes.size("mamba_head_dim") == sizes.size("mamba_state_size") == 64
+    assert set(state_bytes(Arm("mamba", "dense")).values()) == {6 * 4 * (64 * 64 + 3 * (64 + 2 * 64))}
+    hybrid = state_bytes(Arm("5to1", "dense"))
+    assert hybrid == {n: 5 * 4 * (64 * 64 + 3 * 192) + 4 * n * 2 * 64 for n in (64, 128, 256, 512)}
+
+
+def test_more_seeds_come_where_an_arm_is_best() -> None:
+    mamba, hybrid = TWO
+    assert list(missing([], TWO, (1e-3, 3e-3), 2)) == [(a.name, r, 1) for r in (1e-3, 3e-3) for a in TWO]
+    results = [result(mamba, 1e-3, 1, 0.5), result(mamba, 3e-3, 1, 0.5, loss=0.9), result(hybrid, 1e-3, 1, 0.8)]
+    assert list(missing(results, TWO, (1e-3, 3e-3), 2)) == [(hybrid.name, 3e-3, 1)]
+    results.append(result(hybrid, 3e-3, 1, 0.0, stopped=True))
+    assert best(results, mamba.name) == results[1] and best(results, hybrid.name) == results[2]
+    assert list(missing(results, TWO, (1e-3, 3e-3), 3)) == [(a.name, r, s) for s in (2, 3) for a, r in ((mamba, 3e-3), (hybrid, 1e-3))]
+    results.append(result(hybrid, 1e-3, 2, 0.6))
+    assert accuracy_rows(results, TWO)[1] == ["5to1", "moe", "0.001", "2", *["0.800 (0.600)"] * 4]
+    assert rate_rows(results, TWO, (1e-3, 3e-3))[1] == ["5to1", "moe", "0.800", "stopped"]
+
+
+def test_the_page_has_tables_and_pictures(tmp_path: Path) -> None:
+    text = report([result(TWO[0], 1e-3, 1, 0.25), result(TWO[0], 1e-3, 2, 0.5)], tmp_path)
+    assert "| mamba | dense | 0.001 | 2 | 0.500 (0.250) |" in text
+    assert all((tmp_path / name).stat().st_size > 200 for name in ("rates.png", "states.png", "index.html", "results.json"))
+
+
+def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    for arguments, says in (
+        (["arms=[mamba]"], "arms=mamba is none of attention-dense"),
+        (["train=false", f"in={tmp_path / 'none'}"], "holds no results"),
+        (["train=false", f"in={tmp_path}"], "has no result in line 1"),
+        (["processes=0"], "leave nothing to do"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and says in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_command_makes_what_is_missing_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"in={tmp_path}", "arms=[attention-dense]", "rates=[2e-3,1e-3]", "steps=8", "processes=1"]
+    assert main([*arguments, "seeds=1"]) == 0
+    assert len(read_results(tmp_path / "results.jsonl")) == 2
+    assert main(arguments) == 0
+    results = read_results(tmp_path / "results.jsonl")
+    assert [result.seed for result in results] == [1, 1, 2] and len({result.loss for result in results}) == 3
+    assert not list(tmp_path.glob("*/checkpoints"))
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "1/1" not in capsys.readouterr().out

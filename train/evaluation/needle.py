@@ -1,0 +1,44 @@
+"""Needles in a haystack (`data.needle`): how often a model of bytes says what was hidden in a text, on texts of its training length and longer."""
+
+from dataclasses import dataclass
+
+from data.documents import DataError
+from data.generated import check_bytes
+from data.hashing import digest
+from data.needle import Needles
+from train.evaluation.answers import answers
+from train.evaluation.base import Measured, register_evaluator
+
+
+@dataclass(frozen=True)
+class Needle:
+    """needle/<task>/<bytes>: the share of texts whose needle is said without a mistake, as greedy generation would.
+
+    The texts depend on task, length and number alone, so all runs are asked the same; novels in them are parts that no training text of the task
+    has. Sequences longer than train.sequence_length must divide over the ranks that share them, as those do.
+    """
+
+    tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1")
+    """RULER's names, see `data.needle`."""
+    times: tuple[int, ...] = (1, 2, 4, 8)
+    """Lengths of the texts, in train.sequence_length."""
+    examples: int = 50
+    """Texts of each task and length."""
+
+    def evaluate(self, run: Measured, step: int) -> dict[str, float]:
+        check_bytes("the evaluator needle", run.data.tokenizer)
+        found = {}
+        for name in self.tasks:
+            task = Needles.of(f"ruler:{name}", held=True)
+            for length in (times * run.sequence_length for times in self.times):
+                try:
+                    samples = [task.draw(digest("needle, evaluation", name, length, index), length) for index in range(self.examples)]
+                except DataError as error:
+                    raise DataError(
+                        f"{error} (evaluation.needle.times are multiples of train.sequence_length={run.sequence_length})"
+                    ) from None
+                found[f"needle/{name}/{length}"] = answers(run, step, samples).exact
+        return found
+
+
+register_evaluator("needle", Needle)
