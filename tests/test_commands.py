@@ -110,7 +110,8 @@ WAYS: dict[str, Way] = {
     "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
     SWEEP: Way(f"{QUICK} train.steps=20 precision=fp32,nvfp4 run.seed=1", says="2 jobs, 2 finished", slow=True),
     DRAFTS: Way(
-        "\"overrides=['train.steps=2','train.sequence_length=64','run.seed=1','precision=nvfp4','model.mtp_shared=true','model.mtp_loss_scale=0.3']\"",
+        "\"overrides=['train.steps=2','train.sequence_length=64','run.seed=1','precision=nvfp4','model.mtp_shared=true','model.mtp_loss_scale=0.3',"
+        "'evaluation.acceptance.windows=2']\"",
         makes=("runs/acceptance-sweep/report/domains.png",),
         says="heads trained on",
         slow=True,
