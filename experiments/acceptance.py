@@ -57,12 +57,14 @@ CHANGES: tuple[tuple[str, Mapping[str, tuple[object, object]]], ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """steps [n] of evaluations; shares [domains, depths, n], NaN where there is none; low, high: of the last, [domains, depths]."""
+    """steps [n] of evaluations; shares [domains, depths, n], NaN where there is none; low, high: of the last, [domains, depths]. lengths: tokens a
+    pass at the end, [domains], NaN where they were not measured."""
 
     steps: np.ndarray
     shares: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    lengths: np.ndarray
     validation: float
 
     @property
@@ -98,7 +100,8 @@ def _read(directory: Path) -> Run:
     shares = np.array([values(row) for row in rows]).transpose(1, 2, 0)
     last = rows[-1]
     low, high = (np.array(values(last, end)) for end in ("_low", "_high"))
-    return Run(np.array([row["step"] for row in rows]), shares, low, high, float(last["eval/loss"]))
+    lengths = np.array([last.get(f"accept/{domain}/length", np.nan) for domain in DOMAINS])
+    return Run(np.array([row["step"] for row in rows]), shares, low, high, lengths, float(last["eval/loss"]))
 
 
 def differences(runs: Runs, change: Mapping[str, tuple[object, object]]) -> np.ndarray:
@@ -182,7 +185,8 @@ def arm_rows(runs: Runs) -> list[list[str]]:
     for arm, seeds in runs.items():
         last = np.nanmean([np.nanmean(run.last, axis=0) for run in seeds.values()], axis=0)
         loss = np.mean([run.validation for run in seeds.values()])
-        rows.append([str(arm), str(len(seeds)), f"{loss:.4f}", *(f"{share:.1%}" for share in last)])
+        length = np.mean([run.lengths.mean() for run in seeds.values()])
+        rows.append([str(arm), str(len(seeds)), f"{loss:.4f}", *(f"{share:.1%}" for share in last), _number(length)])
     return rows
 
 
@@ -201,16 +205,22 @@ def change_rows(found: Mapping[str, np.ndarray]) -> list[list[str]]:
 def domain_rows(runs: Mapping[int, Run]) -> list[list[str]]:
     """Acceptance by domain of one arm, mean and range of the seeds, the most accepted domain first."""
     last = np.array([run.last for run in runs.values()])
+    lengths = np.mean([run.lengths for run in runs.values()], axis=0)
     order = np.argsort(-np.nanmean(last[:, :, 0], axis=0))
-    return [
-        [DOMAINS[d], *(f"{last[:, d, k].mean():.1%} ({last[:, d, k].min():.1%} - {last[:, d, k].max():.1%})" for k in range(len(DEPTHS)))]
-        for d in order
-    ]
+    rows = []
+    for d in order:
+        shares = [f"{each.mean():.1%} ({each.min():.1%} - {each.max():.1%})" for each in last[:, d].T]
+        rows.append([DOMAINS[d], *shares, _number(lengths[d])])
+    return rows
 
 
-ARM_HEAD = ("arm", "seeds", "validation loss", "depth 1, mean of domains", "depth 2, mean of domains")
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.2f}"
+
+
+ARM_HEAD = ("arm", "seeds", "validation loss", "depth 1, mean of domains", "depth 2, mean of domains", "tokens a pass, mean of domains")
 CHANGE_HEAD = ("change", "pairs", "depth 1, points", "depth 2, points")
-DOMAIN_HEAD = ("domain", "depth 1", "depth 2 where depth 1 is accepted")
+DOMAIN_HEAD = ("domain", "depth 1", "depth 2 where depth 1 is accepted", "tokens a pass, writing itself")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -233,6 +243,7 @@ def write(runs: Runs, to: Path) -> str:
             str(seed): {
                 "steps": run.steps.tolist(),
                 "validation_loss": run.validation,
+                "tokens_a_pass": {domain: _number(run.lengths[d]) for d, domain in enumerate(DOMAINS)},
                 "acceptance": {domain: np.round(run.shares[d], 4).tolist() for d, domain in enumerate(DOMAINS)},
             }
             for seed, run in seeds.items()

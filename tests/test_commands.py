@@ -27,6 +27,7 @@ EXPORT = "python -m train.export checkpoint=runs/first to=exported"
 BRANCH = "python -m train.branch checkpoint=runs/x precision=bf16 run.dir=runs/bf16"
 BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
 SUBMIT = "python -m launch.slurm -cn nemotron3_super cluster=b200"
+QUESTIONS = "python -m data.questions to=runs/tasks"
 SWEEP = "python -m train -cn nvfp4_gap -m"
 DRAFTS = "python -m experiments.acceptance"
 RECALL = "python -m experiments.retrieval"
@@ -97,6 +98,10 @@ WAYS: dict[str, Way] = {
     f"{SUBMIT} cluster.nodes=8 submit=false": Way(makes=("runs/nemotron3_super/slurm.sh",), slow=True),
     f"{SUBMIT} cluster.nodes=8 --dry-run": Way(says="arguments=(-cn nemotron3_super cluster=b200 cluster.nodes=8)", slow=True),
     "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way("--dry-run run.seed=7,8", says="case $SLURM_ARRAY_TASK_ID in", slow=True),
+    QUESTIONS: Way(makes=("runs/tasks/austen_next.yaml",), says="austen_next (300 documents)"),
+    "python -m train.evaluate checkpoint=runs/first tasks=[austen_next] include=runs/tasks": Way(
+        "limit=2", after=(FIRST, QUESTIONS), says="|austen_next|", needs="lm_eval", slow=True
+    ),
     "python -m train.generate checkpoint=runs/first prompt='It is a truth' tokens=100 temperature=0.8": Way(
         "tokens=5", after=(FIRST,), says="It is a truth", slow=True
     ),
@@ -105,7 +110,8 @@ WAYS: dict[str, Way] = {
     "python -m train -cn tiny -m precision=nvfp4,bf16 run.seed=1,2": Way(QUICK, says="4 jobs, 4 finished", slow=True),
     SWEEP: Way(f"{QUICK} train.steps=20 precision=fp32,nvfp4 run.seed=1", says="2 jobs, 2 finished", slow=True),
     DRAFTS: Way(
-        "\"overrides=['train.steps=2','train.sequence_length=64','run.seed=1','precision=nvfp4','model.mtp_shared=true','model.mtp_loss_scale=0.3']\"",
+        "\"overrides=['train.steps=2','train.sequence_length=64','run.seed=1','precision=nvfp4','model.mtp_shared=true','model.mtp_loss_scale=0.3',"
+        "'evaluation.acceptance.windows=2']\"",
         makes=("runs/acceptance-sweep/report/domains.png",),
         says="heads trained on",
         slow=True,

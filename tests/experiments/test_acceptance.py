@@ -21,6 +21,7 @@ def write(root: Path, arm: Arm, seed: int, share: float, *, finished: bool = Tru
         for place, domain in enumerate(DOMAINS):
             for depth in (1, 2):
                 name, value = f"accept/{domain}/depth_{depth}", factor * (share - 0.01 * (place + depth - 1))
+                row[f"accept/{domain}/length"] = 1 + value
                 row |= {name: value, f"{name}_low": value - 0.02, f"{name}_high": value + 0.02}
         rows.append(row)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -62,7 +63,7 @@ def test_the_page(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["train=false", f"runs={root}", f"to={to}"]) == 0
     assert {path.name for path in to.iterdir()} == {"results.json", "domains.png", "training.png", "arms.png", "index.html"}
     shown = capsys.readouterr().out
-    assert "| novels | 65.0% (60.0% - 70.0%) | 64.0% (59.0% - 69.0%) |" in shown
+    assert "| novels | 65.0% (60.0% - 70.0%) | 64.0% (59.0% - 69.0%) | 1.64 |" in shown
     assert "| fp32 instead of NVFP4 | 3 | +2.0 ± 0.6 | +2.0 ± 0.6 |" in shown
     assert [row[0] for row in domain_rows(read_runs(root)[Arm()])] == list(DOMAINS)
 

@@ -52,15 +52,20 @@ def speaker(run_dir: Path) -> Iterator[Speaker]:
     groups.shutdown()
 
 
-def whole(speaker: Speaker, tokens: list[int]) -> torch.Tensor:
-    """[sequence, vocabulary]: the logits of one pass, as evaluation computes them."""
+def logits(speaker: Speaker, tokens: list[int]) -> torch.Tensor:
+    """[sequence, ids of the model], of one pass, as evaluation computes them."""
     ids = torch.tensor([tokens])
     zeros = torch.zeros_like(ids)
     batch = Microbatch.of(
         tokens=ids, labels=ids, loss_mask=zeros.bool(), documents=zeros.int(), reset=False, sample=torch.tensor([0]), step=0, depths=2
     )
     with torch.inference_mode():
-        return speaker.model.logits(batch)[0][0, :, : speaker.vocabulary]
+        return speaker.model.logits(batch)[0][0]
+
+
+def whole(speaker: Speaker, tokens: list[int]) -> torch.Tensor:
+    """[sequence, vocabulary]: those that texts are made of."""
+    return logits(speaker, tokens)[:, : speaker.vocabulary]
 
 
 @pytest.mark.parametrize("singly", [False, True])
