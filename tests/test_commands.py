@@ -187,6 +187,11 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.linear", Way("sizes=[64] rounds=1", slow=True)),
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
     (r"python -m tests\.layouts ", Way("count=1", says="one rank", slow=True)),
+    (
+        r"python -m benchmarks\.speculative",
+        Way("models=[runs/first] depths=1 tokens=8 rounds=1", after=(FIRST,), says="against none", slow=True),
+    ),
+    (r"python -m benchmarks\.token", Way("lengths=[16,32] rounds=1", says="bytes", slow=True)),
     (r"python -m benchmarks\.long_context", Way("lengths=[64,128] rounds=1 ranks=[1,2] tokens=256", slow=True)),
     (r"python -m benchmarks\.engines", Way("rounds=1", slow=True)),
     (r"python -m benchmarks\.activations", Way("recipe=tiny tokens=64", slow=True)),
