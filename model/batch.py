@@ -140,6 +140,11 @@ class Microbatch:
         )
 
     @property
+    def few(self) -> bool:
+        """Whether these are some tokens of a text that is being made: see `Cache.revocable`."""
+        return self.cache is not None and self.cache.revocable
+
+    @property
     def singly(self) -> bool:
         """Whether every token is to be computed as if it came alone: see `Cache`."""
         return self.cache is not None and self.cache.singly

@@ -115,8 +115,8 @@ R = TypeVar("R", bound=Remembered)
 class Cache:
     """lengths: int64 [batch], tokens of each sequence that every layer has seen; `advance` and `accept` say that there are more.
 
-    revocable: tokens come one by one, or a few of which some may be taken back; what each of them leaves is kept. singly: on a CPU every token
-    is computed as if it came alone, so that its last bit does not depend on how many come with it.
+    revocable: tokens come one by one, or a few of which some may be taken back; what each of them leaves is kept, and a CPU multiplies them row by
+    row. singly: besides, all else that a CPU does with a token is done as if it came alone, so that no last bit depends on how many come with it.
     """
 
     def __init__(self, lengths: Tensor) -> None:

@@ -95,7 +95,7 @@ class Linear(nn.Module):
             microbatch.keys(positions) if keys is None else keys,
             microbatch.step,
             self.out_dtype,
-            singly=microbatch.singly,
+            singly=microbatch.few,
         )
         if self.mode == "row" and layout.tensor_size > 1:
             if layout.sequence_parallel:

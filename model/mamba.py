@@ -132,7 +132,7 @@ class MambaMixer(nn.Module):
         gate, convolved, dt = projected.split((self.inner, self.inner + 2 * self.shared, self.heads), dim=-1)
         whole_or_handed_on = self.layout.context_size == 1 or self.layout.config.context_mamba == "state"
         y = (self._mixed if whole_or_handed_on else self._mixed_by_heads)(convolved, dt, microbatch)
-        return gated_group_norm(y, gate, self.norm_weight, self.inner // self.groups, self.eps)
+        return gated_group_norm(y, gate, self.norm_weight, self.inner // self.groups, self.eps, singly=microbatch.singly)
 
     def _mixed(self, convolved: Tensor, dt: Tensor, microbatch: Microbatch) -> Tensor:
         """Convolution and recurrence: x | B | C and dt, both [sequence, batch, features] -> [sequence, batch, inner]."""

@@ -155,7 +155,7 @@ class Experts(nn.Module):
         def apply(kind: str, x: Tensor) -> Tensor:
             weight = getattr(self, kind)
             site, formats = self.sites[kind], self.formats(kind, microbatch)
-            return grouped_linear(x, weight, tokens_per_expert, formats, site, keys, microbatch.step, singly=microbatch.singly)
+            return grouped_linear(x, weight, tokens_per_expert, formats, site, keys, microbatch.step, singly=microbatch.few)
 
         with self.context.recompute.dropped("activation", squared_relu, apply("up_proj", x)) as active:
             return apply("down_proj", active)

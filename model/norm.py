@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from model import init
 from model.context import ModelContext
+from model.elementwise import evenly
 from model.parameter import sharded_parameter
 from parallel.shards import whole
 
@@ -24,9 +25,10 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
-def gated_group_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
-    """Mamba-2's output norm: RMSNorm of x * silu(gate) per group of `group_size` channels, in fp32, in x's dtype."""
-    gated = x.float() * nn.functional.silu(gate.float())
+def gated_group_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float, *, singly: bool = False) -> Tensor:
+    """Mamba-2's output norm: RMSNorm of x * silu(gate) per group of `group_size` channels, in fp32, in x's dtype. singly: see `model.cache`."""
+    gate = gate.float()
+    gated = x.float() * (evenly(nn.functional.silu, gate) if singly else nn.functional.silu(gate))
     groups = gated.unflatten(-1, (-1, group_size))
     normed = nn.functional.rms_norm(groups, (group_size,), eps=eps).flatten(-2)
     return (normed * weight.float()).to(x.dtype)

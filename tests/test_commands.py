@@ -27,6 +27,7 @@ EXPORT = "python -m train.export checkpoint=runs/first to=exported"
 BRANCH = "python -m train.branch checkpoint=runs/x precision=bf16 run.dir=runs/bf16"
 BLEND = "python -m train -cn tiny run.dir=runs/blend run.stop_after=50%"
 SUBMIT = "python -m launch.slurm -cn nemotron3_super cluster=b200"
+QUESTIONS = "python -m data.questions to=runs/tasks"
 SWEEP = "python -m train -cn nvfp4_gap -m"
 DRAFTS = "python -m experiments.acceptance"
 RECALL = "python -m experiments.retrieval"
@@ -97,6 +98,10 @@ WAYS: dict[str, Way] = {
     f"{SUBMIT} cluster.nodes=8 submit=false": Way(makes=("runs/nemotron3_super/slurm.sh",), slow=True),
     f"{SUBMIT} cluster.nodes=8 --dry-run": Way(says="arguments=(-cn nemotron3_super cluster=b200 cluster.nodes=8)", slow=True),
     "python -m launch.slurm -cn nvfp4_gap cluster=h100 -m": Way("--dry-run run.seed=7,8", says="case $SLURM_ARRAY_TASK_ID in", slow=True),
+    QUESTIONS: Way(makes=("runs/tasks/austen_next.yaml",), says="austen_next (300 documents)"),
+    "python -m train.evaluate checkpoint=runs/first tasks=[austen_next] include=runs/tasks": Way(
+        "limit=2", after=(FIRST, QUESTIONS), says="|austen_next|", needs="lm_eval", slow=True
+    ),
     "python -m train.generate checkpoint=runs/first prompt='It is a truth' tokens=100 temperature=0.8": Way(
         "tokens=5", after=(FIRST,), says="It is a truth", slow=True
     ),
@@ -182,6 +187,11 @@ KINDS: tuple[tuple[str, Way], ...] = (
     (r"python -m benchmarks\.linear", Way("sizes=[64] rounds=1", slow=True)),
     (r"python -m benchmarks\.step", Way("rounds=1", slow=True)),
     (r"python -m tests\.layouts ", Way("count=1", says="one rank", slow=True)),
+    (
+        r"python -m benchmarks\.speculative",
+        Way("models=[runs/first] depths=1 tokens=8 rounds=1", after=(FIRST,), says="against none", slow=True),
+    ),
+    (r"python -m benchmarks\.token", Way("lengths=[16,32] rounds=1", says="bytes", slow=True)),
     (r"python -m benchmarks\.long_context", Way("lengths=[64,128] rounds=1 ranks=[1,2] tokens=256", slow=True)),
     (r"python -m benchmarks\.engines", Way("rounds=1", slow=True)),
     (r"python -m benchmarks\.activations", Way("recipe=tiny tokens=64", slow=True)),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import activations, gpu, linear, long_context, quantize, step
+from benchmarks import activations, gpu, linear, long_context, quantize, speculative, step, token
 from benchmarks.arguments import main
 
 
@@ -24,6 +24,27 @@ def test_linear(tmp_path: Path) -> None:
     assert main(linear.run, linear.DEFAULTS, ["sizes=[64]", "rounds=1", f"to={to}"]) == 0
     values = json.loads(to.read_text())["sizes"]["64"]
     assert values["kept_bits"] == 4.5 + 32 / 64**2 and values["ratio"] > 0  # a code, a sixteenth of a scale, and one amax
+
+
+@pytest.mark.slow
+def test_the_next_token_of_mamba_layers_costs_as_much_however_long_the_text() -> None:
+    lengths = [64, 16384]
+    seconds, sizes = token.by_length("MEMEME", lengths, rounds=30)
+    assert sizes[64] == sizes[16384] and seconds[16384] < 1.15 * seconds[64]
+    seconds, sizes = token.by_length("*E*E*E", lengths, rounds=30)
+    assert sizes[16384] == 256 * sizes[64] and seconds[16384] > 1.5 * seconds[64]  # what the bound above would find
+
+
+@pytest.mark.slow
+def test_speculative(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to, picture = tmp_path / "drafts.json", tmp_path / "drafts.png"
+    arguments = ["models=[tiny]", "depths=2", "tokens=12", "rounds=1", f"to={to}", f"picture={picture}"]
+    assert main(speculative.run, speculative.DEFAULTS, arguments) == 0
+    (found,) = json.loads(to.read_text())["models"]
+    for each in found["depths"]:
+        assert each["round"] == pytest.approx(each["length"] / each["speed"]) and 1 <= each["length"] <= 1 + each["depth"]
+    assert speculative.needed(1.75, 2) == pytest.approx(0.5)  # 1 + 1/2 + 1/4
+    assert "untrained: costs alone" in capsys.readouterr().out and picture.stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.ssd import chunked, recurrence, ssd
+from model.ssd import chunked, recurrence, ssd, stepped
 
 BOUND = 5e-6
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -109,3 +109,26 @@ def test_packed_documents_equal_each_document_alone() -> None:
 def test_cuda_equals_the_fp64_recurrence(regime: str) -> None:
     function = lambda *args: ssd(*args[:6], documents=args[6], chunk_size=128)  # noqa: E731
     check(function, arguments(300, regime, state=64, width=32), documents_of(300), "cuda")
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_one_token_after_another_equals_the_fp64_recurrence(regime: str) -> None:
+    exact = arguments(21, regime)
+    expected = recurrence(*exact)
+    x, dt, a, b, c, d = each(exact, lambda t: t.float())
+    by_count = {}
+    for count in (1, 3):
+        state, found, left = None, [], []
+        for start in range(0, 21, count):
+            x_, dt_, b_, c_ = (t[:, start : start + count] for t in (x, dt, b, c))
+            y, states = stepped(x_, dt_, a, b_, c_, d, state)
+            state = states[-1]
+            found.append(y)
+            left += states[1:]
+        by_count[count] = torch.cat(found, dim=1), left
+    y = by_count[1][0].double()
+    for error in ((y - expected).norm() / expected.norm(), (y - expected).abs().max() / expected.abs().max()):
+        assert error <= BOUND
+    # However many come together, every token gives the same, and leaves the same.
+    assert torch.equal(by_count[1][0], by_count[3][0])
+    assert all(torch.equal(one, three) for one, three in zip(by_count[1][1], by_count[3][1], strict=True))

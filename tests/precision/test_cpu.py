@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.precision.backends.cpu import FusedCPU
+from model.precision.backends.reference import Reference
 from model.precision.certify.matrix import quantize as through
 from model.precision.hadamard import FIXED
 from model.precision.nvfp4 import quantize
@@ -82,6 +83,30 @@ def test_a_nan_is_never_lost() -> None:
             products = CPU.quantize(x, amax, rows, encoding)
             assert isinstance(products, torch.Tensor)
             assert not (products * amax).isfinite().all()
+
+
+@pytest.mark.parametrize(("features", "outputs"), [(16, 3), (100, 257), (512, 300)])
+def test_a_row_is_multiplied_as_if_it_were_alone(features: int, outputs: int) -> None:
+    sizes = (2, 0, 5, 1)
+    x, weight = torch.randn(8, features), torch.randn(len(sizes) * outputs, features)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for backend, threads in ((CPU, 1), (CPU, 3), (Reference(), 1)):
+            torch.set_num_threads(threads)
+            results.append(torch.full((8, outputs), torch.nan))
+            backend.multiply_rows(x, weight, sizes, results[-1])
+    finally:
+        torch.set_num_threads(before)
+    group = [0, 0, 2, 2, 2, 2, 2, 3]
+    exact = torch.stack([weight.double().view(len(sizes), outputs, features)[g] @ row for g, row in zip(group, x.double(), strict=True)])
+    for found in results:
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6 * features)
+    assert torch.equal(results[0], results[1])
+    for row, g in enumerate(group):
+        alone = torch.empty(1, outputs)
+        CPU.multiply_rows(x[row : row + 1], weight[g * outputs : (g + 1) * outputs], (1,), alone)
+        assert torch.equal(alone[0], results[0][row])
 
 
 def test_threads_change_nothing() -> None:

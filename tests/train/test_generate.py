@@ -52,15 +52,20 @@ def speaker(run_dir: Path) -> Iterator[Speaker]:
     groups.shutdown()
 
 
-def whole(speaker: Speaker, tokens: list[int]) -> torch.Tensor:
-    """[sequence, vocabulary]: the logits of one pass, as evaluation computes them."""
+def logits(speaker: Speaker, tokens: list[int]) -> torch.Tensor:
+    """[sequence, ids of the model], of one pass, as evaluation computes them."""
     ids = torch.tensor([tokens])
     zeros = torch.zeros_like(ids)
     batch = Microbatch.of(
         tokens=ids, labels=ids, loss_mask=zeros.bool(), documents=zeros.int(), reset=False, sample=torch.tensor([0]), step=0, depths=2
     )
     with torch.inference_mode():
-        return speaker.model.logits(batch)[0][0, :, : speaker.vocabulary]
+        return speaker.model.logits(batch)[0][0]
+
+
+def whole(speaker: Speaker, tokens: list[int]) -> torch.Tensor:
+    """[sequence, vocabulary]: those that texts are made of."""
+    return logits(speaker, tokens)[:, : speaker.vocabulary]
 
 
 @pytest.mark.parametrize("singly", [False, True])
@@ -279,3 +284,18 @@ def test_the_command_with_drafts(run_dir: Path, tmp_path: Path, capsys: pytest.C
     assert found is not None
     length, share = map(float, found.groups())
     assert length > 1.1 and share > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(0.8, 0.95, seed=1), Sampling(1.0, seed=2)])
+def test_ten_thousand_tokens_are_the_same_with_drafts(sampling: Sampling, speaker: Speaker) -> None:
+    prompts = [*PROMPTS, list(b"She"), list(b"CHAPTER I."), list(b"Oh! what a"), list(b"My dear"), list(b"The whole of the party were")]
+
+    def texts(depth: int) -> list[list[int]]:
+        turns = list(generate(speaker, prompts, 1300, sampling, depth=depth))
+        return [[token for turn in turns if (token := turn[text]) is not None] for text in range(len(prompts))]
+
+    plain = texts(0)
+    assert sum(map(len, plain)) > 10_000
+    for depth in (1, 2, 5):
+        assert texts(depth) == plain

@@ -22,9 +22,11 @@ from train.generation.texts import generate, read
 
 PROMPTS = (list(b"It is a truth"), [65], list(b"Mr. Darcy said that she was not at all sorry"))
 MODELS = {
-    "shared": ("model.pattern=ME*MEM*/*E/*E",),
+    "shared": ("precision=fp32", "model.pattern=ME*MEM*/*E/*E"),
+    "bf16": ("precision=bf16", "model.pattern=ME*MEM*/*E/*E"),
     # Depths of their own, which have a state; numbers of experts and channels that leave something over of every vector.
     "unshared": (
+        "precision=fp32",
         "model.pattern=ME*-/ME/*E",
         "model.ffn_hidden_size=32",
         "model.mtp_shared=false",
@@ -49,7 +51,7 @@ class Few:
 
 @pytest.fixture(params=MODELS)
 def speaker(request: pytest.FixtureRequest) -> Iterator[Few]:
-    made = recipe("precision=fp32", *MODELS[request.param])
+    made = recipe(*MODELS[request.param])
     _, (model,) = build_model(made, groups.initialize(made.parallel, made.run.seed))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -124,6 +126,7 @@ def drafts_in_one_pass(speaker: Few, tokens: Sequence[int], depth: int) -> list[
 @torch.inference_mode()
 def test_drafts_are_those_of_whole_passes(speaker: Few) -> None:
     text, draw = list(b"It is a truth universally acknowledged"), random.Random(2)
+    speaker.vocabulary = 256
     depth = 4 if speaker.model.context.config.mtp_shared else 2
     ids = torch.tensor([text + [0] * (depth + 8)])
     hidden = speaker.model.hidden(following(speaker, torch.tensor([text]), Cache.empty(1, torch.device("cpu")), [0]))

@@ -1,6 +1,7 @@
 """What makes texts, and one pass of it over tokens that follow a cache."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,6 +23,19 @@ class Speaks(Protocol):
     def progress(self) -> float: ...
     @property
     def vocabulary(self) -> int: ...
+
+
+@dataclass
+class Untrained:
+    """A model without a tokenizer, for measurements: any id may come."""
+
+    model: HybridModel
+    step: int = 0
+    progress: float = 1.0
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.context.config.vocab_size
 
 
 def following(speaker: Speaks, tokens: Tensor, cache: Cache, texts: Sequence[int]) -> Microbatch:
