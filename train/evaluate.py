@@ -53,11 +53,10 @@ def main(arguments: Sequence[str]) -> int:
                 )
         if "tasks" in values and "evaluators" in values:
             raise ValueError("tasks=... and evaluators=... are two ways to evaluate: give one of them")
-        checkpoint = open_checkpoint(values["checkpoint"])
         if "tasks" in values:
-            _harness(checkpoint, values)
+            _harness(values)
         else:
-            _evaluators(checkpoint, values.get("evaluators"))
+            _evaluators(open_checkpoint(values["checkpoint"]), values.get("evaluators"))
     except (ValueError, OSError) as error:
         return refuse(str(error))
     finally:
@@ -76,7 +75,7 @@ def _evaluators(checkpoint: Checkpoint, others: Any) -> None:
         print(f"{checkpoint.path}: " + (evaluation_text(metrics) or "nothing was measured: there is no validation text"))
 
 
-def _harness(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:
+def _harness(values: Mapping[str, Any]) -> None:
     if world_size() > 1:
         raise ValueError("tasks are done by one process: start python -m train.evaluate without a launcher")
     tasks = values["tasks"] if isinstance(values["tasks"], list) else [values["tasks"]]
@@ -92,6 +91,7 @@ def _harness(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:
     if to is not None:  # what cannot be written is said before anything is computed
         to.parent.mkdir(parents=True, exist_ok=True)
         to.touch()
+    checkpoint = open_checkpoint(values["checkpoint"])
     from train.harness import run_tasks  # an optional package, which takes many seconds to import
 
     precision = str(values.get("precision", "bf16" if torch.cuda.is_available() else "fp32"))

@@ -70,7 +70,7 @@ def _tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:
         (1, ("model.head_at_targets=true",)),
         (2, ()),
         pytest.param(2, ("parallel.pipeline=2",), marks=pytest.mark.slow),
-        (2, ("parallel.tensor=2",)),
+        pytest.param(2, ("parallel.tensor=2",), marks=pytest.mark.slow),
         (2, ("parallel.context=2", "model.head_at_targets=true")),
     ],
     ids=["one rank", "targets", "data", "pipeline", "tensor", "context"],

@@ -19,6 +19,7 @@ from train import loop
 from train.checkpoint.reader import open_checkpoint
 from train.generate import main
 from train.generation.sampling import Sampling
+from train.generation.scores import score
 from train.generation.speaker import Speaker, open_speaker
 from train.generation.speaks import following, head
 from train.generation.text import Text
@@ -80,6 +81,15 @@ def test_tokens_in_parts_equal_one_pass(part: int, singly: bool, speaker: Speake
         found = next_logits(speaker, torch.tensor([some]), cache, [0])
         torch.testing.assert_close(found[0], expected[start + len(some) - 1], rtol=1e-5, atol=1e-5)
     assert cache.lengths.tolist() == [len(tokens)]
+
+
+@pytest.mark.parametrize("part", [1, 5, 512])
+def test_scores_are_those_of_one_pass(part: int, speaker: Speaker) -> None:
+    for text, (chances, likeliest) in zip(PROMPTS, score(speaker, [[256, *prompt] for prompt in PROMPTS], part), strict=True):
+        expected = logits(speaker, [256, *text])[:-1].log_softmax(-1)
+        wanted = torch.tensor(text)
+        torch.testing.assert_close(chances, expected.gather(1, wanted.unsqueeze(1)).squeeze(1), rtol=1e-5, atol=1e-5)
+        assert torch.equal(likeliest, expected.argmax(-1) == wanted)
 
 
 def test_greedy_texts_are_those_of_transformers(run_dir: Path, speaker: Speaker, tmp_path: Path) -> None:

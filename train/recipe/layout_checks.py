@@ -105,7 +105,8 @@ def _batch(recipe: Recipe, ranks: int) -> None:
 
 def _validate_samples(recipe: Recipe) -> None:
     """Texts are made by ranks that hold whole layers and whole sequences."""
-    samples, acceptance = recipe.monitor.samples, recipe.evaluation.chosen().get("acceptance")
+    samples, evaluation = recipe.monitor.samples, recipe.evaluation
+    acceptance = evaluation.known["acceptance"] if "acceptance" in evaluation.evaluators else None
     if samples.every:
         key = f"monitor.samples.every={samples.every}"
     elif isinstance(acceptance, Acceptance) and acceptance.length_every:
