@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from benchmarks.arguments import main
 from benchmarks.timing import keep_freed_memory, machine, save, table
@@ -193,6 +194,7 @@ def told(found: dict[str, Any]) -> str:
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     with plt.rc_context(drawing.STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+        ends: dict[Axes, list[tuple[float, str, str]]] = {left: [], right: []}
         for found, colour in zip(results, drawing.RUN_COLOURS, strict=False):
             depths = [each["depth"] for each in found["depths"]]
             name = found["name"] if found["trained"] else f"{found['name']}, untrained"
@@ -205,15 +207,15 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
                     continue
                 values = [each[key] for each in found["depths"]]
                 axes.plot(depths, values, style, color=colour)
-                axes.annotate(name + what, (depths[-1], values[-1]), xytext=(7, 0), textcoords="offset points", color=colour, va="center")
+                ends[axes].append((values[-1], name + what, colour))
         left.axhline(1, color="#555555", linewidth=1)
         left.set_title("Tokens per CPU second, against no drafts")
         right.set_title("What a round costs, in passes, and gives, in tokens")
         for axes in (left, right):
             axes.set_xlabel("speculative.depth")
             axes.set_ylim(bottom=0)
-            axes.margins(x=0.3)
             axes.set_xticks(depths)
+            drawing.label_ends(axes, ends[axes])
         drawing.save(figure, path)
 
 
