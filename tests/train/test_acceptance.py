@@ -101,7 +101,7 @@ def test_shares_are_those_counted_one_by_one(trained: Path) -> None:
 
 
 LAYOUTS = [
-    pytest.param(2, ("parallel.pipeline=2",), id="pipeline"),
+    pytest.param(2, ("parallel.pipeline=2",), id="pipeline", marks=pytest.mark.slow),
     pytest.param(2, ("parallel.context=2", "train.micro_batch_size=1"), id="context"),
     pytest.param(2, ("parallel.tensor=2", "parallel.expert=2"), id="tensor, expert", marks=pytest.mark.slow),
     pytest.param(4, ("parallel.tensor=2", "parallel.expert=2"), id="tensor, expert, data", marks=pytest.mark.slow),

@@ -71,7 +71,7 @@ def _tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:
         (2, ()),
         pytest.param(2, ("parallel.pipeline=2",), marks=pytest.mark.slow),
         pytest.param(2, ("parallel.tensor=2",), marks=pytest.mark.slow),
-        (2, ("parallel.context=2", "model.head_at_targets=true")),
+        pytest.param(2, ("parallel.context=2", "model.head_at_targets=true"), marks=pytest.mark.slow),
     ],
     ids=["one rank", "targets", "data", "pipeline", "tensor", "context"],
 )

@@ -65,6 +65,7 @@ def test_experts_spread_over_ranks(tmp_path: Path, ranks: Callable[[int], Callab
     assert read_samples(tmp_path / "two") == read_samples(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_texts_of_steps_that_are_taken_again_are_void(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert loop.run(recipe(*GIVEN, *SPEAKING, f"run.dir={run_dir}")) == 0

@@ -30,7 +30,7 @@ def trained(rank: int, *overrides: str) -> list[float]:
         groups.shutdown(leave_world=False)
 
 
-@pytest.mark.parametrize("layout", ["parallel.pipeline=2", "parallel.tensor=2"])
+@pytest.mark.parametrize("layout", [pytest.param("parallel.pipeline=2", marks=pytest.mark.slow), "parallel.tensor=2"])
 def test_every_layout_trains_alike(ranks: Callable[[int], Callable[..., Any]], layout: str) -> None:
     expected = trained(0)
     groups.shutdown()
