@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiments.retrieval.__main__ import main
-from experiments.retrieval.arms import ARMS, TARGET, Arm, state_bytes
+from experiments.retrieval.arms import ARMS, LENGTHS, TARGET, Arm, state_bytes
 from experiments.retrieval.report import accuracy_rows, rate_rows, report
 from experiments.retrieval.sweep import TASKS, Result, best, missing, read_results
 
@@ -25,12 +25,13 @@ def test_arms_have_as_many_active_parameters() -> None:
 
 
 def test_state_is_what_a_cache_holds() -> None:
-    """By formula: two layers of keys and values of 64 features; six Mamba layers of 64 x 64 state and a window of three rows."""
+    """By formula: layers of keys and values of 64 features, of Mamba with a state of 64 x 32, and windows of three rows."""
     sizes = Arm("mamba", "dense").recipe().model
-    assert sizes.size("mamba_heads") * sizes.size("mamba_head_dim") == sizes.size("mamba_state_size") == 64
-    assert set(state_bytes(Arm("mamba", "dense")).values()) == {6 * 4 * (64 * 64 + 3 * (64 + 2 * 64))}
-    hybrid = state_bytes(Arm("5to1", "dense"))
-    assert hybrid == {n: 5 * 4 * (64 * 64 + 3 * 192) + 4 * n * 2 * 64 for n in (64, 128, 256, 512)}
+    assert sizes.size("mamba_heads") * sizes.size("mamba_head_dim") == 2 * sizes.size("mamba_state_size") == 64
+    layer = 4 * (64 * 32 + 3 * (64 + 2 * 32))
+    assert set(state_bytes(Arm("mamba", "dense")).values()) == {6 * layer}
+    assert state_bytes(Arm("5to1", "dense")) == {n: 5 * layer + 4 * n * 2 * 64 for n in LENGTHS}
+    assert state_bytes(Arm("attention", "dense")) == {n: 3 * (4 * 3 * 64 + 4 * n * 2 * 64) for n in LENGTHS}
 
 
 def test_more_seeds_come_where_an_arm_is_best() -> None:
