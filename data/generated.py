@@ -84,11 +84,6 @@ def open_generated(path: str, tokenizer: Tokenizer, seed: int) -> Generated:
     """Raises DataError for a name that stands for no task."""
     if path.startswith(MQAR_PREFIX):
         return Generated(path, MQAR.of(path, tokenizer.vocab_size), seed)
-    check_bytes(path, tokenizer)
-    return Generated(path, Needles.of(path), seed)
-
-
-def check_bytes(what: str, tokenizer: Tokenizer) -> None:
-    """Needles are of bytes. Raises DataError."""
     if not isinstance(tokenizer, ByteTokenizer):
-        raise DataError(f"{what} is a text of bytes: set data.tokenizer.kind=bytes")
+        raise DataError(f"{path} is a text of bytes: set data.tokenizer.kind=bytes")
+    return Generated(path, Needles.of(path), seed)

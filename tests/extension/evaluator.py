@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from model.batch import Microbatch
-from train.evaluation.base import Measured, register_evaluator
+from train.evaluation.base import Evaluator, Measured, register_evaluator
 from train.step import LossStep, to_microbatch
 
 
 @dataclass(frozen=True)
-class FirstWindows:
+class FirstWindows(Evaluator):
     batches: int = 1
     """Batches of windows that are looked at, by every data-parallel rank the same."""
 

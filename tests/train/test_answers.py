@@ -106,3 +106,30 @@ def test_a_head_only_at_targets_trains_as_the_whole_one(pattern: str) -> None:
 def test_a_head_only_at_targets_wants_the_whole_vocabulary() -> None:
     with pytest.raises(ValueError, match=r"model.head_at_targets=true works on the whole vocabulary, but parallel.tensor=2 splits it"):
         recipe(*GIVEN, "model.head_at_targets=true", "parallel.tensor=2", world_size=2)
+
+
+NUMBERS = ("data=mqar", "data.phases=[{blend:[{path:'mqar:32x4'}]}]", "data.tokenizer.vocab_size=48", "data.validation_fraction=0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([*NUMBERS, "evaluation.evaluators=[mqar]"], ["evaluation.mqar.tasks[0]='64x4'", "needs more ids than the 48 there are"]),
+        ([*NUMBERS, "evaluation.evaluators=[mqar]", "evaluation.mqar.examples=0"], ["evaluation.mqar", "0 examples"]),
+        ([*NUMBERS, "evaluation.evaluators=[needle]"], ["needle, whose texts are bytes", "data.tokenizer.kind=bytes"]),
+        (["evaluation.evaluators=[needle]"], ["train.sequence_length=64", "does not fit into sequences of 64 bytes"]),
+        (["evaluation.evaluators=[needle]", "evaluation.needle.times=[]"], ["times=[]", "at least one of each"]),
+        (
+            ["evaluation.evaluators=[needle]", "evaluation.needle.tasks=[niah_single_2]", "evaluation.needle.times=[32,65536]"],
+            ["evaluation.needle", "too few for a haystack"],
+        ),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_there_is_a_model(
+    overrides: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.build.build_model", lambda *_: pytest.fail("a model was built"))
+    with pytest.raises(ValueError) as error:
+        loop.build(recipe("precision=fp32", *overrides))
+    groups.shutdown()
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.domains import DOMAINS, Windows, domain_windows
 from model.batch import Microbatch
-from train.evaluation.base import Measured, register_evaluator
+from train.evaluation.base import Evaluator, Measured, register_evaluator
 from train.evaluation.intervals import share_interval
 from train.step import sum_over_ranks, to_microbatch
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class Acceptance(Evaluator):
     """accept/<domain>/depth_k, and _low and _high beside it: see above."""
 
     domains: tuple[str, ...] = DOMAINS

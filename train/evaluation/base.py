@@ -1,5 +1,6 @@
 """What an evaluator is, what it sees of a run, and how it becomes known by name."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Protocol
@@ -52,9 +53,13 @@ class Measured(Protocol):
         """The fraction of the run that is done after `step` steps, in [0, 1]: it decides the formats."""
 
 
-class Evaluator(Protocol):
-    """Measures a model. A frozen dataclass: its fields, with defaults, are the keys `evaluation.<name>.<field>` of a recipe."""
+class Evaluator(ABC):
+    """Measures a model. Subclasses are frozen dataclasses: their fields, with defaults, are the keys `evaluation.<name>.<field>` of a recipe."""
 
+    def check(self, data: TextData, sequence_length: int) -> None:  # noqa: B027 (most have nothing to check)
+        """Raises ValueError, in one sentence naming key and remedy, for a run it could not measure; called before there is a model."""
+
+    @abstractmethod
     def evaluate(self, run: Measured, step: int) -> Mapping[str, float]:
         """{metric name: value} after `step` steps; empty when there is nothing to measure on.
 
@@ -71,8 +76,9 @@ def register_evaluator(name: str, evaluator: type[Evaluator]) -> None:
     """Makes `evaluation.evaluators=[name]` possible; to be called before a recipe is read. Raises ValueError for what cannot be."""
     if name in EVALUATORS or name == "evaluators":
         raise ValueError(f"an evaluator cannot be called {name!r}, because that name is taken: choose another name")
-    if not is_dataclass(evaluator):
+    if not (is_dataclass(evaluator) and issubclass(evaluator, Evaluator)):
         raise ValueError(
-            f"the evaluator {name!r} is no dataclass: decorate it with @dataclass(frozen=True), its fields are its recipe keys"
+            f"the evaluator {name!r} is no dataclass derived from Evaluator: derive it from train.evaluation.Evaluator and decorate it with "
+            "@dataclass(frozen=True), its fields are its recipe keys"
         )
     EVALUATORS[name] = evaluator

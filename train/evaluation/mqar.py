@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 
+from data.documents import DataError
 from data.hashing import digest
 from data.mqar import MQAR
+from data.text_data import TextData
 from train.evaluation.answers import answers
-from train.evaluation.base import Measured, register_evaluator
+from train.evaluation.base import Evaluator, Measured, register_evaluator
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(Evaluator):
     """mqar/<length>x<pairs>: the share of queries answered right, chance being 2 / (number of ids).
 
     The sequences depend on length, pairs, the number of ids and their number alone, so all runs are asked the same; none is one of training.
@@ -19,6 +21,15 @@ class Recall:
     """Lengths and pairs of the sequences, as LENGTHxPAIRS."""
     examples: int = 200
     """Sequences of each."""
+
+    def check(self, data: TextData, sequence_length: int) -> None:
+        if not self.tasks or self.examples < 1:
+            raise ValueError(f"evaluation.mqar has {len(self.tasks)} tasks of {self.examples} examples: give at least one of each")
+        for index, name in enumerate(self.tasks):
+            try:
+                MQAR.of(f"mqar:{name}", data.tokenizer.vocab_size)
+            except DataError as error:
+                raise ValueError(f"evaluation.mqar.tasks[{index}]={name!r} cannot be asked: {error}") from None
 
     def evaluate(self, run: Measured, step: int) -> dict[str, float]:
         found = {}

@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 
 from data.documents import DataError
-from data.generated import check_bytes
 from data.hashing import digest
 from data.needle import Needles
+from data.text_data import TextData
+from data.tokenizer import ByteTokenizer
 from train.evaluation.answers import answers
-from train.evaluation.base import Measured, register_evaluator
+from train.evaluation.base import Evaluator, Measured, register_evaluator
 
 
 @dataclass(frozen=True)
-class Needle:
+class Needle(Evaluator):
     """needle/<task>/<bytes>: the share of texts whose needle is said without a mistake, as greedy generation would.
 
     The texts depend on task, length and number alone, so all runs are asked the same; novels in them are parts that no training text of the task
@@ -25,18 +26,26 @@ class Needle:
     examples: int = 50
     """Texts of each task and length."""
 
+    def check(self, data: TextData, sequence_length: int) -> None:
+        if not isinstance(data.tokenizer, ByteTokenizer):
+            raise ValueError("evaluation.evaluators names needle, whose texts are bytes: leave it out, or set data.tokenizer.kind=bytes")
+        if not (self.tasks and self.times) or min(self.examples, *self.times) < 1:
+            raise ValueError(
+                f"evaluation.needle has tasks={list(self.tasks)}, times={list(self.times)} and examples={self.examples}: give at least one of each"
+            )
+        for name in self.tasks:
+            try:
+                for times in (min(self.times), max(self.times)):
+                    Needles.of(f"ruler:{name}", held=True).draw(0, times * sequence_length)
+            except DataError as error:
+                raise ValueError(f"evaluation.needle cannot ask at train.sequence_length={sequence_length}: {error}") from None
+
     def evaluate(self, run: Measured, step: int) -> dict[str, float]:
-        check_bytes("the evaluator needle", run.data.tokenizer)
         found = {}
         for name in self.tasks:
             task = Needles.of(f"ruler:{name}", held=True)
             for length in (times * run.sequence_length for times in self.times):
-                try:
-                    samples = [task.draw(digest("needle, evaluation", name, length, index), length) for index in range(self.examples)]
-                except DataError as error:
-                    raise DataError(
-                        f"{error} (evaluation.needle.times are multiples of train.sequence_length={run.sequence_length})"
-                    ) from None
+                samples = [task.draw(digest("needle, evaluation", name, length, index), length) for index in range(self.examples)]
                 found[f"needle/{name}/{length}"] = answers(run, step, samples).exact
         return found
 

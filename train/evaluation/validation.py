@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from model.batch import Microbatch
-from train.evaluation.base import Measured, register_evaluator
+from train.evaluation.base import Evaluator, Measured, register_evaluator
 from train.step import LossStep, to_microbatch
 
 
 @dataclass(frozen=True)
-class ValidationLoss:
+class ValidationLoss(Evaluator):
     """eval/loss: nats per token; eval/bits_per_byte: the same in bits per byte of text, which compares tokenizers; absent where the text's
     bytes are unknown. Nothing without validation text.
 
