@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 from experiments.retrieval.arms import ARMS, FEED_FORWARDS, MIXERS, Arm, state_bytes
 from experiments.retrieval.sweep import TASKS, Result, best
@@ -90,6 +91,7 @@ def draw_states(results: Sequence[Result], arms: Sequence[Arm], path: Path) -> N
                     label = f"{arm.mixer} {arm.feed_forward}" if run.seed == 1 else None
                     axis.plot(size, run.accuracy[task], MARKERS[arm.feed_forward], color=COLOURS[arm.mixer], label=label, alpha=0.8)
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.set_xlabel("state of a sequence, KiB")
             axis.set_title(task)
             axis.set_ylim(-0.03, 1.03)
