@@ -30,6 +30,7 @@ from train.report.drawing import RUN_COLOURS, STYLE, label_ends, save
 
 SWEEPS = ("acceptance", "acceptance_heads")
 DEPTHS = (1, 2)
+READ = ("novels", "jargon", "code")  # of DOMAINS, what the runs train on
 
 
 @dataclass(frozen=True, order=True)
@@ -191,14 +192,13 @@ def arm_rows(runs: Runs) -> list[list[str]]:
 
 
 def change_rows(found: Mapping[str, np.ndarray]) -> list[list[str]]:
-    """What each change adds to the mean over domains, in points, with the standard error over pairs."""
+    """What each change adds to the mean over the domains that were read, and over all, in points, with the standard error over pairs."""
+    read = [DOMAINS.index(domain) for domain in READ]
     rows = []
     for name, pairs in found.items():
-        points = 100 * np.nanmean(pairs, axis=1)
-        cells = [
-            f"{depth.mean():+.1f}" + (f" ± {depth.std(ddof=1) / np.sqrt(len(depth)):.1f}" if len(depth) > 1 else "") for depth in points.T
-        ]
-        rows.append([name, str(len(points)), *cells])
+        columns = [100 * np.nanmean(of, axis=1)[:, depth] for of in (pairs[:, read], pairs) for depth in range(len(DEPTHS))]
+        errors = [f" ± {each.std(ddof=1) / np.sqrt(len(each)):.1f}" if len(each) > 1 else "" for each in columns]
+        rows.append([name, str(len(pairs)), *(f"{each.mean():+.1f}{error}" for each, error in zip(columns, errors, strict=True))])
     return rows
 
 
@@ -219,7 +219,7 @@ def _number(value: float) -> str:
 
 
 ARM_HEAD = ("arm", "seeds", "validation loss", "depth 1, mean of domains", "depth 2, mean of domains", "tokens a pass, mean of domains")
-CHANGE_HEAD = ("change", "pairs", "depth 1, points", "depth 2, points")
+CHANGE_HEAD = ("change", "pairs", "depth 1, points, domains read", "depth 2", "depth 1, all domains", "depth 2")
 DOMAIN_HEAD = ("domain", "depth 1", "depth 2 where depth 1 is accepted", "tokens a pass, writing itself")
 
 
@@ -243,7 +243,9 @@ def write(runs: Runs, to: Path) -> str:
             str(seed): {
                 "steps": run.steps.tolist(),
                 "validation_loss": run.validation,
-                "tokens_a_pass": {domain: _number(run.lengths[d]) for d, domain in enumerate(DOMAINS)},
+                "tokens_a_pass": {
+                    domain: round(float(length), 4) for domain, length in zip(DOMAINS, run.lengths, strict=True) if length == length
+                },
                 "acceptance": {domain: np.round(run.shares[d], 4).tolist() for d, domain in enumerate(DOMAINS)},
             }
             for seed, run in seeds.items()
