@@ -3,7 +3,7 @@
     python -m experiments.retrieval                       # trains what is missing, then writes tables and pictures
     python -m experiments.retrieval train=false to=docs/retrieval     # of the runs there are
 
-in=runs/retrieval-sweep: where the runs lie. processes=2: runs beside each other, one thread each. arms=[5to1-dense,...], rates=[...], seeds=2 and
+runs=runs/retrieval-sweep: where they lie. processes=2: runs beside each other, one thread each. arms=[5to1-dense,...], rates=[...], seeds=2 and
 steps: of the sweep.
 """
 
@@ -20,8 +20,8 @@ from train.arguments import key_values
 def main(arguments: Sequence[str]) -> int:
     """The command; exit status 2 for wrong arguments."""
     try:
-        values = key_values(arguments, ("in", "to", "train", "processes", "arms", "rates", "seeds", "steps"))
-        directory = Path(str(values.get("in", "runs/retrieval-sweep")))
+        values = key_values(arguments, ("runs", "to", "train", "processes", "arms", "rates", "seeds", "steps"))
+        directory = Path(str(values.get("runs", "runs/retrieval-sweep")))
         arms = tuple(arm_of(str(name)) for name in values.get("arms", [arm.name for arm in ARMS]))
         rates = tuple(float(rate) for rate in values.get("rates", RATES))
         seeds, processes = int(values.get("seeds", 2)), int(values.get("processes", 2))

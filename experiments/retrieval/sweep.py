@@ -6,12 +6,14 @@ Finished runs are lines of results.jsonl; the same command started again makes t
 
 import json
 import math
+import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from time import process_time
 
@@ -123,12 +125,24 @@ def _losses(place: Path) -> list[float]:
     return [float(entry["loss/lm"]) for entry in read_metrics(place) if "loss/lm" in entry]
 
 
+def _end_with_parent() -> None:
+    """A sweep that is killed leaves no run behind that would go on alone and hold its directory."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def sweep(directory: Path, *, arms: Sequence[Arm], rates: Sequence[float], seeds: int, processes: int, more: Sequence[str]) -> list[Result]:
     """Makes all runs that are missing, `processes` beside each other; returns all results."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "results.jsonl"
     while jobs := list(missing(read_results(path), arms, rates, seeds)):
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
             running = [pool.submit(train_one, job, directory, list(more)) for job in jobs]
             try:
                 for number, future in enumerate(as_completed(running), start=1):

@@ -57,8 +57,8 @@ def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "results.jsonl").write_text("{}\n")
     for arguments, says in (
         (["arms=[mamba]"], "arms=mamba is none of attention-dense"),
-        (["train=false", f"in={tmp_path / 'none'}"], "holds no results"),
-        (["train=false", f"in={tmp_path}"], "has no result in line 1"),
+        (["train=false", f"runs={tmp_path / 'none'}"], "holds no results"),
+        (["train=false", f"runs={tmp_path}"], "has no result in line 1"),
         (["processes=0"], "leave nothing to do"),
     ):
         assert main(arguments) == 2
@@ -68,7 +68,7 @@ def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_the_command_makes_what_is_missing_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [f"in={tmp_path}", "arms=[attention-dense]", "rates=[2e-3,1e-3]", "steps=8", "processes=1"]
+    arguments = [f"runs={tmp_path}", "arms=[attention-dense]", "rates=[2e-3,1e-3]", "steps=8", "processes=1"]
     assert main([*arguments, "seeds=1"]) == 0
     assert len(read_results(tmp_path / "results.jsonl")) == 2
     assert main(arguments) == 0
