@@ -2,6 +2,7 @@
 
 python -m train.export checkpoint=runs/tiny to=exported dtype=bf16 readers=[vllm,sglang]
 
+format     nvfp4 (compressed-tensors) or nvfp4_modelopt: the codes and scales training multiplied; without it, the weights themselves
 dtype      bf16 or fp32; without it, that of the checkpoint
 readers    some of transformers, vllm, sglang, megatron_bridge: a model one of them cannot use is refused
 """

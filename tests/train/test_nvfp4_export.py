@@ -24,7 +24,7 @@ from train.generation.texts import generate
 from train.huggingface.export import export
 from train.huggingface.load import import_hf
 from train.huggingface.names import to_hugging_face
-from train.huggingface.nvfp4 import GLOBAL, PACKED, SCALE
+from train.huggingface.nvfp4 import LAYOUTS, Layout
 
 MODEL = ("model.pattern='ME*-EMEM/*E/*E'", "model.ffn_hidden_size=48")
 # Weights in 16 x 16 tiles and in rows, with the usual choice of scales and with 4over6, beside MXFP8 and bf16.
@@ -33,6 +33,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "nvfp4_1d": {"scaling": "1d"},
     "nvfp4_4over6": {"scaling": "2d", "clipping": "4over6_mae", "e4m3_bound": 256},
 }
+PACKED, SCALE, GLOBAL = LAYOUTS["nvfp4"].packed, LAYOUTS["nvfp4"].scale, LAYOUTS["nvfp4"].whole
+MODELOPT = LAYOUTS["nvfp4_modelopt"]
 
 
 def written(run_dir: Path, *overrides: str) -> Path:
@@ -163,6 +165,54 @@ def test_text_of_the_reimported_export_is_our_own(run_dir: Path, precision: str,
     assert text != greedy(run_dir, precision, "stored"), "rounding changes nothing here, so nothing was shown"
 
 
+@pytest.fixture(scope="module")
+def for_modelopt(run_dir: Path) -> Path:
+    export(open_checkpoint(run_dir), run_dir.parent / "modelopt", format="nvfp4_modelopt", readers=["vllm", "sglang"], shard_bytes=60_000)
+    return run_dir.parent / "modelopt"
+
+
+def parts_of(tensors: dict[str, Tensor], layout: Layout) -> dict[str, dict[str, Tensor]]:
+    """By module."""
+    modules = [name.removesuffix(f".{layout.whole}") for name in tensors if name.endswith(f".{layout.whole}")]
+    return {module: {kind: tensors[f"{module}.{kind}"] for kind in (layout.packed, layout.scale, layout.whole)} for module in modules}
+
+
+def test_modelopts_layout_has_the_same_codes_and_scales(exported: Path, for_modelopt: Path) -> None:
+    config = json.loads((for_modelopt / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["quant_algo"], config["group_size"]) == ("modelopt", "W4A16_NVFP4", 16)
+    assert config["ignore"] == json.loads((exported / "config.json").read_text())["quantization_config"]["ignore"]
+    ours, theirs = parts_of(tensors_of(exported), LAYOUTS["nvfp4"]), parts_of(tensors_of(for_modelopt), MODELOPT)
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    for module, parts in theirs.items():
+        assert torch.equal(parts["weight"], ours[module][PACKED]) and parts["weight"].dtype == torch.uint8, module
+        assert torch.equal(parts["weight_scale"].view(torch.uint8), ours[module][SCALE].view(torch.uint8)), module
+        assert parts["weight_scale_2"].shape == () and parts["weight_scale_2"] == 1 / ours[module][GLOBAL]
+    rest = {name: tensor for name, tensor in tensors_of(for_modelopt).items() if name.rpartition(".")[0] not in theirs}
+    assert all(torch.equal(tensor, tensors_of(exported)[name]) for name, tensor in rest.items())
+
+
+def test_modelopt_reads_what_training_multiplied(run_dir: Path, for_modelopt: Path) -> None:
+    nvfp4_tensor = pytest.importorskip("modelopt.torch.quantization.qtensor", reason="the package nvidia-modelopt is not installed")
+    expected = multiplied(run_dir)
+    for module, parts in parts_of(tensors_of(for_modelopt), MODELOPT).items():
+        shape = expected[f"{module}.weight"].shape
+        packed = nvfp4_tensor.NVFP4QTensor(shape, torch.float32, parts["weight"])
+        given = {"scale": parts["weight_scale"], "double_scale": parts["weight_scale_2"], "block_sizes": {-1: 16}}
+        values = packed.dequantize(torch.float32, **given)
+        torch.testing.assert_close(values, expected[f"{module}.weight"], rtol=2**-22, atol=0)
+        assert torch.equal(values, MODELOPT.values(parts)), module
+
+
+def test_an_import_takes_modelopts_layout_too(run_dir: Path, for_modelopt: Path, tmp_path: Path) -> None:
+    import_hf(for_modelopt, tmp_path / "again")
+    again, expected = open_checkpoint(tmp_path / "again"), multiplied(run_dir)
+    packed = parts_of(tensors_of(for_modelopt), MODELOPT)
+    for name in again.names("model"):
+        module = to_hugging_face(name, 2).removesuffix(".weight")
+        if module in packed:
+            torch.testing.assert_close(again.read_full(f"model/{name}"), expected[f"{module}.weight"], rtol=2**-22, atol=0)
+
+
 def test_wrong_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = written(tmp_path / "run", "precision=bf16")
 
@@ -170,11 +220,12 @@ def test_wrong_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
         assert main([f"checkpoint={run_dir}", f"to={tmp_path / 'out'}", *arguments]) == 2
         return capsys.readouterr().err
 
-    assert "format=nvfp4 is for weights trained in it: no module of" in said("format=nvfp4")
-    assert "format=gguf is unknown: use nvfp4" in said("format=gguf")
+    assert "format=nvfp4 is for weights trained in NVFP4: no module of" in said("format=nvfp4")
+    assert "format=gguf is unknown: use nvfp4 or nvfp4_modelopt" in said("format=gguf")
     assert "dtype=fp8 is unknown: use bf16 or fp32" in said("dtype=fp8")
     assert "format=nvfp4 packs experts in a way transformers does not read" in said("format=nvfp4", "readers=transformers")
     assert "format=nvfp4 packs weights in a way megatron_bridge does not read" in said("format=nvfp4", "readers=[vllm,megatron_bridge]")
+    assert "format=nvfp4_modelopt packs weights in a way transformers does not" in said("format=nvfp4_modelopt", "readers=transformers")
     assert "readers=tgi is unknown: use some of transformers, vllm" in said("readers=tgi")
     assert not (tmp_path / "out").exists()
 
@@ -184,9 +235,7 @@ def test_weights_quantised_otherwise_are_not_imported(exported: Path, tmp_path: 
     for path in exported.iterdir():
         (tmp_path / "hf" / path.name).write_bytes(path.read_bytes())
     config = json.loads((exported / "config.json").read_text())
-    config["quantization_config"] |= {"quant_method": "modelopt"}
+    config["quantization_config"] |= {"quant_method": "modelopt", "quant_algo": "FP8"}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=r"quant_method='modelopt' .* only 'compressed-tensors' with 'nvfp4-pack-quantized' can be imported"
-    ):
+    with pytest.raises(ValueError, match=r"'quant_algo': 'FP8'.*: only NVFP4 weights as compressed-tensors .* can be imported"):
         import_hf(tmp_path / "hf", tmp_path / "run")

@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from train.checkpoint.reader import Checkpoint
 from train.huggingface.config import check_exportable, hugging_face_config
 from train.huggingface.names import differences, dtype_on_disk, layers_of_a_depth, shapes, shapes_on_disk, to_hugging_face
-from train.huggingface.nvfp4 import linear_names, quantization_config, rounded_weights
+from train.huggingface.nvfp4 import LAYOUTS, linear_names, quantization_config, rounded_weights
 from train.huggingface.readers import check_readers
 from train.huggingface.tokenizer import generation_config, write_tokenizer
 from train.recipe.reading import read
@@ -78,7 +78,7 @@ def export(
 ) -> list[Path]:
     """Writes everything to the directory `to`, which must not hold another model; returns the files.
 
-    format: nvfp4 for weights as `train.huggingface.nvfp4` writes them; None: the weights themselves. dtype: bf16 or fp32, of what is not NVFP4;
+    format: one of LAYOUTS, which `train.huggingface.nvfp4` writes; None: the weights themselves. dtype: bf16 or fp32, of what is not NVFP4;
     None: as the weights are stored, and bf16 beside NVFP4. readers: refuse what these cannot use, before anything is written. Raises ValueError,
     in one sentence.
     """
@@ -86,8 +86,8 @@ def export(
         raise ValueError(f"to={str(to)!r} is not empty: choose a new directory")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is unknown: use {' or '.join(DTYPES)}, or leave it out for that of the checkpoint")
-    if format not in (None, "nvfp4"):
-        raise ValueError(f"format={format} is unknown: use nvfp4, or leave it out for the weights themselves")
+    if format is not None and format not in LAYOUTS:
+        raise ValueError(f"format={format} is unknown: use {' or '.join(LAYOUTS)}, or leave it out for the weights themselves")
     values, model = stored_recipe(checkpoint), model_of(checkpoint)
     check_exportable(model)
     check_readers(readers, model, format)
@@ -96,7 +96,7 @@ def export(
         raise ValueError(f"checkpoint={checkpoint.path} {found}: export one that this version of the recipe's model has written")
     own = torch.bfloat16 if format or stored["embeddings.weight"].dtype == torch.bfloat16 else torch.float32
     written = own if dtype is None else DTYPES[dtype]
-    rounded = rounded_weights(checkpoint, written) if format else []
+    rounded = rounded_weights(checkpoint, written, format) if format else []
     covered = {name for each in rounded for name in each.names}
     kept = [Kept(name, tensor.shape, dtype_on_disk(name, written)) for name, tensor in stored.items() if name not in covered]
     everything: list[Written] = sorted([*kept, *rounded], key=lambda each: each.names[0])
@@ -120,7 +120,7 @@ def export(
     )
     if format:
         packed = [to_hugging_face(name, depth) for each in rounded if each.packed for name in each.names]
-        config["quantization_config"] = quantization_config(packed, linear_names(shapes_on_disk(model)))
+        config["quantization_config"] = quantization_config(format, packed, linear_names(shapes_on_disk(model)))
     files.append(_write(to / "config.json", config))
     return files
 

@@ -22,7 +22,7 @@ from train.checkpoint.parts import Part
 from train.checkpoint.writer import save
 from train.huggingface.config import model_config, mtp_letters
 from train.huggingface.names import differences, from_hugging_face, shapes
-from train.huggingface.nvfp4 import check_readable, unpacked
+from train.huggingface.nvfp4 import layout_of, unpacked
 from train.recipe.reading import plain
 
 
@@ -61,8 +61,8 @@ def import_hf(source: Path, to: Path) -> Path:
     try:
         config = json.loads(path.read_text())
         depth_layers = len(mtp_letters(config))
-        tensors = _tensors(_files(source))
-        parts = list(_parts(unpacked(tensors) if check_readable(config) else tensors, depth_layers))
+        tensors, layout = _tensors(_files(source)), layout_of(config)
+        parts = list(_parts(tensors if layout is None else unpacked(tensors, layout), depth_layers))
         model = model_config(config, _mtp_layers(parts, depth_layers))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}): copy it again") from None

@@ -4,7 +4,8 @@
     vllm, sglang       NemotronHForCausalLM, and nemotron_h_mtp to draft with the MTP block: one block, of attention and MoE layers
     megatron_bridge    NemotronHForCausalLM with any number of MTP depths, of attention, MoE and MLP layers
 
-NVFP4 weights are for vllm and sglang, and for transformers where there are no experts: version 5.23 loads packed ones without their scales.
+NVFP4 weights are for vllm and sglang; in compressed-tensors' layout also for transformers where there are no experts: version 5.23 loads packed ones
+without their scales.
 
 Sources: `nemotron_h_mtp.py` of vLLM and SGLang (`num_nextn_predict_layers == 1`, letters `*` and `E`), `nemotron_h_bridge.py` of Megatron-Bridge.
 """
@@ -21,8 +22,9 @@ PACKED = ("vllm", "sglang")
 
 def problem(reader: str, model: ModelConfig, format: str | None) -> str | None:
     """Why a reader cannot use all it reads of this model in this format, in one sentence that names the key; None where it can."""
-    if format and reader not in PACKED and (reader != "transformers" or model.has_experts):
-        what = "experts" if reader == "transformers" else "weights"
+    experts_alone = reader == "transformers" and format == "nvfp4"
+    if format and reader not in PACKED and not (experts_alone and not model.has_experts):
+        what = "experts" if experts_alone else "weights"
         return f"format={format} packs {what} in a way {reader} does not read: leave the format out, or {reader} out of readers"
     known = MTP_LETTERS[reader]
     if not model.mtp_depths or not known:
