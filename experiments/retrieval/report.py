@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from experiments.retrieval.arms import ARMS, FEED_FORWARDS, MIXERS, Arm, state_bytes
 from experiments.retrieval.sweep import TASKS, Result, best
@@ -14,7 +14,10 @@ from train.report import page
 from train.report.drawing import RUN_COLOURS, STYLE, save
 
 COLOURS = dict(zip(MIXERS, RUN_COLOURS, strict=False))
-LINES = dict(zip(FEED_FORWARDS, ("-", "--", ":"), strict=True))
+NAMES = {
+    **{"attention": "attention", "mamba": "Mamba-2", "5to1": "5:1", "8to1": "8:1"},
+    **{"dense": "dense", "moe": "mixture of experts", "latent_moe": "LatentMoE"},
+}
 MARKERS = dict(zip(FEED_FORWARDS, ("o", "s", "^"), strict=True))
 
 
@@ -61,22 +64,29 @@ def rate_rows(results: Sequence[Result], arms: Sequence[Arm], rates: Sequence[fl
 
 
 def draw_rates(results: Sequence[Result], path: Path) -> None:
+    """A row for each kind of feed-forward, a column for each task, a line for each order of mixers."""
+    rates = sorted({result.rate for result in results})
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(TASKS), figsize=(16, 4.4), layout="constrained", sharey=True)
-        for axis, task in zip(axes, TASKS, strict=True):
-            for arm in ARMS:
-                own = sorted((r.rate, r.accuracy[task]) for r in results if r.arm == arm.name and r.seed == 1)
-                if own:
-                    style = LINES[arm.feed_forward] + MARKERS[arm.feed_forward]
-                    axis.plot(
-                        *zip(*own, strict=True), style, color=COLOURS[arm.mixer], markersize=4, label=f"{arm.mixer} {arm.feed_forward}"
-                    )
-            axis.set_xscale("log")
-            axis.set_xlabel("learning rate")
-            axis.set_title(task)
-            axis.set_ylim(-0.03, 1.03)
-        axes[0].set_ylabel("queries answered right")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        figure, grid = plt.subplots(
+            len(FEED_FORWARDS), len(TASKS), figsize=(15, 9), layout="constrained", sharex=True, sharey=True, squeeze=False
+        )
+        for feed_forward, row in zip(FEED_FORWARDS, grid, strict=True):
+            for axis, task in zip(row, TASKS, strict=True):
+                for mixer in MIXERS:
+                    name = Arm(mixer, feed_forward).name
+                    own = sorted((r.rate, r.accuracy[task]) for r in results if r.arm == name and r.seed == 1)
+                    if own:
+                        axis.plot(*zip(*own, strict=True), "-o", color=COLOURS[mixer], markersize=4.5, linewidth=2, label=NAMES[mixer])
+                axis.set_xscale("log")
+                axis.set_xticks(rates, [f"{1000 * rate:g}" for rate in rates], minor=False)
+                axis.xaxis.set_minor_locator(NullLocator())
+                axis.set_ylim(-0.03, 1.03)
+                axis.set_title(f"{task}, {NAMES[feed_forward]}")
+            row[0].set_ylabel("queries answered right")
+        for axis in grid[-1]:
+            axis.set_xlabel("learning rate, thousandths")
+        labels = {label: handle for axis in grid.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=len(labels), frameon=False)
         save(figure, path)
 
 
@@ -88,7 +98,7 @@ def draw_states(results: Sequence[Result], arms: Sequence[Arm], path: Path) -> N
             for arm in arms:
                 for run in at_best(results, arm):
                     size = held[arm.name][int(task.split("x")[0])] / 1024
-                    label = f"{arm.mixer} {arm.feed_forward}" if run.seed == 1 else None
+                    label = f"{NAMES[arm.mixer]}, {NAMES[arm.feed_forward]}" if run.seed == 1 else None
                     axis.plot(size, run.accuracy[task], MARKERS[arm.feed_forward], color=COLOURS[arm.mixer], label=label, alpha=0.8)
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(ScalarFormatter())
