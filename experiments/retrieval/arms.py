@@ -14,9 +14,9 @@ from functools import cache
 
 import torch
 
-import experiments.retrieval.short_convolution  # noqa: F401 (registers letter C)
 from data.hashing import digest
 from data.mqar import MQAR
+from experiments.retrieval import short_convolution
 from model.batch import Microbatch
 from model.cache import Cache
 from model.count import Count, count
@@ -47,7 +47,7 @@ class Arm:
         return _overrides(self, _hidden(self))
 
     def recipe(self, *more: str) -> Recipe:
-        return load_recipe("retrieval", *self.overrides(), *more)
+        return _load(*self.overrides(), *more)
 
     @property
     def counted(self) -> Count:
@@ -56,6 +56,11 @@ class Arm:
 
 
 ARMS = tuple(Arm(mixer, feed_forward) for feed_forward in FEED_FORWARDS for mixer in MIXERS)
+
+
+def _load(*overrides: str) -> Recipe:
+    short_convolution.register()
+    return load_recipe("retrieval", *overrides)
 
 
 def _overrides(arm: Arm, hidden: int) -> tuple[str, ...]:
@@ -76,7 +81,7 @@ def _overrides(arm: Arm, hidden: int) -> tuple[str, ...]:
 
 @cache
 def _counted(arm: Arm, hidden: int) -> Count:
-    return count(load_recipe("retrieval", *_overrides(arm, hidden)).model)
+    return count(_load(*_overrides(arm, hidden)).model)
 
 
 @cache

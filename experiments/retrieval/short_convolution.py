@@ -1,4 +1,4 @@
-"""A gated short convolution, which tells a model of attention alone what stood right before: letter C, known where this module is imported.
+"""A gated short convolution, which tells a model of attention alone what stood right before: letter C, once it is registered.
 
     y = out_proj(gate * silu(conv(x)))          gate | x = in_proj(input)
 
@@ -15,7 +15,7 @@ from model.cache import MambaState
 from model.context import ModelContext
 from model.convolution import causal_convolution
 from model.linear import Linear
-from model.mixer import NOT_GIVEN, Dimension, Mixer, Needed, Sizes, register_mixer
+from model.mixer import MIXERS, NOT_GIVEN, Dimension, Mixer, Needed, Sizes, register_mixer
 from model.parameter import output_std, sharded_parameter
 from parallel.shards import Section, split_sections
 
@@ -54,12 +54,16 @@ class ShortConvolution(nn.Module):
         return self.out_proj(gate * causal_convolution(x, self.conv_weight, self.conv_bias, documents, before), microbatch)
 
 
-register_mixer(
-    Mixer(
-        letter="C",
-        name="short convolution",
-        build=ShortConvolution,
-        sizes=ShortConvolutionSizes,
-        dimensions=(Dimension("convolution_channels", ("tensor",)),),
-    )
+SHORT_CONVOLUTION = Mixer(
+    letter="C",
+    name="short convolution",
+    build=ShortConvolution,
+    sizes=ShortConvolutionSizes,
+    dimensions=(Dimension("convolution_channels", ("tensor",)),),
 )
+
+
+def register() -> None:
+    """Makes the letter known, to be called before a recipe is read; again does nothing."""
+    if SHORT_CONVOLUTION.letter not in MIXERS:
+        register_mixer(SHORT_CONVOLUTION)

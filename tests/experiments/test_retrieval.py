@@ -1,6 +1,8 @@
 """The sweep of recall: what its arms have in common, which runs it makes, and what it says of results that are known."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -8,6 +10,15 @@ from experiments.retrieval.__main__ import main
 from experiments.retrieval.arms import ARMS, LENGTHS, TARGET, Arm, state_bytes
 from experiments.retrieval.report import accuracy_rows, rate_rows, report
 from experiments.retrieval.sweep import TASKS, Result, best, missing, read_results
+from model.mixer import MIXERS
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    """The layer of the attention arms is known in this module alone."""
+    with patch.dict(MIXERS):
+        yield
+
 
 TWO = (Arm("mamba", "dense"), Arm("5to1", "moe"))
 
