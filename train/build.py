@@ -80,7 +80,10 @@ def build(recipe: Recipe, layout: Layout | None = None, data: TextData | None = 
         raise RecipeError(str(error)) from None
     data = data or _opened(recipe)
     for evaluator in recipe.evaluation.chosen().values():
-        evaluator.check(data, recipe.train.sequence_length)
+        try:
+            evaluator.check(data, recipe.train.sequence_length)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
     layout = layout or groups.initialize(recipe.parallel, recipe.run.seed)
     if layout.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32

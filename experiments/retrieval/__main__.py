@@ -23,8 +23,14 @@ def main(arguments: Sequence[str]) -> int:
         values = key_values(arguments, ("runs", "to", "train", "processes", "arms", "rates", "seeds", "steps"))
         directory = Path(str(values.get("runs", "runs/retrieval-sweep")))
         arms = tuple(arm_of(str(name)) for name in values.get("arms", [arm.name for arm in ARMS]))
-        rates = tuple(float(rate) for rate in values.get("rates", RATES))
-        seeds, processes = int(values.get("seeds", 2)), int(values.get("processes", 2))
+        try:
+            rates = tuple(float(rate) for rate in values.get("rates", RATES))
+            seeds, processes = int(values.get("seeds", 2)), int(values.get("processes", 2))
+        except (ValueError, TypeError):
+            given = ", ".join(f"{key}={values[key]}" for key in ("rates", "seeds", "processes") if key in values)
+            raise ValueError(
+                f"{given}: rates is a list of numbers, seeds and processes are whole numbers: rates=[1e-3,3e-3] seeds=2"
+            ) from None
         if min(seeds, processes, len(rates)) < 1:
             raise ValueError(f"rates={list(rates)}, seeds={seeds} and processes={processes} leave nothing to do: give at least one of each")
         more = [f"train.steps={int(values['steps'])}"] if "steps" in values else []

@@ -71,6 +71,8 @@ def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.Capt
         (["train=false", f"runs={tmp_path / 'none'}"], "holds no results"),
         (["train=false", f"runs={tmp_path}"], "has no result in line 1"),
         (["processes=0"], "leave nothing to do"),
+        (["rates=[abc]"], "rates=['abc']: rates is a list of numbers"),
+        (["rates=3e-3"], "rates is a list of numbers"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err

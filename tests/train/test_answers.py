@@ -15,6 +15,7 @@ from tests.train.recipes import recipe
 from train import loop
 from train.evaluation import measure
 from train.evaluation.answers import answers
+from train.recipe.reading import RecipeError
 from train.step import to_microbatch
 from train.train_step import train_step
 
@@ -129,7 +130,7 @@ def test_what_cannot_be_asked_is_refused_before_there_is_a_model(
     overrides: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("train.build.build_model", lambda *_: pytest.fail("a model was built"))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(RecipeError) as error:  # which the command says in one sentence
         loop.build(recipe("precision=fp32", *overrides))
     groups.shutdown()
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
