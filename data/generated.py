@@ -16,6 +16,8 @@ from data.mqar import MQAR
 from data.mqar import PREFIX as MQAR_PREFIX
 from data.needle import PREFIX as NEEDLE_PREFIX
 from data.needle import Needles
+from data.pairs import PREFIX as PAIRS_PREFIX
+from data.pairs import Pairs
 from data.tokenizer import ByteTokenizer, Tokenizer
 
 WINDOWS = 1 << 40  # of a source before it repeats itself
@@ -33,7 +35,7 @@ class Task(Protocol):
 
 def is_generated(path: str) -> bool:
     """Whether a source of this name is computed."""
-    return path.startswith((MQAR_PREFIX, NEEDLE_PREFIX))
+    return path.startswith((MQAR_PREFIX, NEEDLE_PREFIX, PAIRS_PREFIX))
 
 
 @dataclass(frozen=True)
@@ -86,4 +88,4 @@ def open_generated(path: str, tokenizer: Tokenizer, seed: int) -> Generated:
         return Generated(path, MQAR.of(path, tokenizer.vocab_size), seed)
     if not isinstance(tokenizer, ByteTokenizer):
         raise DataError(f"{path} is a text of bytes: set data.tokenizer.kind=bytes")
-    return Generated(path, Needles.of(path), seed)
+    return Generated(path, Pairs.of(path) if path.startswith(PAIRS_PREFIX) else Needles.of(path), seed)

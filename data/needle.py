@@ -58,7 +58,7 @@ KINDS = {
 }
 
 
-class _Draws:
+class Draws:
     """Numbers one after another, a function of 64 bits."""
 
     def __init__(self, key: int):
@@ -140,7 +140,7 @@ class Needles:
 
     def text(self, key: int, size: int) -> tuple[str, str]:
         """`size` characters that end with the answer, and the answer."""
-        kind, draws = KINDS[self.name], _Draws(key)
+        kind, draws = KINDS[self.name], Draws(key)
         make: dict[str, Callable[[], str]] = {"word": draws.word, "number": draws.number, "uuid": draws.uuid}
         pairs = [(make[kind.keys](), make[kind.values]()) for _ in range(kind.needles)]
         asked, answer = pairs[draws.below(len(pairs))]
@@ -162,7 +162,7 @@ class Needles:
             context = "\n".join(lines)
         return opening + context + question + answer, answer
 
-    def _in_novel(self, draws: _Draws, needles: list[str], room: int) -> str:
+    def _in_novel(self, draws: Draws, needles: list[str], room: int) -> str:
         text = novels().held if self.held else novels().train
         if room + 100 > len(text):
             raise DataError(

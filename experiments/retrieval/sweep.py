@@ -6,18 +6,16 @@ Finished runs are lines of results.jsonl; the same command started again makes t
 
 import json
 import math
-import os
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
+from functools import partial
 from pathlib import Path
 from time import process_time
 
 from experiments.retrieval.arms import ARMS, Arm
+from experiments.retrieval.pool import each
 from train import loop
 from train.observe.metrics import read_metrics
 
@@ -125,34 +123,16 @@ def _losses(place: Path) -> list[float]:
     return [float(entry["loss/lm"]) for entry in read_metrics(place) if "loss/lm" in entry]
 
 
-def _end_with_parent() -> None:
-    """A sweep that is killed leaves no run behind that would go on alone and hold its directory."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def sweep(directory: Path, *, arms: Sequence[Arm], rates: Sequence[float], seeds: int, processes: int, more: Sequence[str]) -> list[Result]:
     """Makes all runs that are missing, `processes` beside each other; returns all results."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "results.jsonl"
     while jobs := list(missing(read_results(path), arms, rates, seeds)):
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
-            running = [pool.submit(train_one, job, directory, list(more)) for job in jobs]
-            try:
-                for number, future in enumerate(as_completed(running), start=1):
-                    result = future.result()
-                    with path.open("a") as file:
-                        file.write(json.dumps(asdict(result)) + "\n")
-                    shown = "  ".join(f"{task} {value:.3f}" for task, value in result.accuracy.items())
-                    name = f"{result.arm} at {result.rate:g}, seed {result.seed}"
-                    print(f"{number}/{len(jobs)}  {name}: {shown}  loss {result.loss:.3f}, {result.seconds:.0f} s", flush=True)
-            except BaseException:
-                pool.shutdown(cancel_futures=True, wait=False)
-                raise
+        train = partial(train_one, directory=directory, more=list(more))
+        for number, result in enumerate(each(train, jobs, processes), start=1):
+            with path.open("a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+            shown = "  ".join(f"{task} {value:.3f}" for task, value in result.accuracy.items())
+            name = f"{result.arm} at {result.rate:g}, seed {result.seed}"
+            print(f"{number}/{len(jobs)}  {name}: {shown}  loss {result.loss:.3f}, {result.seconds:.0f} s", flush=True)
     return read_results(path)

@@ -1,16 +1,20 @@
 """The sweep of recall: what its arms have in common, which runs it makes, and what it says of results that are known."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
+from experiments.retrieval import needles
 from experiments.retrieval.__main__ import main
 from experiments.retrieval.arms import ARMS, LENGTHS, TARGET, Arm, state_bytes
 from experiments.retrieval.report import accuracy_rows, rate_rows, report
 from experiments.retrieval.sweep import TASKS, Result, best, missing, read_results
 from model.mixer import MIXERS
+from train.recipe.load import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +95,42 @@ def test_the_command_makes_what_is_missing_and_no_more(tmp_path: Path, capsys: p
     capsys.readouterr()
     assert main(arguments) == 0
     assert "1/1" not in capsys.readouterr().out
+
+
+def needle_result(arm: str, seed: int, share: float) -> needles.Result:
+    found = {f"{task}/{length}": share / times for task in ("niah_single_1", "niah_multikey_1") for times, length in ((1, 768), (2, 1536))}
+    return needles.Result(arm, seed, 768, found, 0.5, 100.0)
+
+
+def test_needles_have_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = [needle_result("8to1", 1, 0.5), needle_result("5to1", 2, 0.75), needle_result("5to1", 1, 1.0)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
+    assert needles.main([f"runs={tmp_path}", "train=false", f"to={tmp_path / 'to'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "| task | mixers | 768 | 1536 |" in printed
+    assert "| `niah_single_1` | 5:1 | 1.00 (0.75) | 0.50 (0.38) |\n| `niah_single_1` | 8:1 | 0.50 | 0.25 |" in printed
+    assert (tmp_path / "to" / "needles.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "to" / "needles.json").read_text())[0]["arm"] == "5to1"
+
+
+def test_needles_of_other_proportions_differ_in_their_mixers_alone() -> None:
+    recipes = {arm: load_recipe("needle", f"model.pattern={pattern}").model for arm, pattern in needles.ARMS.items()}
+    counts = {arm: tuple(recipe.layers.count(kind) for kind in "M*-") for arm, recipe in recipes.items()}
+    assert counts == {"5to1": (5, 1, 2), "8to1": (8, 1, 2), "mamba": (6, 0, 2)}
+    assert recipes["5to1"] == load_recipe("needle").model
+
+
+def test_wrong_arguments_of_needles_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    for arguments, says in (
+        (["arms=[5to2]"], "names others than 5to1, 8to1, mamba"),
+        (["arms=5to1"], "names others than 5to1, 8to1, mamba"),
+        (["seeds=two"], "seeds=two: these are whole numbers"),
+        (["steps=[]"], "steps=[]: these are whole numbers"),
+        (["processes=0"], "processes=0 leave nothing to do"),
+        ([f"runs={tmp_path}", "train=false"], "has a line that is no result"),
+        ([f"runs={tmp_path / 'none'}", "train=false"], "holds no results"),
+    ):
+        assert needles.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and says in said and said.count("\n") == 1

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from data.documents import DataError
 from data.hashing import digest
-from data.needle import Needles
+from data.needle import KINDS, Needles
 from data.text_data import TextData
 from data.tokenizer import ByteTokenizer
 from train.evaluation.answers import answers
@@ -19,7 +19,7 @@ class Needle(Evaluator):
     has. Sequences longer than train.sequence_length must divide over the ranks that share them, as those do.
     """
 
-    tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1")
+    tasks: tuple[str, ...] = tuple(KINDS)
     """RULER's names, see `data.needle`."""
     times: tuple[int, ...] = (1, 2, 4, 8)
     """Lengths of the texts, in train.sequence_length."""
