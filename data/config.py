@@ -30,8 +30,8 @@ class SourceConfig:
     path: str
     """A text file (.txt, .md, .py, ...), .jsonl, either of them .gz or .zst, a directory, a glob, a prefix of Megatron's .bin/.idx pair,
     corpus:austen or corpus:jargon (shipped), stdlib (the running Python's standard library), or a task whose sequences are
-    computed: mqar:LENGTHxPAIRS (see `data.mqar`), ruler:niah_single_1 and others (see `data.needle`), or pairs:number:LENGTH and
-    pairs:uuid:LENGTH (see `data.pairs`)."""
+    computed: mqar:LENGTHxPAIRS (see `data.mqar`), ruler:niah_single_1 and others (see `data.needle`), or
+    pairs:number:LENGTH and others (see `data.pairs`)."""
     weight: float = 1.0
     """Share of the blend, relative to the other sources."""
     text_key: str = "text"

@@ -32,6 +32,7 @@ SWEEP = "python -m train -cn nvfp4_gap -m"
 RETRIEVAL = "python -m train -cn retrieval"
 DRAFTS = "python -m experiments.acceptance"
 RECALL = "python -m experiments.retrieval"
+NEEDLES = "python -m experiments.retrieval.needles"
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,10 @@ WAYS: dict[str, Way] = {
     ),
     RECALL: Way("steps=4 arms=[attention-dense] rates=[1e-3]", makes=("runs/retrieval-sweep/report/rates.png",), slow=True),
     "python -m experiments.retrieval train=false to=docs/retrieval": Way(after=(RECALL,), makes=("docs/retrieval/rates.png",), slow=True),
+    NEEDLES: Way("steps=2 arms=[5to1] seeds=1", makes=("runs/needles/report/needles.png",), says="| `niah_multikey_3` | 5:1 |", slow=True),
+    "python -m experiments.retrieval.needles train=false to=docs/retrieval": Way(
+        after=(NEEDLES,), makes=("docs/retrieval/needles.png",), slow=True
+    ),
     "python -m train.evaluate checkpoint=runs/retrieval evaluators=[mqar]": Way(after=(RETRIEVAL,), says="mqar/512x64", slow=True),
     RETRIEVAL: Way("train.steps=2 monitor.wandb=disabled data.cache={cache} evaluation.mqar.examples=4", says="mqar/512x64", slow=True),
     "python -m model.precision.certify": Way(slow=True),

@@ -27,7 +27,7 @@ from train.observe.metrics import read_metrics
 from train.recipe.load import load_recipe
 from train.report.drawing import STYLE, save
 
-ARMS = {"5to1": "M*MM-MM-", "8to1": "M*MMM-MMMM-", "mamba": "MMM-MMM-"}
+ARMS = {"5to1": "MM*M-MM-", "8to1": "MM*MM-MMMM-", "mamba": "MMM-MMM-"}
 RESULTS = "results.jsonl"
 
 

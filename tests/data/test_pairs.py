@@ -14,22 +14,29 @@ from data.text_data import open_data
 VALUES = {"number": r"[1-9]\d{6}", "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"}
 
 
-@pytest.mark.parametrize(("kind", "length"), [("number", 64), ("number", 129), ("number", 768), ("uuid", 256), ("uuid", 97)])
-def test_every_value_is_asked_again(kind: str, length: int) -> None:
-    moved = 0
+@pytest.mark.parametrize(
+    ("kind", "length", "apart"),
+    [("number", 64, False), ("number", 129, False), ("number", 768, True), ("uuid", 256, False), ("uuid", 97, False), ("number", 73, True)],
+)
+def test_every_value_is_asked_again(kind: str, length: int, apart: bool) -> None:
+    moved, gaps = 0, set()
     for index in range(40):
-        sample = Pairs(kind, length).draw(digest(index), length)
+        sample = Pairs(kind, length, apart).draw(digest(index), length)
         assert len(sample.tokens) == length and (sample.tokens[1:] == sample.labels[:-1]).all()
         text = (chr(sample.tokens[0]) + bytes(sample.labels.tolist()).decode()).lstrip("\n")
-        pairs = re.findall(rf"([a-z]{{4,9}}): ({VALUES[kind]})\. ", text)
-        assert "".join(f"{word}: {value}. " for word, value in pairs) == text
-        first, second = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+        lines = re.findall(rf"([a-z]{{4,9}})( [a-z ]*)?: ({VALUES[kind]})\. ", text)
+        assert "".join(f"{word}{between}: {value}. " for word, between, value in lines) == text
+        half = len(lines) // 2
+        first, second = ([(word, value) for word, _, value in part] for part in (lines[:half], lines[half:]))
+        assert all(" mentioned in the provided text is".startswith(between) for _, between, _ in lines)
+        assert not any(between for _, between, _ in lines[:half])
+        gaps |= {len(between) for _, between, _ in lines[half:]}
         assert first and sorted(first) == sorted(second) and len(dict(first)) == len(first)
         moved += first != second
         counted = "".join(chr(label) if counts else " " for label, counts in zip(sample.labels, sample.counts, strict=True))
         assert counted.split() == [value for _, value in second]
-        assert len(text) > length + 1 - 2 * (9 + 4 + 36) if len(first) > 1 else True
     assert moved > 15 or length < 100
+    assert (min(gaps), max(gaps)) == (0, 0) if not apart else len(gaps) > 15
 
 
 def data_of(tmp_path: Path, path: str, kind: str = "bytes") -> DataConfig:
@@ -55,9 +62,10 @@ def test_as_a_source_texts_are_packed_and_kept_apart(tmp_path: Path) -> None:
             "bytes",
             "is no practice with pairs: write number or uuid and the bytes of a text, for instance pairs:number:128",
         ),
-        ("pairs:number:38", "bytes", "cannot hold a pair twice: use at least pairs:number:39"),
+        ("pairs:number:38", "bytes", "cannot hold a pair twice: use at least 39 bytes"),
+        ("pairs:number:72:apart", "bytes", "cannot hold a pair twice: use at least 73 bytes"),
         ("pairs:number:100", "bytes", "of which train.sequence_length=256 is not a multiple"),
-        ("pairs:uuid:64", "bytes", "cannot hold a pair twice: use at least pairs:uuid:97"),
+        ("pairs:uuid:64", "bytes", "cannot hold a pair twice: use at least 97 bytes"),
         ("pairs:number:64", "numbers", "is a text of bytes: set data.tokenizer.kind=bytes"),
     ],
 )
