@@ -19,8 +19,8 @@ from time import process_time
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullLocator
 
-from experiments.retrieval.pool import each
 from experiments.retrieval.report import COLOURS, NAMES, markdown
+from experiments.retrieval.runs import add_line, each, read_lines
 from train import loop
 from train.arguments import key_values
 from train.observe.metrics import read_metrics
@@ -62,16 +62,6 @@ def train_one(job: Job, directory: Path, more: Sequence[str]) -> Result:
     losses = [float(entry["loss/lm"]) for entry in entries if "loss/lm" in entry]
     shutil.rmtree(place / "checkpoints", ignore_errors=True)
     return Result(arm, seed, recipe.train.sequence_length, found, losses[-1], round(process_time() - started, 1))
-
-
-def read_results(path: Path) -> list[Result]:
-    """Of finished runs; none where there is no file yet. Raises ValueError for a line that is none."""
-    if not path.is_file():
-        return []
-    try:
-        return [Result(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} has a line that is no result ({error}): remove the line, and its run is made again") from None
 
 
 def rows(results: Sequence[Result]) -> list[list[str]]:
@@ -139,13 +129,12 @@ def main(arguments: Sequence[str]) -> int:
         path = directory / RESULTS
         if values.get("train", True):
             directory.mkdir(parents=True, exist_ok=True)
-            done = {(result.arm, result.seed) for result in read_results(path)}
+            done = {(result.arm, result.seed) for result in read_lines(path, Result)}
             jobs = [(arm, seed) for seed in range(1, seeds + 1) for arm in arms if (arm, seed) not in done]
             for result in each(partial(train_one, directory=directory, more=more), jobs, processes):
-                with path.open("a") as file:
-                    file.write(json.dumps(asdict(result)) + "\n")
+                add_line(path, result)
                 print(f"{result.arm}, seed {result.seed}: loss {result.loss:.3f}, {result.seconds:.0f} s", flush=True)
-        results = sorted(read_results(path), key=lambda result: (list(ARMS).index(result.arm), result.seed))
+        results = sorted(read_lines(path, Result), key=lambda result: (list(ARMS).index(result.arm), result.seed))
         if not results:
             raise ValueError(f"{directory} holds no results: leave train=false out, which makes them")
         to = Path(str(values.get("to", directory / "report")))

@@ -4,18 +4,17 @@ A run is a run of the recipe `retrieval`, by the loop that all runs have. One th
 Finished runs are lines of results.jsonl; the same command started again makes those that are missing.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import process_time
 
 from experiments.retrieval.arms import ARMS, Arm
-from experiments.retrieval.pool import each
+from experiments.retrieval.runs import add_line, each, read_lines
 from train import loop
 from train.observe.metrics import read_metrics
 
@@ -53,15 +52,7 @@ def arm_of(name: str) -> Arm:
 
 def read_results(path: Path) -> list[Result]:
     """Of finished runs; none where there is no file yet. Raises ValueError for a line that is none."""
-    if not path.is_file():
-        return []
-    results = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            results.append(Result(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} has no result in line {number} ({error}): remove the line, and its run is made again") from None
-    return results
+    return read_lines(path, Result)
 
 
 def best(results: Sequence[Result], arm: str) -> Result | None:
@@ -130,8 +121,7 @@ def sweep(directory: Path, *, arms: Sequence[Arm], rates: Sequence[float], seeds
     while jobs := list(missing(read_results(path), arms, rates, seeds)):
         train = partial(train_one, directory=directory, more=list(more))
         for number, result in enumerate(each(train, jobs, processes), start=1):
-            with path.open("a") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
+            add_line(path, result)
             shown = "  ".join(f"{task} {value:.3f}" for task, value in result.accuracy.items())
             name = f"{result.arm} at {result.rate:g}, seed {result.seed}"
             print(f"{number}/{len(jobs)}  {name}: {shown}  loss {result.loss:.3f}, {result.seconds:.0f} s", flush=True)

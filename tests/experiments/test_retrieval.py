@@ -128,7 +128,7 @@ def test_wrong_arguments_of_needles_end_in_one_sentence(tmp_path: Path, capsys: 
         (["seeds=two"], "seeds=two: these are whole numbers"),
         (["steps=[]"], "steps=[]: these are whole numbers"),
         (["processes=0"], "processes=0 leave nothing to do"),
-        ([f"runs={tmp_path}", "train=false"], "has a line that is no result"),
+        ([f"runs={tmp_path}", "train=false"], "has no result in line 1"),
         ([f"runs={tmp_path / 'none'}", "train=false"], "holds no results"),
     ):
         assert needles.main(arguments) == 2

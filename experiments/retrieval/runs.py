@@ -1,11 +1,14 @@
-"""Runs beside each other, each in a process of its own."""
+"""Runs beside each other, each in a process of its own, and the file of what finished ones reached."""
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from multiprocessing import get_context, parent_process
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -33,3 +36,22 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def read_lines(path: Path, kind: Callable[..., Result]) -> list[Result]:
+    """Of a file with a result a line, `kind(**line)`; none where there is no file yet. Raises ValueError for a line that is none."""
+    if not path.is_file():
+        return []
+    results = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            results.append(kind(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} has no result in line {number} ({error}): remove the line, and its run is made again") from None
+    return results
+
+
+def add_line(path: Path, result: Any) -> None:
+    """A dataclass, as a line that `read_lines` reads."""
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(result)) + "\n")
