@@ -103,7 +103,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
             axis.set_ylim(-0.03, 1.03)
             axis.set_title(task)
         for axis in grid[-1]:
-            axis.set_xlabel(f"length of the text, in {trained} bytes")
+            axis.set_xlabel(f"length of the text, times {trained} bytes")
         for row in grid:
             row[0].set_ylabel("needles said without a mistake")
         figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), frameon=False)
