@@ -108,7 +108,7 @@ def run(recipe: str, ranks: int, turns: int, rounds: int, to: str) -> None:
         rows.append((name, between, within, f"{value['seconds']:.2f}"))
     print(table(rows))
     if not installed:
-        print("\nDeepSpeed is not installed: pip install 'nibble[deepspeed]'")
+        print("\nDeepSpeed is not installed: pip install -c constraints.txt -e '.[deepspeed]'")
     save(to, {"machine": machine(torch.device("cpu")), "recipe": recipe, "ranks": ranks, "engines": values})
 
 

@@ -2,7 +2,6 @@
 
     python -m experiments.acceptance                          # the runs (finished ones are skipped), then the page
     python -m experiments.acceptance train=false to=docs/acceptance
-    python -m experiments.acceptance "overrides=['run.seed=1','train.steps=60']"     # a quick look
 
 The runs are two sweeps, recipes acceptance and acceptance_heads: NVFP4 or fp32, one block for both depths or two, a loss scale of 0.3 or 0.1, and
 heads that are trained on alone. Runs are compared in pairs that differ in one of these only: the same seed has the same initial weights and data.

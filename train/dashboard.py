@@ -3,7 +3,8 @@
     python -m train.dashboard run=runs/x              # <run>/report/index.html, and the workspace where there is an account
     python -m train.dashboard run=runs/x to=spec.json # also writes the workspace as W&B would be sent it
 
-Needs wandb-workspaces, an extra: pip install 'nibble[dashboard]'. The workspace shows every run of its project that is not hidden there; the
+Needs wandb-workspaces, an extra: pip install -c constraints.txt -e '.[dashboard]'. The workspace shows every run of its project that is not hidden
+there; the
 project and the account are those of the run's recipe (monitor.wandb_project, monitor.wandb_entity).
 """
 
@@ -46,7 +47,7 @@ def workspace_line(run_dir: Path, monitor: dict[str, Any], to: Path | None = Non
     """Builds the workspace and saves it; returns its address, or one sentence that says why there is none."""
     local = "the page above has the same sections"
     if find_spec("wandb_workspaces") is None:
-        return f"No W&B workspace: wandb-workspaces is not installed (pip install 'nibble[dashboard]'); {local}"
+        return f"No W&B workspace: wandb-workspaces is not installed (pip install -c constraints.txt -e '.[dashboard]'); {local}"
     project, entity = str(monitor.get("wandb_project") or "nibble"), monitor.get("wandb_entity")
     if to is not None:
         to.write_text(json.dumps(specification(build_workspace(entity or "entity", project, _name(run_dir))), indent=1) + "\n")

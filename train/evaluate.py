@@ -2,17 +2,19 @@
 
 python -m train.evaluate checkpoint=runs/tiny          # a run, or one checkpoint of it
 python -m train.evaluate checkpoint=runs/tiny evaluators=[validation,acceptance]
+python -m train.evaluate checkpoint=runs/tiny evaluators=[mqar] evaluation.mqar.tasks=[64x4]
 python -m train.evaluate checkpoint=runs/tiny tasks=[lambada_openai] batch=16 to=results.json
 python -m train.evaluate checkpoint=runs/tiny tasks=[my_task] include=my_tasks
 
-tasks: by the harness's names; it needs pip install 'nibble[eval]'. include: a directory with task files of one's own. limit: requests of each task.
-batch: texts at a time (8). max_length: tokens of a text, of which a longer one loses its beginning; by default as many as in training. precision,
-weights: as of python -m train.generate. to: a file that gets all that the harness says, as JSON.
+tasks: by the harness's names; they need pip install -c constraints.txt -e '.[eval]'. include: a directory with task files of one's own.
+limit: requests of each task. batch: texts at a time (8). max_length: tokens of a text, of which a longer one loses its beginning; by default as
+many as in training. precision, weights: as of python -m train.generate. to: a file that gets all that the harness says, as JSON.
 """
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
             print(__doc__)
             return 0
         adopt()
-        values = key_values(arguments, ("checkpoint", "evaluators", "tasks", *OF_TASKS))
+        of_evaluators = [argument.split("=")[0] for argument in arguments if argument.startswith("evaluation.")]
+        values = key_values(arguments, ("checkpoint", "evaluators", "tasks", *OF_TASKS, *of_evaluators))
         if not isinstance(values.get("checkpoint"), str):
             raise ValueError("checkpoint=... is missing: python -m train.evaluate checkpoint=runs/tiny")
         for key in OF_TASKS:
@@ -56,7 +59,10 @@ def main(arguments: Sequence[str]) -> int:
         if "tasks" in values:
             _harness(values)
         else:
-            _evaluators(open_checkpoint(values["checkpoint"]), values.get("evaluators"))
+            changes = {key: values[key] for key in of_evaluators}
+            if "evaluators" in values:
+                changes["evaluation.evaluators"] = values["evaluators"]
+            _evaluators(open_checkpoint(values["checkpoint"]), changes)
     except (ValueError, OSError) as error:
         return refuse(str(error))
     finally:
@@ -64,10 +70,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _evaluators(checkpoint: Checkpoint, others: Any) -> None:
-    recipe = dict(stored_recipe(checkpoint))
-    if others is not None:
-        recipe["evaluation"] = {**recipe.get("evaluation", {}), "evaluators": others}
+def _evaluators(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> None:
+    """changes: of the recipe, by dotted keys of `evaluation`."""
+    recipe = deepcopy(dict(stored_recipe(checkpoint)))
+    for key, value in changes.items():
+        group = recipe
+        *path, last = key.split(".")
+        for name in path:
+            group = group.setdefault(name, {})
+            if not isinstance(group, dict):
+                raise ValueError(f"{key}={value}: {name} is no group of keys: docs/recipes.md has those of every evaluator")
+        group[last] = value
     run = build(read_recipe(recipe, world_size()))
     load_weights(checkpoint, run.chunks)
     metrics = measure(run, run.recipe.evaluation.chosen(), checkpoint.step)
@@ -82,7 +95,9 @@ def _harness(values: Mapping[str, Any]) -> None:
     if not tasks or not all(isinstance(task, str) for task in tasks):
         raise ValueError(f"tasks={values['tasks']} is no list of names: tasks=[lambada_openai,piqa]")
     if find_spec("lm_eval") is None:
-        raise ValueError(f"tasks=[{','.join(tasks)}] needs the package lm_eval, which is not installed: pip install 'nibble[eval]'")
+        raise ValueError(
+            f"tasks=[{','.join(tasks)}] needs the package lm_eval, which is not installed: pip install -c constraints.txt -e '.[eval]'"
+        )
     include = values.get("include")
     if include is not None and not Path(str(include)).is_dir():
         raise ValueError(f"include={include} is no directory: give one with task files (YAML)")

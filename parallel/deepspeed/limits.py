@@ -39,6 +39,6 @@ def check(config: ParallelConfig, compute: str) -> None:
         )
     if find_spec("deepspeed") is None:
         raise ValueError(
-            "parallel.engine=deepspeed needs the package deepspeed, which is not installed: use pip install 'nibble[deepspeed]', or "
+            "parallel.engine=deepspeed needs the package deepspeed, which is not installed: use pip install -c constraints.txt -e '.[deepspeed]', or "
             "parallel.engine=megatron"
         )

@@ -162,7 +162,7 @@ def test_transformer_engine_accepts_every_option() -> None:
 
 def test_missing_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    wanted = "the transformer-engine package is not installed: pip install 'nibble[te]' on a machine with CUDA"
+    wanted = "the transformer-engine package is not installed: pip install -c constraints.txt -e '.[te]' on a machine with CUDA"
     assert missing(torch.device("cpu")) == wanted
     with pytest.raises(ValueError, match=r"precision\.backend=transformer_engine cannot run: the transformer-engine package"):
         choose("transformer_engine", torch.device("cpu"))

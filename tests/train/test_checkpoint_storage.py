@@ -305,7 +305,7 @@ def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("train.checkpoint.remote.fsspec.get_filesystem_class", missing)
-    assert url_problem("s3://bucket/x") == "needs a package for s3, which is not installed: pip install 'nibble[s3]'"
+    assert url_problem("s3://bucket/x") == "needs a package for s3, which is not installed: pip install -c constraints.txt -e '.[s3]'"
 
 
 @pytest.mark.parametrize("why", ["no such bucket", "nobody listens", "no answer"])

@@ -152,7 +152,10 @@ def test_without_the_package_a_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     assert evaluate.main(["checkpoint=runs/none", "tasks=[piqa]"]) == 2
-    assert "tasks=[piqa] needs the package lm_eval, which is not installed: pip install 'nibble[eval]'" in capsys.readouterr().err
+    assert (
+        "tasks=[piqa] needs the package lm_eval, which is not installed: pip install -c constraints.txt -e '.[eval]'"
+        in capsys.readouterr().err
+    )
 
 
 def test_questions_do_not_repeat() -> None:

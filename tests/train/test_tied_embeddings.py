@@ -65,6 +65,18 @@ def test_a_checkpoint_holds_it_once_and_gives_it_back(tmp_path: Path, capsys: py
     capsys.readouterr()
     assert main([f"checkpoint={run_dir}"]) == 0
     assert f"validation loss {read_metrics(run_dir)[-1]['eval/loss']:.4f} nats per token" in capsys.readouterr().out
+    ask = [f"checkpoint={run_dir}", "evaluators=[mqar]", "evaluation.mqar.examples=2"]
+    assert main([*ask, "evaluation.mqar.tasks=[16x2,32x4]"]) == 0
+    assert "mqar/16x2" in (said := capsys.readouterr().out) and "mqar/32x4" in said and "64x4" not in said
+    for wrong, says in (
+        ("evaluation.mqar.tasks=[512x64]", "needs more ids than"),
+        ("evaluation.mqar.lengths=[16x2]", "evaluation.mqar.lengths"),
+        ("evaluation.mqar=3", "evaluation.mqar"),
+        ("evaluation.mqar.examples.few=2", "evaluation.mqar.examples"),
+    ):
+        assert main([*ask, wrong]) == 2
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1, said
 
 
 def test_it_is_not_exported() -> None:

@@ -42,7 +42,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "use_listings_cache": False,
     }
 }
-EXTRAS = {"s3": "pip install 'nibble[s3]'", "s3a": "pip install 'nibble[s3]'"}
+EXTRAS = {"s3": "pip install -c constraints.txt -e '.[s3]'", "s3a": "pip install -c constraints.txt -e '.[s3]'"}
 
 
 def is_url(text: str) -> bool:

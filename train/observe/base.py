@@ -121,7 +121,8 @@ class MonitorConfig:
             raise ValueError(f"monitor.profile.steps={self.profile.steps} is negative: use 0 for no profile, or for instance 3")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError(
-                "monitor.tensorboard=true needs the package tensorboard, which is not installed: pip install 'nibble[tensorboard]', or leave it false"
+                "monitor.tensorboard=true needs the package tensorboard, which is not installed: "
+                "pip install -c constraints.txt -e '.[tensorboard]', or leave it false"
             )
         for index, name in enumerate(self.observers):
             key = f"monitor.observers[{index}]={name!r}"

@@ -1,7 +1,8 @@
 """TensorBoard: the same numbers at the same steps as metrics.jsonl, below <run>/tensorboard; `tensorboard --logdir runs` shows every run.
 
 A resumed run writes another file there and says from which step on the older ones no longer count (`purge_step`): what a killed run had
-logged behind its last checkpoint disappears, and there is one curve. Needs the package tensorboard, an extra: pip install 'nibble[tensorboard]'.
+logged behind its last checkpoint disappears, and there is one curve. Needs the package tensorboard, an extra:
+pip install -c constraints.txt -e '.[tensorboard]'.
 """
 
 from __future__ import annotations

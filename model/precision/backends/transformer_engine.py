@@ -92,7 +92,7 @@ class TransformerEngine(Backend):
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
         if importlib.util.find_spec("transformer_engine") is None:
-            return "the transformer-engine package is not installed: pip install 'nibble[te]' on a machine with CUDA"
+            return "the transformer-engine package is not installed: pip install -c constraints.txt -e '.[te]' on a machine with CUDA"
         if device.type != "cuda":
             return f"it needs a Blackwell GPU, and this run is on {device.type}"
         capability = torch.cuda.get_device_capability(device)
@@ -111,7 +111,7 @@ class TransformerEngine(Backend):
                 f"the transformer-engine package does not import ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
             )
         if getattr(extension, "nvfp4_quantize_with_amax", None) is None:
-            return "this version of transformer-engine cannot quantise with a given amax: pip install 'nibble[te]' installs 2.20.2"
+            return "this version of transformer-engine cannot quantise with a given amax: pip install -c constraints.txt -e '.[te]' installs 2.20.2"
         return None
 
     @classmethod

@@ -26,7 +26,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is not installed: pip install 'nibble[deepspeed]'"
+        importlib.util.find_spec("deepspeed") is None,
+        reason="the package deepspeed is not installed: pip install -c constraints.txt -e '.[deepspeed]'",
     ),
 ]
 STEPS = 20

@@ -29,7 +29,8 @@ def start(ranks: int, *overrides: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is not installed: pip install 'nibble[deepspeed]'"
+    importlib.util.find_spec("deepspeed") is None,
+    reason="the package deepspeed is not installed: pip install -c constraints.txt -e '.[deepspeed]'",
 )
 def test_one_engine_after_the_other(tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
