@@ -88,11 +88,14 @@ def recording() -> Iterator[dict[str, Seen]]:
             y.register_hook(keep)
         return y
 
-    def plain(x: Tensor, weight: Tensor, formats: Any, site: Site, keys: TokenKeys, step: int, *rest: Any) -> Tensor:
-        return note(site, x, weight, None, keys, step, linear(x, weight, formats, site, keys, step, *rest))
+    def plain(x: Tensor, weight: Tensor, formats: Any, site: Site, keys: TokenKeys, step: int, *rest: Any, **options: Any) -> Tensor:
+        y = linear(x, weight, formats, site, keys, step, *rest, **options)
+        return note(site, x, weight, None, keys, step, y)
 
-    def grouped(x: Tensor, weight: Tensor, sizes: Sequence[int], formats: Any, site: Site, keys: TokenKeys, step: int) -> Tensor:
-        return note(site, x, weight, sizes, keys, step, grouped_linear(x, weight, sizes, formats, site, keys, step))
+    def grouped(
+        x: Tensor, weight: Tensor, sizes: Sequence[int], formats: Any, site: Site, keys: TokenKeys, step: int, **options: Any
+    ) -> Tensor:
+        return note(site, x, weight, sizes, keys, step, grouped_linear(x, weight, sizes, formats, site, keys, step, **options))
 
     with patch.object(model.linear, "linear", plain), patch.object(model.moe, "grouped_linear", grouped):
         yield seen
