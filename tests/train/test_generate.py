@@ -23,10 +23,19 @@ from train.generation.scores import score
 from train.generation.speaker import Speaker, open_speaker
 from train.generation.speaks import following, head
 from train.generation.text import Text
-from train.generation.texts import generate, next_logits, read
+from train.generation.texts import generate, read
 from train.huggingface.export import export
 
 PROMPTS = ([73, 116, 32, 105, 115], [65], list(b"Mr. Darcy said that she was not at all sorry to see him go away again."))
+
+
+@torch.inference_mode()
+def next_logits(speaker: Speaker, tokens: torch.Tensor, cache: Cache, texts: list[int]) -> torch.Tensor:
+    """fp32 [batch, vocabulary] behind these tokens, int64 [batch, sequence], which the cache now holds. texts: the number of each sequence."""
+    microbatch = following(speaker, tokens, cache, texts)
+    hidden = speaker.model.hidden(microbatch)
+    cache.advance(tokens.shape[1])
+    return head(speaker, hidden[-1:], microbatch)[0]
 
 
 @pytest.fixture(scope="module")

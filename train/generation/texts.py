@@ -23,15 +23,6 @@ PREFILL = 512  # tokens of a prompt at a time: its [part, prompt] mask of attent
 
 
 @torch.inference_mode()
-def next_logits(speaker: Speaks, tokens: Tensor, cache: Cache, texts: Sequence[int]) -> Tensor:
-    """fp32 [batch, vocabulary] behind these tokens, int64 [batch, sequence], which the cache now holds. texts: the number of each sequence."""
-    microbatch = following(speaker, tokens, cache, texts)
-    hidden = speaker.model.hidden(microbatch)
-    cache.advance(tokens.shape[1])
-    return head(speaker, hidden[-1:], microbatch)[0]
-
-
-@torch.inference_mode()
 def read(speaker: Speaks, prompt: Sequence[int], text: int, *, part: int = PREFILL, drafter: Drafter | None = None) -> tuple[Tensor, Cache]:
     """What the head is given behind a prompt of at least one token, [1, 1, hidden], and its cache. drafter: reads it too, but for the last place."""
     cache = Cache.empty(1, speaker.model.context.device)
