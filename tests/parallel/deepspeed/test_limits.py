@@ -35,7 +35,9 @@ def test_what_cannot_be_had_is_one_sentence(ranks: int, overrides: tuple[str, ..
 
 def test_the_package_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the package deepspeed, which is not installed: use pip install 'nibble\[deepspeed\]'"):
+    with pytest.raises(
+        ValueError, match=r"the package deepspeed, which is not installed: use pip install -c constraints.txt -e '\.\[deepspeed\]'"
+    ):
         check_engine(ParallelConfig(engine="deepspeed"), "fp32")
     monkeypatch.setattr(limits, "find_spec", lambda name: object())
     check_engine(ParallelConfig(engine="deepspeed", tensor=2, expert=2, zero_stage=2, offload_optimizer=True), "fp32")

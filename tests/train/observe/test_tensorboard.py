@@ -43,5 +43,5 @@ def test_without_the_package_it_is_refused_before_the_run(monkeypatch: pytest.Mo
     MonitorConfig(tensorboard=True).validate()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     MonitorConfig().validate()
-    with pytest.raises(ValueError, match=r"monitor\.tensorboard=true needs .* pip install 'nibble\[tensorboard\]'"):
+    with pytest.raises(ValueError, match=r"monitor\.tensorboard=true needs .* pip install -c constraints.txt -e '\.\[tensorboard\]'"):
         MonitorConfig(tensorboard=True).validate()
