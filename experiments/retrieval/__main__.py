@@ -4,7 +4,7 @@
     python -m experiments.retrieval train=false to=docs/retrieval     # of the runs there are
 
 runs=runs/retrieval-sweep: where they lie. processes=2: runs beside each other, one thread each. arms=[5to1-dense,...], rates=[...], seeds=2 and
-steps: of the sweep.
+steps: of the sweep (other steps in a directory of their own).
 """
 
 import sys

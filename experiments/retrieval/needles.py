@@ -3,7 +3,8 @@
     python -m experiments.retrieval.needles                       # trains what is missing, then writes a table and a picture
     python -m experiments.retrieval.needles train=false to=docs/retrieval     # of the runs there are
 
-runs=runs/needles: where they lie. processes=2: runs beside each other, one thread each. arms=[5to1,...], seeds=2 and steps: what is trained.
+runs=runs/needles: where they lie. processes=2: runs beside each other, one thread each. arms=[5to1,...], seeds=2 and steps: what is trained (of
+other steps in a directory of their own).
 """
 
 import json
