@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullLocator
 
 from experiments.retrieval.report import COLOURS, NAMES, markdown
-from experiments.retrieval.runs import add_line, each, read_lines
+from experiments.retrieval.runs import add_line, each, of_as_many_steps, read_lines
 from train import loop
 from train.arguments import key_values
 from train.observe.metrics import read_metrics
@@ -42,6 +42,7 @@ class Result:
     found: dict[str, float]
     loss: float
     seconds: float
+    steps: int
 
 
 Job = tuple[str, int]
@@ -62,7 +63,7 @@ def train_one(job: Job, directory: Path, more: Sequence[str]) -> Result:
     found = {key.removeprefix("needle/"): float(value) for key, value in entries[-1].items() if key.startswith("needle/")}
     losses = [float(entry["loss/lm"]) for entry in entries if "loss/lm" in entry]
     shutil.rmtree(place / "checkpoints", ignore_errors=True)
-    return Result(arm, seed, recipe.train.sequence_length, found, losses[-1], round(process_time() - started, 1))
+    return Result(arm, seed, recipe.train.sequence_length, found, losses[-1], round(process_time() - started, 1), recipe.total_steps)
 
 
 def rows(results: Sequence[Result]) -> list[list[str]]:
@@ -130,7 +131,9 @@ def main(arguments: Sequence[str]) -> int:
         path = directory / RESULTS
         if values.get("train", True):
             directory.mkdir(parents=True, exist_ok=True)
-            done = {(result.arm, result.seed) for result in read_lines(path, Result)}
+            so_far = read_lines(path, Result)
+            of_as_many_steps(path, so_far, load_recipe("needle", *more).total_steps)
+            done = {(result.arm, result.seed) for result in so_far}
             jobs = [(arm, seed) for seed in range(1, seeds + 1) for arm in arms if (arm, seed) not in done]
             for result in each(partial(train_one, directory=directory, more=more), jobs, processes):
                 add_line(path, result)

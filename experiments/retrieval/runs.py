@@ -51,6 +51,15 @@ def read_lines(path: Path, kind: Callable[..., Result]) -> list[Result]:
     return results
 
 
+def of_as_many_steps(path: Path, results: Sequence[Any], steps: int) -> None:
+    """Raises ValueError where results (with `steps`) are of runs of other lengths, which no table should hold beside these."""
+    others = sorted({result.steps for result in results} - {steps})
+    if others:
+        raise ValueError(
+            f"{path} has runs of {others[0]} steps, and {steps} are asked for: give runs of another length a directory, runs=..."
+        )
+
+
 def add_line(path: Path, result: Any) -> None:
     """A dataclass, as a line that `read_lines` reads."""
     with path.open("a") as file:

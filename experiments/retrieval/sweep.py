@@ -14,7 +14,7 @@ from pathlib import Path
 from time import process_time
 
 from experiments.retrieval.arms import ARMS, Arm
-from experiments.retrieval.runs import add_line, each, read_lines
+from experiments.retrieval.runs import add_line, each, of_as_many_steps, read_lines
 from train import loop
 from train.observe.metrics import read_metrics
 
@@ -36,6 +36,7 @@ class Result:
     loss: float
     seconds: float
     stopped: bool
+    steps: int
 
     @property
     def mean(self) -> float:
@@ -107,7 +108,7 @@ def train_one(job: Job, directory: Path, more: Sequence[str]) -> Result:
     entries = read_metrics(place)
     accuracy = {task: float(entries[-1][f"mqar/{task}"]) for task in TASKS}
     shutil.rmtree(place / "checkpoints", ignore_errors=True)
-    return Result(arm, rate, seed, accuracy, _losses(place)[-1], round(process_time() - started, 1), stopped)
+    return Result(arm, rate, seed, accuracy, _losses(place)[-1], round(process_time() - started, 1), stopped, recipe.total_steps)
 
 
 def _losses(place: Path) -> list[float]:
@@ -118,6 +119,7 @@ def sweep(directory: Path, *, arms: Sequence[Arm], rates: Sequence[float], seeds
     """Makes all runs that are missing, `processes` beside each other; returns all results."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "results.jsonl"
+    of_as_many_steps(path, read_results(path), arms[0].recipe(*more).total_steps)
     while jobs := list(missing(read_results(path), arms, rates, seeds)):
         train = partial(train_one, directory=directory, more=list(more))
         for number, result in enumerate(each(train, jobs, processes), start=1):

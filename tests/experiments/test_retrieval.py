@@ -28,7 +28,7 @@ TWO = (Arm("mamba", "dense"), Arm("5to1", "moe"))
 
 
 def result(arm: Arm, rate: float, seed: int, accuracy: float, *, loss: float = 1.0, stopped: bool = False) -> Result:
-    return Result(arm.name, rate, seed, dict.fromkeys(TASKS, accuracy), loss, 100.0, stopped)
+    return Result(arm.name, rate, seed, dict.fromkeys(TASKS, accuracy), loss, 100.0, stopped, 640)
 
 
 def test_arms_have_as_many_active_parameters() -> None:
@@ -99,7 +99,7 @@ def test_the_command_makes_what_is_missing_and_no_more(tmp_path: Path, capsys: p
 
 def needle_result(arm: str, seed: int, share: float) -> needles.Result:
     found = {f"{task}/{length}": share / times for task in ("niah_single_1", "niah_multikey_1") for times, length in ((1, 768), (2, 1536))}
-    return needles.Result(arm, seed, 768, found, 0.5, 100.0)
+    return needles.Result(arm, seed, 768, found, 0.5, 100.0, 2400)
 
 
 def test_needles_have_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,3 +134,12 @@ def test_wrong_arguments_of_needles_end_in_one_sentence(tmp_path: Path, capsys: 
         assert needles.main(arguments) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and says in said and said.count("\n") == 1
+
+
+def test_runs_of_other_lengths_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps(asdict(needle_result("5to1", 1, 1.0))) + "\n")
+    assert needles.main([f"runs={tmp_path}", "steps=2", "arms=[5to1]", "seeds=1"]) == 2
+    assert "has runs of 2400 steps, and 2 are asked for" in capsys.readouterr().err
+    (tmp_path / "results.jsonl").write_text(json.dumps(asdict(result(TWO[0], 1e-3, 1, 0.25))) + "\n")
+    assert main([f"runs={tmp_path}", "steps=2", "arms=[mamba-dense]", "rates=[1e-3]", "seeds=1"]) == 2
+    assert "has runs of 640 steps, and 2 are asked for" in capsys.readouterr().err

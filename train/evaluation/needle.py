@@ -38,7 +38,9 @@ class Needle(Evaluator):
                 for times in (min(self.times), max(self.times)):
                     Needles.of(f"ruler:{name}", held=True).draw(0, times * sequence_length)
             except DataError as error:
-                raise ValueError(f"evaluation.needle cannot ask at train.sequence_length={sequence_length}: {error}") from None
+                raise ValueError(
+                    f"evaluation.needle cannot ask at train.sequence_length={sequence_length} and evaluation.needle.times={list(self.times)}: {error}"
+                ) from None
 
     def evaluate(self, run: Measured, step: int) -> dict[str, float]:
         found = {}
